@@ -1,0 +1,46 @@
+"""bayes_kfac: Bayesian deep learning by Kronecker-factored curvature.
+
+Matrix-variate Gaussian posteriors over the weights of your own PyTorch model, trained by noisy natural gradient, and
+predictions with the uncertainty that follows.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from bayes_kfac import curvature, errors, likelihoods, structures
+from bayes_kfac.posterior import Posterior
+from bayes_kfac.training import NoisyKFAC, NoisyNaturalGradient, fit
+
+if TYPE_CHECKING:
+    from bayes_kfac import distributions, metrics, plotting
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NoisyKFAC",
+    "NoisyNaturalGradient",
+    "Posterior",
+    "curvature",
+    "distributions",
+    "errors",
+    "fit",
+    "likelihoods",
+    "metrics",
+    "plotting",
+    "structures",
+]
+
+#: Imported at first use: they bring Pyro or matplotlib, which `import bayes_kfac` should not cost.
+_LAZY = ("distributions", "metrics", "plotting")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"bayes_kfac.{name}")
+    raise AttributeError(f"module 'bayes_kfac' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

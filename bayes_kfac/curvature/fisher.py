@@ -1,0 +1,53 @@
+"""Output gradients whose outer products are the Fisher of one example's output.
+
+``output_gradients`` gives ``u`` of shape ``[columns, batch, ...]`` with ``Σ_c u_c u_cᵀ = F_output`` of each example:
+exactly (``"exact"``, the generalised Gauss-Newton), in expectation over targets sampled from the model (``"mc"``), or
+from the given targets (``"empirical"``, which is not the Fisher; Kunstner et al. 2019). Gradients are of one example's
+negative log-likelihood, never of the batch mean.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bayes_kfac.errors import UsageError, check_choice
+from bayes_kfac.likelihoods import Likelihood
+
+FISHER_KINDS = ("mc", "exact", "empirical")
+
+
+def output_gradients(
+    likelihood: Likelihood,
+    output: Tensor,
+    fisher: str,
+    *,
+    target: Tensor | None = None,
+    num_samples: int = 1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Output gradients of each example, scaled so that their outer products sum to its output Fisher.
+
+    Args:
+        likelihood: What the output means.
+        output: The model's output, ``[batch, ...]``.
+        fisher: ``"mc"``, ``"exact"`` or ``"empirical"``.
+        target: The targets; needed for ``"empirical"`` only.
+        num_samples: How many targets to sample for ``"mc"``.
+        generator: The source of randomness for ``"mc"``.
+
+    Returns:
+        ``[columns, batch, ...]``, without a graph.
+
+    Raises:
+        UsageError: If ``fisher="empirical"`` comes without targets.
+    """
+    check_choice("fisher", fisher, FISHER_KINDS)
+    output = output.detach()
+    if fisher == "exact":
+        return likelihood.fisher_root(output)
+    if fisher == "mc":
+        return likelihood.sample_gradient(output, num_samples, generator) / num_samples**0.5
+    if target is None:
+        raise UsageError("fisher='empirical' needs the targets: call likelihood(output, target) in the loop.")
+    return likelihood.target_gradient(output, target).unsqueeze(0)

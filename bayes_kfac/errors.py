@@ -1,0 +1,124 @@
+"""Errors and warnings of the library, and the checks that raise them.
+
+Every error names the argument, the value it had, what is allowed and what to do. All of them derive from
+:class:`BayesKfacError` and from the built-in exception a caller would expect.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import SupportsFloat
+
+
+class BayesKfacError(Exception):
+    """Base class of every error that the library raises on purpose."""
+
+
+class ArgumentError(BayesKfacError, ValueError):
+    """An argument is outside what is allowed."""
+
+
+class TargetError(BayesKfacError, ValueError):
+    """Outputs and targets do not fit each other or the likelihood."""
+
+
+class UnsupportedModelError(BayesKfacError, ValueError):
+    """The model has parameters that no curvature block covers."""
+
+
+class UsageError(BayesKfacError, RuntimeError):
+    """Calls came in an order that cannot work, such as a step without a sample."""
+
+
+class NonFiniteError(BayesKfacError, ArithmeticError):
+    """Data, gradients or statistics hold NaN or infinity."""
+
+
+class NotPositiveDefiniteError(BayesKfacError, ArithmeticError):
+    """A factor could not be factorised in any precision."""
+
+
+class BayesKfacWarning(UserWarning):
+    """Something is legal but probably not what is wanted."""
+
+
+def check_positive(name: str, value: SupportsFloat, *, allow_zero: bool = False) -> float:
+    """Return ``value`` as a float, or say why it cannot serve.
+
+    Args:
+        name: The argument's name, for the message.
+        value: A number, or a tensor of one element.
+        allow_zero: Whether 0 is allowed too.
+
+    Returns:
+        The value as a Python float.
+
+    Raises:
+        ArgumentError: If the value is no number, not finite, negative, or zero where zero is not allowed.
+    """
+    allowed = "a finite number >= 0" if allow_zero else "a finite number > 0"
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{name}={value!r} is not a number. Allowed: {allowed}.") from error
+    if not math.isfinite(number) or number < 0 or (number == 0 and not allow_zero):
+        raise ArgumentError(f"{name}={value!r} is out of range. Allowed: {allowed}.")
+    return number
+
+
+def check_count(name: str, value: int, *, minimum: int = 1) -> int:
+    """Return ``value`` if it is an integer of at least ``minimum``.
+
+    Args:
+        name: The argument's name, for the message.
+        value: The value to check.
+        minimum: The smallest allowed integer.
+
+    Returns:
+        The value.
+
+    Raises:
+        ArgumentError: If the value is not an integer, or too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ArgumentError(f"{name}={value!r} is not allowed. Allowed: an integer >= {minimum}.")
+    return value
+
+
+def check_fraction(name: str, value: SupportsFloat) -> float:
+    """Return ``value`` as a float in ``[0, 1)``.
+
+    Args:
+        name: The argument's name, for the message.
+        value: The value to check.
+
+    Returns:
+        The value as a Python float.
+
+    Raises:
+        ArgumentError: If the value is outside ``[0, 1)``.
+    """
+    number = check_positive(name, value, allow_zero=True)
+    if number >= 1:
+        raise ArgumentError(f"{name}={value!r} is out of range. Allowed: 0 <= {name} < 1.")
+    return number
+
+
+def check_choice(name: str, value: str, allowed: Collection[str]) -> str:
+    """Return ``value`` if it is one of ``allowed``.
+
+    Args:
+        name: The argument's name, for the message.
+        value: The value to check.
+        allowed: The allowed values.
+
+    Returns:
+        The value.
+
+    Raises:
+        ArgumentError: If the value is not among them.
+    """
+    if value not in allowed:
+        raise ArgumentError(f"{name}={value!r} is unknown. Allowed: {', '.join(map(repr, allowed))}.")
+    return value

@@ -1,0 +1,21 @@
+"""Likelihoods: what a model's output means. Each is an ``nn.Module`` criterion, ``likelihood(output, target)``."""
+
+from bayes_kfac.likelihoods.base import Likelihood, available, from_config, register
+from bayes_kfac.likelihoods.bernoulli import Bernoulli
+from bayes_kfac.likelihoods.categorical import Categorical
+from bayes_kfac.likelihoods.gaussian import Gaussian
+from bayes_kfac.likelihoods.noise import FixedNoise, GammaNoise, LearnedNoise, Noise
+
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "FixedNoise",
+    "GammaNoise",
+    "Gaussian",
+    "LearnedNoise",
+    "Likelihood",
+    "Noise",
+    "available",
+    "from_config",
+    "register",
+]

@@ -1,0 +1,136 @@
+"""The contract of a likelihood.
+
+The first dimension of outputs and targets is the batch; one example is everything at one index of it. The negative
+log-likelihood of an example *sums* over all its further dimensions (outputs, time steps, pixels), and the criterion is
+the mean over the batch, so that ``num_data`` times the criterion is the data's negative log-likelihood. All gradients
+here are of one example's negative log-likelihood, never of the batch mean.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from bayes_kfac.errors import TargetError, check_choice
+
+_REGISTRY: dict[str, type[Likelihood]] = {}
+
+
+class Likelihood(nn.Module, ABC):
+    """What a model's output says about the target; a criterion, and the Fisher of its output."""
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        """The mean over the batch of the negative log-likelihood, in nats.
+
+        Args:
+            output: The model's output, ``[batch, ...]``.
+            target: The targets.
+
+        Returns:
+            A scalar.
+        """
+        return self.negative_log_likelihood(output, target).mean()
+
+    def negative_log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
+        """The negative log-likelihood of each example, ``[batch]``."""
+        self.check(output, target)
+        losses = self._elementwise(output, target)
+        return losses.flatten(1).sum(1) if losses.ndim > 1 else losses
+
+    def target_gradient(self, output: Tensor, target: Tensor) -> Tensor:
+        """The gradient of each example's negative log-likelihood with respect to its output, shaped like ``output``."""
+        with torch.enable_grad():
+            leaf = output.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.negative_log_likelihood(leaf, target).sum(), leaf)
+        return gradient
+
+    @abstractmethod
+    def check(self, output: Tensor, target: Tensor) -> None:
+        """Check that outputs and targets fit each other.
+
+        Raises:
+            TargetError: If they do not.
+        """
+
+    @abstractmethod
+    def sample_gradient(self, output: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:
+        """Output gradients for targets sampled from the model, ``[num_samples, *output.shape]``."""
+
+    @abstractmethod
+    def fisher_root(self, output: Tensor) -> Tensor:
+        """Vectors whose outer products sum to each example's output Fisher, ``[columns, *output.shape]``."""
+
+    @abstractmethod
+    def distribution(self, output: Tensor) -> Distribution:
+        """The distribution of the target given the output: the predictive density of one draw of the weights."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """What rebuilds this likelihood through :func:`from_config`, in numbers, strings, lists and dictionaries."""
+
+    def kl(self) -> Tensor:
+        """KL of the posterior of the likelihood's own parameters from their prior; 0 where they have none."""
+        return torch.zeros(())
+
+    @abstractmethod
+    def _elementwise(self, output: Tensor, target: Tensor) -> Tensor:
+        """Negative log-likelihoods before the sum over an example's dimensions."""
+
+
+def register(likelihood: type[Likelihood]) -> type[Likelihood]:
+    """Class decorator that makes a likelihood known by its class name, for saving and loading.
+
+    Args:
+        likelihood: The class.
+
+    Returns:
+        The class.
+    """
+    _REGISTRY[likelihood.__name__] = likelihood
+    return likelihood
+
+
+def available() -> tuple[str, ...]:
+    """The names of the registered likelihoods."""
+    return tuple(sorted(_REGISTRY))
+
+
+def from_config(name: str, config: Mapping[str, Any]) -> Likelihood:
+    """Rebuild a likelihood from its class name and :meth:`Likelihood.config`.
+
+    Args:
+        name: The registered class name.
+        config: The keyword arguments that the class's ``config()`` gave.
+
+    Returns:
+        The likelihood.
+    """
+    check_choice("likelihood", name, available())
+    build: Callable[..., Likelihood] = _REGISTRY[name]
+    return build(**config)
+
+
+def check_same_shape(output: Tensor, target: Tensor) -> None:
+    """Refuse targets that would broadcast against outputs: the silent bug behind many wrong losses.
+
+    Args:
+        output: The model's output.
+        target: The targets.
+
+    Raises:
+        TargetError: If shapes differ, or the target is not of a floating-point dtype.
+    """
+    if output.shape != target.shape:
+        hint = ""
+        if output.numel() == target.numel():
+            hint = f" Reshape one of them: target.reshape({tuple(output.shape)})."
+        raise TargetError(
+            f"output of shape {tuple(output.shape)} and target of shape {tuple(target.shape)} must be equal.{hint}"
+        )
+    if not target.is_floating_point():
+        raise TargetError(f"target of dtype {target.dtype} must be floating point: target.to({output.dtype}).")

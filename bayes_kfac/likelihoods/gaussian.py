@@ -1,0 +1,60 @@
+"""Regression with Gaussian noise: the output is the target's mean, ``[batch, ...]``, in the target's units."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from bayes_kfac.likelihoods.base import Likelihood, check_same_shape, register
+from bayes_kfac.likelihoods.noise import Noise, Scale, noise_from
+
+
+@register
+class Gaussian(Likelihood):
+    """``target ~ N(output, noise_scale²)``, independent over an example's dimensions.
+
+    Args:
+        noise_scale: The noise's standard deviation in the target's units: a number or tensor where it is known,
+            ``"learned"`` for maximum likelihood, or a belief such as ``GammaNoise(6.0, 6.0)``.
+    """
+
+    def __init__(self, noise_scale: Scale | str | Noise | dict[str, Any] = "learned") -> None:
+        super().__init__()
+        self.noise = noise_from(noise_scale)
+
+    @property
+    def noise_scale(self) -> Tensor:
+        """The root of the expected noise variance, in the target's units."""
+        return self.noise.variance().detach().sqrt()
+
+    def check(self, output: Tensor, target: Tensor) -> None:  # noqa: D102
+        check_same_shape(output, target)
+
+    def sample_gradient(self, output: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:  # noqa: D102
+        # a target sampled at scale σ gives the gradient (f − y) / σ² = −ε / σ
+        shape = (num_samples, *output.shape)
+        normal = torch.randn(shape, dtype=output.dtype, device=output.device, generator=generator)
+        return normal * self.noise.precision().detach().to(output).sqrt()
+
+    def fisher_root(self, output: Tensor) -> Tensor:  # noqa: D102
+        size = output[0].numel()
+        basis = torch.eye(size, dtype=output.dtype, device=output.device).reshape(size, 1, *output.shape[1:])
+        return (basis * self.noise.precision().detach().to(output).sqrt()).expand(size, *output.shape)
+
+    def distribution(self, output: Tensor) -> Distribution:  # noqa: D102
+        return self.noise.distribution(output)
+
+    def kl(self) -> Tensor:  # noqa: D102
+        return self.noise.kl()
+
+    def config(self) -> dict[str, Any]:  # noqa: D102
+        return {"noise_scale": self.noise.config()}
+
+    def _elementwise(self, output: Tensor, target: Tensor) -> Tensor:
+        # E over the belief about the precision; for a known scale, the log-density itself
+        precision, log_precision = self.noise.precision(), self.noise.log_precision()
+        return 0.5 * (precision * (output - target) ** 2 - log_precision + math.log(2 * math.pi))

@@ -1,0 +1,157 @@
+"""Factorisations of symmetric matrices that do not give up early.
+
+All functions speak stacks of square matrices, ``[..., n, n]``. Kronecker factors are accumulated in float32 and are
+often nearly singular, so a factorisation that fails is tried again: with a jitter at rounding level, in float64, and
+on the CPU; then it is an error that names whose matrix it was. Matrices of many layers are stacked by shape
+(:func:`map_by_shape`), because one batched call on a GPU costs what a single small one does.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from bayes_kfac.errors import NotPositiveDefiniteError
+
+BatchedFunction = Callable[[Tensor, Sequence[str]], tuple[Tensor, ...]]
+
+
+def symmetrize(matrix: Tensor) -> Tensor:
+    """Return the symmetric part, ``(M + Mᵀ) / 2``."""
+    return (matrix + matrix.mT) / 2
+
+
+def trace(matrix: Tensor) -> Tensor:
+    """Return the trace of each matrix of a stack, ``[..., n, n] -> [...]``."""
+    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def add_to_diagonal(matrix: Tensor, value: Tensor) -> Tensor:
+    """Return ``M + value I`` as a new tensor; ``value`` has the stack's shape ``[...]``."""
+    result = matrix.clone()
+    result.diagonal(dim1=-2, dim2=-1).add_(value.unsqueeze(-1))
+    return result
+
+
+def kron(left: Tensor, right: Tensor) -> Tensor:
+    """Kronecker products of the last two dimensions of two stacks of equal leading shape."""
+    product = torch.einsum("...ij,...kl->...ikjl", left, right)
+    return product.flatten(-2).flatten(-3, -2)
+
+
+def cholesky(matrix: Tensor, names: Sequence[str]) -> Tensor:
+    """Lower Cholesky factors of symmetric matrices, with retries.
+
+    Args:
+        matrix: Symmetric matrices, ``[..., n, n]``.
+        names: Who the matrices belong to, for the message; one name for each entry of the first dimension, or one for
+            all of them.
+
+    Returns:
+        ``L`` with ``L Lᵀ = matrix``, in the dtype and on the device of ``matrix``.
+
+    Raises:
+        NotPositiveDefiniteError: If no attempt succeeds.
+    """
+    for attempt in _attempts(matrix):
+        factor, info = torch.linalg.cholesky_ex(attempt)
+        if not info.any():
+            return factor.to(matrix)
+    raise NotPositiveDefiniteError(_describe("Cholesky factorisation", matrix, info != 0, names))
+
+
+def eigh(matrix: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, clamped at zero, and eigenvectors of symmetric positive semi-definite matrices, with retries.
+
+    Args:
+        matrix: Symmetric matrices, ``[..., n, n]``.
+        names: As for :func:`cholesky`.
+
+    Returns:
+        Eigenvalues ``[..., n]``, ascending, and eigenvectors ``[..., n, n]`` as columns.
+
+    Raises:
+        NotPositiveDefiniteError: If no attempt converges to finite numbers.
+    """
+    for attempt in _attempts(matrix):
+        try:
+            values, vectors = torch.linalg.eigh(attempt)
+        except torch.linalg.LinAlgError:
+            continue
+        if bool(torch.isfinite(values).all()):
+            return values.clamp(min=0).to(matrix), vectors.to(matrix)
+    failed = torch.ones(matrix.shape[:-2], dtype=torch.bool)
+    raise NotPositiveDefiniteError(_describe("Eigendecomposition", matrix, failed, names))
+
+
+def inverse_cholesky(precision: Tensor, names: Sequence[str]) -> Tensor:
+    """Lower Cholesky factors of the inverses: ``L`` with ``L Lᵀ = precision⁻¹``, never forming an inverse.
+
+    Reversing rows and columns turns the Cholesky factor of the reversed matrix into an upper triangular ``T`` with
+    ``T Tᵀ = precision``, whose inverse transpose is lower triangular.
+
+    Args:
+        precision: Symmetric positive definite matrices, ``[..., n, n]``.
+        names: As for :func:`cholesky`.
+
+    Returns:
+        ``L``, ``[..., n, n]``.
+    """
+    upper = cholesky(precision.flip(-2, -1), names).flip(-2, -1)
+    identity = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
+    return torch.linalg.solve_triangular(upper.mT, identity.expand_as(upper), upper=False)
+
+
+def map_by_shape(function: BatchedFunction, matrices: Sequence[Tensor], names: Sequence[str]) -> list[tuple[Tensor, ...]]:
+    """Apply a batched function to matrices of many shapes, one call for each shape.
+
+    Args:
+        function: Takes stacked matrices ``[k, ...]`` and their names; returns a tuple of stacked results.
+        matrices: The matrices, in any order.
+        names: One name for each matrix.
+
+    Returns:
+        The tuple of results for each matrix, in the order given.
+    """
+    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for index, matrix in enumerate(matrices):
+        groups[tuple(matrix.shape), matrix.dtype, matrix.device].append(index)
+    results: dict[int, tuple[Tensor, ...]] = {}
+    for members in groups.values():
+        if len(members) == 1:
+            stacked = matrices[members[0]].unsqueeze(0)
+        else:
+            stacked = torch.stack([matrices[index] for index in members])
+        outputs = function(stacked, [names[index] for index in members])
+        for position, index in enumerate(members):
+            results[index] = tuple(output[position] for output in outputs)
+    return [results[index] for index in range(len(matrices))]
+
+
+def _attempts(matrix: Tensor) -> Iterator[Tensor]:
+    """The same matrices, each time easier to factorise."""
+    symmetric = symmetrize(matrix)
+    yield symmetric
+    size = matrix.shape[-1]
+    jitter = size * torch.finfo(matrix.dtype).eps * trace(symmetric).abs() / size
+    yield add_to_diagonal(symmetric, jitter)
+    double = symmetrize(matrix.double())
+    yield double
+    yield add_to_diagonal(double, jitter.double())
+    if matrix.device.type != "cpu":
+        yield add_to_diagonal(double.cpu(), jitter.double().cpu())
+
+
+def _describe(what: str, matrix: Tensor, failed: Tensor, names: Sequence[str]) -> str:
+    flat = failed.reshape(len(names), -1).any(dim=1) if len(names) == matrix.shape[0] else failed.any().expand(len(names))
+    culprits = ", ".join(repr(name) for name, bad in zip(names, flat.tolist(), strict=True) if bad)
+    if not bool(torch.isfinite(matrix).all()):
+        return f"{what} failed for {culprits}: the matrix holds NaN or infinity. Check the data and the learning rate."
+    return (
+        f"{what} failed for {culprits} in {matrix.dtype}, with jitter, and in float64: the matrix of shape "
+        f"{tuple(matrix.shape)} is not positive definite (its smallest diagonal element is "
+        f"{matrix.diagonal(dim1=-2, dim2=-1).min().item():.3g}). Raise prior_precision or extrinsic_damping."
+    )

@@ -1,0 +1,207 @@
+"""Predictions of real-valued targets: a Gaussian in closed form, or an equal mixture over weight draws."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, MultivariateNormal, Normal
+from torch.distributions import StudentT as TorchStudentT
+
+from bayes_kfac.errors import ArgumentError
+from bayes_kfac.likelihoods import Gaussian
+from bayes_kfac.likelihoods.base import check_same_shape
+from bayes_kfac.prediction.results import Prediction, Source, from_gaussian, from_outputs
+
+
+class RegressionPrediction(Prediction):
+    """What the predictions of real-valued targets share."""
+
+    @property
+    def covariance(self) -> Tensor:
+        """The covariance of one example's target, ``[batch, outputs, outputs]``; its diagonal is :attr:`variance`."""
+        return self.epistemic_covariance + torch.diag_embed(self.aleatoric_variance.flatten(1))
+
+    @property
+    @abstractmethod
+    def epistemic_covariance(self) -> Tensor:
+        """The part of the covariance that comes from the weights."""
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """The central interval that holds each target with probability ``level``, noise included.
+
+        Args:
+            level: The probability, between 0 and 1.
+
+        Returns:
+            Lower and upper ends, shaped like the mean.
+
+        Raises:
+            ArgumentError: If ``level`` is not between 0 and 1.
+        """
+        if not 0 < level < 1:
+            raise ArgumentError(f"level={level!r} is out of range. Allowed: 0 < level < 1, such as 0.95.")
+        return self.quantile((1 - level) / 2), self.quantile((1 + level) / 2)
+
+    @abstractmethod
+    def quantile(self, probability: float) -> Tensor:
+        """The quantile of each target on its own, shaped like the mean."""
+
+
+@dataclass(frozen=True)
+class GaussianPrediction(RegressionPrediction):
+    """A Gaussian predictive distribution.
+
+    Attributes:
+        output_mean: The mean of the model's output, ``[batch, ...]``.
+        output_covariance: Its covariance over one example's outputs, ``[batch, outputs, outputs]``.
+        noise_variance: The noise's expected variance; broadcasts against the mean.
+        source: Where the prediction came from.
+    """
+
+    output_mean: Tensor
+    output_covariance: Tensor
+    noise_variance: Tensor
+    source: Source
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of the target, ``[batch, ...]``."""
+        return self.output_mean
+
+    @property
+    def epistemic_covariance(self) -> Tensor:
+        """The covariance that comes from the weights, ``[batch, outputs, outputs]``."""
+        return self.output_covariance
+
+    @property
+    def epistemic_variance(self) -> Tensor:
+        """The variance that comes from the weights, shaped like the mean."""
+        return self.epistemic_covariance.diagonal(dim1=-2, dim2=-1).reshape(self.mean.shape)
+
+    @property
+    def aleatoric_variance(self) -> Tensor:
+        """The noise's variance, shaped like the mean."""
+        return self.noise_variance.to(self.mean).expand_as(self.mean)
+
+    @property
+    def distribution(self) -> Distribution:
+        """``Normal`` over ``[batch]`` or ``[batch, 1]`` targets, else ``MultivariateNormal`` over ``[batch, outputs]``."""
+        if self.mean[0].numel() == 1:
+            return Normal(self.mean, self.stddev)
+        return MultivariateNormal(self.mean.flatten(1), self.covariance)
+
+    def log_prob(self, target: Tensor) -> Tensor:
+        """The joint log-density of each example's target, ``[batch]``."""
+        check_same_shape(self.mean, target)
+        distribution = self.distribution
+        if isinstance(distribution, Normal):
+            return distribution.log_prob(target).reshape(len(target))
+        return distribution.log_prob(target.flatten(1))
+
+    def quantile(self, probability: float) -> Tensor:
+        """The quantile of each target on its own, shaped like the mean."""
+        return Normal(self.mean, self.stddev).icdf(torch.as_tensor(probability).to(self.mean))
+
+
+@dataclass(frozen=True)
+class MixturePrediction(RegressionPrediction):
+    """An equal mixture of the likelihood's densities over weight draws.
+
+    Attributes:
+        outputs: The model's outputs, ``[num_samples, batch, ...]``.
+        likelihood: What they mean.
+        source: Where the prediction came from.
+    """
+
+    outputs: Tensor
+    likelihood: Gaussian
+    source: Source
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean over draws, ``[batch, ...]``."""
+        return self.outputs.mean(0)
+
+    @property
+    def epistemic_variance(self) -> Tensor:
+        """The variance of the output over draws, shaped like the mean."""
+        return self.outputs.var(0, correction=0)
+
+    @property
+    def epistemic_covariance(self) -> Tensor:
+        """The covariance of the output over draws, ``[batch, outputs, outputs]``."""
+        centred = (self.outputs - self.mean).flatten(2)
+        return torch.einsum("sbi,sbj->bij", centred, centred) / len(centred)
+
+    @property
+    def aleatoric_variance(self) -> Tensor:
+        """The noise's variance, shaped like the mean."""
+        return self.likelihood.noise.variance().detach().to(self.outputs).expand(self.outputs.shape[1:])
+
+    @cached_property
+    def _components(self) -> Distribution:
+        with torch.no_grad():
+            return self.likelihood.distribution(self.outputs)
+
+    @property
+    def distribution(self) -> Distribution:
+        """``MixtureSameFamily`` over targets ``[batch, ...]``."""
+        with torch.no_grad():
+            components = self.likelihood.distribution(self.outputs.movedim(0, 1))
+        weights = Categorical(logits=self.outputs.new_zeros(self.outputs.shape[1], self.outputs.shape[0]))
+        return MixtureSameFamily(weights, Independent(components, self.outputs.ndim - 2))
+
+    def log_prob(self, target: Tensor) -> Tensor:
+        """The log of the mean over draws of each example's density, ``[batch]``."""
+        check_same_shape(self.mean, target)
+        return self.distribution.log_prob(target)
+
+    def quantile(self, probability: float) -> Tensor:
+        """The quantile of each target's mixture, by bisection, shaped like the mean."""
+        spread = self.stddev
+        lower, upper = self.mean - spread, self.mean + spread
+        while bool((self._cdf(lower) > probability).any()) or bool((self._cdf(upper) < probability).any()):
+            spread = 2 * spread
+            lower, upper = self.mean - spread, self.mean + spread
+        for _ in range(_bisections(self.mean.dtype)):
+            middle = (lower + upper) / 2
+            below = self._cdf(middle) < probability
+            lower, upper = torch.where(below, middle, lower), torch.where(below, upper, middle)
+        return (lower + upper) / 2
+
+    def _cdf(self, value: Tensor) -> Tensor:
+        components = self._components
+        if isinstance(components, TorchStudentT):  # torch has no distribution function for it
+            from scipy.special import stdtr
+
+            standard = (value - components.loc) / components.scale
+            probabilities = stdtr(components.df.cpu().numpy(), standard.cpu().numpy())
+            return torch.as_tensor(probabilities).to(value).mean(0)
+        return components.cdf(value).mean(0)
+
+
+def _bisections(dtype: torch.dtype) -> int:
+    """Halvings that exhaust a dtype's digits."""
+    return 60 if dtype == torch.float64 else 30
+
+
+@from_gaussian.register
+def _(
+    likelihood: Gaussian,
+    mean: Tensor,
+    covariance: Tensor,
+    source: Source,
+    *,
+    num_samples: int,
+    generator: torch.Generator | None,
+) -> GaussianPrediction:
+    return GaussianPrediction(mean, covariance, likelihood.noise.variance().detach(), source)
+
+
+@from_outputs.register
+def _(likelihood: Gaussian, outputs: Tensor, source: Source) -> MixturePrediction:
+    return MixturePrediction(outputs, likelihood, source)

@@ -1,0 +1,137 @@
+"""Posteriors as safetensors files: tensors, and a header of JSON with numbers and strings. Nothing in them is executed.
+
+Tensors are named ``mean/<parameter>``, ``block/<layer>/<tensor>`` and ``likelihood/<tensor>``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bayes_kfac import likelihoods
+from bayes_kfac.curvature import find_layers
+from bayes_kfac.errors import ArgumentError
+from bayes_kfac.likelihoods import Likelihood
+from bayes_kfac.provenance import Provenance
+from bayes_kfac.structures import BlockGaussian, gaussian_from_state
+
+if TYPE_CHECKING:
+    from bayes_kfac.posterior import Posterior
+
+FORMAT = 1
+
+
+def save(posterior: Posterior, path: Path) -> None:
+    """Write a posterior to a file.
+
+    Args:
+        posterior: The posterior.
+        path: The file.
+    """
+    tensors = {f"mean/{name}": value for name, value in posterior.mean.items()}
+    for layer, block in posterior.blocks.items():
+        tensors.update({f"block/{layer}/{name}": value for name, value in block.state.items()})
+    tensors.update({f"likelihood/{name}": value for name, value in posterior.likelihood.state_dict().items()})
+    header = {
+        "format": FORMAT,
+        "provenance": asdict(posterior.provenance),
+        "prior_precision": posterior.prior_precision,
+        "kinds": {layer: block.kind for layer, block in posterior.blocks.items()},
+        "likelihood": {"name": type(posterior.likelihood).__name__, "config": posterior.likelihood.config()},
+    }
+    save_file(
+        {name: value.detach().contiguous().clone() for name, value in tensors.items()},
+        path,
+        metadata={"bayes_kfac": json.dumps(header)},
+    )
+
+
+def load(
+    posterior_type: type[Posterior], path: Path, model: nn.Module, likelihood: Likelihood | None
+) -> Posterior:
+    """Read a posterior from a file.
+
+    Args:
+        posterior_type: The class to build.
+        path: The file.
+        model: A model of the same architecture.
+        likelihood: A likelihood to load the saved state into, or ``None`` to rebuild the registered one.
+
+    Returns:
+        The posterior.
+
+    Raises:
+        ArgumentError: If the file is not a saved posterior, or not one of this architecture.
+    """
+    header, tensors = _read(path)
+    mean = _under("mean/", tensors)
+    _check_architecture(path, mean, model)
+    layers, _ = find_layers(model)
+    blocks = {
+        layer: gaussian_from_state(kind, _under(f"block/{layer}/", tensors)) for layer, kind in header["kinds"].items()
+    }
+    _check_blocks(path, blocks, {name: layer.shape for name, layer in layers.items()})
+    if likelihood is None:
+        likelihood = likelihoods.from_config(header["likelihood"]["name"], header["likelihood"]["config"])
+    likelihood.load_state_dict(_under("likelihood/", tensors))
+    posterior = posterior_type(
+        model,
+        likelihood,
+        blocks,
+        prior_precision=header["prior_precision"],
+        provenance=Provenance(**header["provenance"]),
+    )
+    posterior.mean = mean
+    return posterior
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.exists():
+        raise ArgumentError(f"path={str(path)!r} does not exist.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, an object with keys() only
+    except SafetensorError as error:
+        raise ArgumentError(f"path={str(path)!r} is not a safetensors file: {error}.") from error
+    if "bayes_kfac" not in metadata:
+        raise ArgumentError(f"path={str(path)!r} is not a posterior saved by Posterior.save().")
+    header: dict[str, Any] = json.loads(metadata["bayes_kfac"])
+    if header["format"] > FORMAT:
+        raise ArgumentError(
+            f"path={str(path)!r} has format {header['format']}, newer than {FORMAT}: update bayes_kfac to read it."
+        )
+    return header, tensors
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors directly under a prefix."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _check_architecture(path: Path, mean: Mapping[str, Tensor], model: nn.Module) -> None:
+    saved = {name: tuple(value.shape) for name, value in mean.items()}
+    named: Iterable[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    own = {name: tuple(value.shape) for name, value in named}
+    if saved == own:
+        return
+    differing = sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name))
+    details = "".join(f"\n  {name}: file {saved.get(name)}, model {own.get(name)}" for name in differing[:8])
+    raise ArgumentError(f"path={str(path)!r} holds the posterior of another architecture:{details}")
+
+
+def _check_blocks(path: Path, blocks: Mapping[str, BlockGaussian], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for layer, block in blocks.items():
+        if shapes.get(layer) != block.shape:
+            raise ArgumentError(
+                f"path={str(path)!r} has a block of shape {block.shape} for layer {layer!r}; the model's is "
+                f"{shapes.get(layer)}. The same parameters must be trainable (requires_grad) as when it was saved."
+            )
+

@@ -1,0 +1,33 @@
+"""Structures: from a layer's statistics to a Gaussian over its weights. Each is one file and one registry line."""
+
+from bayes_kfac.structures.base import (
+    DAMPING_KINDS,
+    BlockGaussian,
+    BlockSpec,
+    Structure,
+    available,
+    gaussian_from_state,
+    get,
+    register,
+    register_gaussian,
+    standard_normal,
+)
+from bayes_kfac.structures.kron import KroneckerStructure
+from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
+from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
+
+__all__ = [
+    "DAMPING_KINDS",
+    "BlockGaussian",
+    "BlockSpec",
+    "KroneckerEigenGaussian",
+    "KroneckerStructure",
+    "MatrixNormalGaussian",
+    "Structure",
+    "available",
+    "gaussian_from_state",
+    "get",
+    "register",
+    "register_gaussian",
+    "standard_normal",
+]

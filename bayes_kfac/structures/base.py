@@ -1,0 +1,222 @@
+"""The contract of a structure, and the registry.
+
+A :class:`Structure` says what to measure of a layer and turns the statistics into a :class:`BlockGaussian`: a zero-mean
+Gaussian over one block ``W`` of shape ``(*blocks, out, in)`` with precision ``P = data_scale · F̄ + prior_precision · I``,
+where ``F̄`` is the Fisher of one example. The posterior of a block has ``data_scale = num_data / temperature``; the
+preconditioner of an optimizer is the same thing with ``data_scale = 1`` and a damping in the place of the prior
+precision. ``vec`` is row-major, so ``F̄ ≈ G ⊗ A`` with ``G`` on the output side.
+
+Independent blocks stack along ``*blocks``; quantities of one block have that shape.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from bayes_kfac.curvature.recorder import Rows
+from bayes_kfac.curvature.statistics import Statistics
+from bayes_kfac.errors import check_choice
+
+DAMPING_KINDS = ("factored", "optimal", "exact")
+
+_STRUCTURES: dict[str, type[Structure]] = {}
+_GAUSSIANS: dict[str, type[BlockGaussian]] = {}
+
+
+class BlockGaussian(ABC):
+    """A zero-mean Gaussian over one block, ``N(0, P⁻¹)``, with ``W`` of shape ``(*blocks, out, in)``."""
+
+    #: The name under which the state is saved.
+    kind: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The block's shape, ``(*blocks, out, in)``."""
+
+    @abstractmethod
+    def solve(self, value: Tensor) -> Tensor:
+        """``P⁻¹ V`` for ``V`` of shape ``[..., *blocks, out, in]``."""
+
+    @abstractmethod
+    def sample(self, noise: Tensor) -> Tensor:
+        """``B ε`` with ``B Bᵀ = P⁻¹``: a linear map of ``ε``, ``[..., *blocks, out, in]``."""
+
+    @abstractmethod
+    def logdet(self) -> Tensor:
+        """``log det P``, ``[*blocks]``."""
+
+    @abstractmethod
+    def quad(self, inputs: Tensor, gradients: Tensor) -> Tensor:
+        """``J_c P⁻¹ J_dᵀ`` for the Jacobians ``J_c = Σ_t g_ct a_tᵀ``, from rows.
+
+        Args:
+            inputs: ``a``, ``[*blocks, batch, shared, in]``.
+            gradients: ``g``, ``[columns, *blocks, batch, shared, out]``.
+
+        Returns:
+            ``[batch, columns, columns]``, summed over blocks.
+        """
+
+    @abstractmethod
+    def marginal_variance(self) -> Tensor:
+        """``diag P⁻¹``, ``[*blocks, out, in]``."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """``P`` itself, ``[*blocks, out·in, out·in]``; for tests and tiny blocks only."""
+
+    @property
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Plain tensors from which the class rebuilds the Gaussian as keyword arguments."""
+
+    def trace_covariance(self) -> Tensor:
+        """``tr P⁻¹``, ``[*blocks]``."""
+        return self.marginal_variance().sum((-2, -1))
+
+    def kl(self, mean: Tensor, prior_precision: float) -> Tensor:
+        """``KL(N(mean, P⁻¹) ‖ N(0, prior_precision⁻¹ I))`` in nats, ``[*blocks]``.
+
+        Args:
+            mean: The mean, ``[*blocks, out, in]``.
+            prior_precision: The prior's precision.
+
+        Returns:
+            The divergence.
+        """
+        size = mean.shape[-2] * mean.shape[-1]
+        quadratic = prior_precision * (self.trace_covariance() + mean.square().sum((-2, -1)))
+        return 0.5 * (quadratic - size + self.logdet() - size * math.log(prior_precision))
+
+    def to(self, target: torch.device | torch.dtype | str) -> BlockGaussian:
+        """The same Gaussian on another device or in another dtype."""
+        return type(self)(**{name: tensor.to(target) for name, tensor in self.state.items()})
+
+
+def standard_normal(gaussian: BlockGaussian, generator: torch.Generator | None, count: tuple[int, ...] = ()) -> Tensor:
+    """Standard normal noise for a block, ``[*count, *blocks, out, in]``, in the dtype and on the device of its state."""
+    like = next(iter(gaussian.state.values()))
+    return torch.randn((*count, *gaussian.shape), dtype=like.dtype, device=like.device, generator=generator)
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """What a structure needs to know of one block.
+
+    Attributes:
+        name: The layer's name, for messages.
+        statistics: What was measured.
+        data_scale: The factor on the Fisher of one example: ``num_data / temperature`` for a posterior.
+        prior_precision: The multiple of the identity that is added.
+        previous: The Gaussian of an earlier refresh, for warm starts.
+    """
+
+    name: str
+    statistics: Statistics
+    data_scale: float
+    prior_precision: float
+    previous: BlockGaussian | None = None
+
+
+class Structure(ABC):
+    """A family of approximations to the Fisher of a block.
+
+    Args:
+        damping: How the prior enters: ``"factored"``, ``"optimal"`` or ``"exact"``.
+        sharing: How positions that share weights are summed: ``"expand"`` or ``"reduce"``.
+    """
+
+    #: The name in the registry.
+    name: ClassVar[str]
+
+    def __init__(self, *, damping: str, sharing: str) -> None:
+        self.damping = check_choice("damping", damping, DAMPING_KINDS)
+        self.sharing = sharing
+
+    @abstractmethod
+    def measure(self, rows: Rows) -> Statistics:
+        """Turn a batch's rows into the statistics that this structure needs."""
+
+    @abstractmethod
+    def gaussians(self, specs: Sequence[BlockSpec]) -> list[BlockGaussian]:
+        """Build the Gaussians of many blocks at once, so that those of equal shape can share batched calls."""
+
+
+StructureType = TypeVar("StructureType", bound=type[Structure])
+GaussianType = TypeVar("GaussianType", bound=type[BlockGaussian])
+
+
+def register(name: str) -> Callable[[StructureType], StructureType]:
+    """Class decorator that puts a structure into the registry.
+
+    Args:
+        name: The name users write for ``structure=``.
+
+    Returns:
+        The decorator.
+    """
+
+    def decorate(structure: StructureType) -> StructureType:
+        structure.name = name
+        _STRUCTURES[name] = structure
+        return structure
+
+    return decorate
+
+
+def register_gaussian(kind: str) -> Callable[[GaussianType], GaussianType]:
+    """Class decorator that makes a Gaussian loadable from a saved state.
+
+    Args:
+        kind: The name under which its state is saved.
+
+    Returns:
+        The decorator.
+    """
+
+    def decorate(gaussian: GaussianType) -> GaussianType:
+        gaussian.kind = kind
+        _GAUSSIANS[kind] = gaussian
+        return gaussian
+
+    return decorate
+
+
+def available() -> tuple[str, ...]:
+    """The names that ``structure=`` accepts."""
+    return tuple(sorted(_STRUCTURES))
+
+
+def get(name: str, *, damping: str, sharing: str) -> Structure:
+    """Make a structure by its name.
+
+    Args:
+        name: One of :func:`available`.
+        damping: How the prior enters.
+        sharing: How positions that share weights are summed.
+
+    Returns:
+        The structure.
+    """
+    return _STRUCTURES[check_choice("structure", name, available())](damping=damping, sharing=sharing)
+
+
+def gaussian_from_state(kind: str, state: Mapping[str, Tensor]) -> BlockGaussian:
+    """Rebuild a Gaussian from :attr:`BlockGaussian.kind` and :attr:`BlockGaussian.state`.
+
+    Args:
+        kind: The registered name.
+        state: The tensors.
+
+    Returns:
+        The Gaussian.
+    """
+    return _GAUSSIANS[check_choice("kind", kind, tuple(_GAUSSIANS))](**state)

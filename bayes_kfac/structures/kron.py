@@ -1,0 +1,138 @@
+"""K-FAC: ``F̄ ≈ G ⊗ A``, and the three ways in which a prior ``δ I`` enters ``P = (N/τ) (G ⊗ A + γ I)``, ``γ = τδ/N``.
+
+``factored``: ``(G + √γ/π I) ⊗ (A + π√γ I)`` with ``π² = (tr A / dim A) / (tr G / dim G)`` (Martens & Grosse 2015; the
+noisy K-FAC paper's posterior). A matrix normal by two Cholesky factorisations, but its cross terms make it narrower
+than the damped product: it loses 15-50 % of the marginal variance where the prior matters.
+
+``optimal``: the matrix normal nearest to ``G ⊗ A + γ I`` in ``KL(q ‖ p)``, which is where the evidence lower bound itself
+has its optimum. ``U`` and ``V`` solve ``U⁻¹ = (tr(AV) G + γ tr(V) I) / in``, ``V⁻¹ = (tr(GU) A + γ tr(U) I) / out`` in
+turns.
+
+``exact``: ``G ⊗ A + γ I`` itself, in its eigenbasis; not a matrix normal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from bayes_kfac import linalg
+from bayes_kfac.curvature.recorder import Rows
+from bayes_kfac.curvature.statistics import Statistics, kronecker_factors
+from bayes_kfac.structures.base import BlockGaussian, BlockSpec, Structure, register
+from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
+from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
+
+#: A flip-flop from scratch ends when no root moves by more than this, relatively; the KL is then right to its square.
+TOLERANCE = 1e-6
+COLD_SWEEPS = 200
+#: Between two refreshes in training the factors move little: a few sweeps from the last roots follow them.
+WARM_SWEEPS = 2
+
+
+@register("kron")
+class KroneckerStructure(Structure):
+    """The Kronecker-factored Fisher of a layer."""
+
+    def measure(self, rows: Rows) -> Statistics:  # noqa: D102
+        return kronecker_factors(rows, self.sharing)
+
+    def gaussians(self, specs: Sequence[BlockSpec]) -> list[BlockGaussian]:  # noqa: D102
+        return list(_BUILDERS[self.damping](specs))
+
+
+def _factored(specs: Sequence[BlockSpec]) -> list[MatrixNormalGaussian]:
+    rows, columns = [], []
+    for spec in specs:
+        A, G, gamma = _factors(spec)
+        pi = _pi(A, G)
+        rows.append(linalg.add_to_diagonal(G, gamma.sqrt() / pi))
+        columns.append(linalg.add_to_diagonal(A, gamma.sqrt() * pi))
+    return [
+        MatrixNormalGaussian(root / spec.data_scale**0.5, column)
+        for spec, root, column in zip(specs, _inverse_roots(rows, specs), _inverse_roots(columns, specs), strict=True)
+    ]
+
+
+def _optimal(specs: Sequence[BlockSpec]) -> list[MatrixNormalGaussian]:
+    previous = [spec.previous for spec in specs if isinstance(spec.previous, MatrixNormalGaussian)]
+    if len(previous) == len(specs):
+        for _ in range(WARM_SWEEPS):
+            previous = _sweep(specs, previous)
+        return previous
+    gaussians = _factored(specs)
+    for _ in range(COLD_SWEEPS):
+        old, gaussians = gaussians, _sweep(specs, gaussians)
+        if max(map(_distance, old, gaussians), default=0.0) < TOLERANCE:
+            break
+    return gaussians
+
+
+def _exact(specs: Sequence[BlockSpec]) -> list[KroneckerEigenGaussian]:
+    names = [spec.name for spec in specs]
+    factors = [_factors(spec) for spec in specs]
+    columns = linalg.map_by_shape(linalg.eigh, [A for A, _, _ in factors], names)
+    rows = linalg.map_by_shape(linalg.eigh, [G for _, G, _ in factors], names)
+    return [
+        KroneckerEigenGaussian(Q_G, Q_A, spec.data_scale * d_G.unsqueeze(-1) * d_A.unsqueeze(-2) + spec.prior_precision)
+        for spec, (d_G, Q_G), (d_A, Q_A) in zip(specs, rows, columns, strict=True)
+    ]
+
+
+_BUILDERS: dict[str, Callable[[Sequence[BlockSpec]], Sequence[BlockGaussian]]] = {
+    "factored": _factored,
+    "optimal": _optimal,
+    "exact": _exact,
+}
+
+
+def _factors(spec: BlockSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """``A``, ``G`` and ``γ`` of a block."""
+    A, G = spec.statistics.mean("input"), spec.statistics.mean("gradient")
+    return A, G, A.new_tensor(spec.prior_precision / spec.data_scale)
+
+
+def _pi(A: Tensor, G: Tensor) -> Tensor:
+    """How the damping splits: the root of the ratio of mean eigenvalues; 1 where a factor is zero."""
+    mean_A, mean_G = linalg.trace(A) / A.shape[-1], linalg.trace(G) / G.shape[-1]
+    return torch.where((mean_A > 0) & (mean_G > 0), (mean_A / mean_G).sqrt(), torch.ones_like(mean_A))
+
+
+def _sweep(specs: Sequence[BlockSpec], gaussians: Sequence[MatrixNormalGaussian]) -> list[MatrixNormalGaussian]:
+    """One flip-flop: the output side given the input side, then the input side given the output side."""
+    factors = [_factors(spec) for spec in specs]
+    rows = _inverse_roots(
+        [_side(G, A, old.scale_tril_column, gamma) for (A, G, gamma), old in zip(factors, gaussians, strict=True)], specs
+    )
+    columns = _inverse_roots(
+        [_side(A, G, root, gamma) for (A, G, gamma), root in zip(factors, rows, strict=True)], specs
+    )
+    return [
+        MatrixNormalGaussian(root / spec.data_scale**0.5, column)
+        for spec, root, column in zip(specs, rows, columns, strict=True)
+    ]
+
+
+def _side(own: Tensor, other: Tensor, other_root: Tensor, gamma: Tensor) -> Tensor:
+    """``(tr(other C) own + γ tr(C) I) / dim`` with ``C`` the covariance of the other side, of dimension ``dim``."""
+    covariance = other_root @ other_root.mT
+    dim = other.shape[-1]
+    weight = (other * covariance).sum((-2, -1)) / dim
+    return linalg.add_to_diagonal(own * weight[..., None, None], gamma * linalg.trace(covariance) / dim)
+
+
+def _inverse_roots(precisions: Sequence[Tensor], specs: Sequence[BlockSpec]) -> list[Tensor]:
+    roots = linalg.map_by_shape(_inverse_root, precisions, [spec.name for spec in specs])
+    return [root for (root,) in roots]
+
+
+def _inverse_root(precision: Tensor, names: Sequence[str]) -> tuple[Tensor]:
+    return (linalg.inverse_cholesky(precision, names),)
+
+
+def _distance(old: MatrixNormalGaussian, new: MatrixNormalGaussian) -> float:
+    """The relative change of a flip-flop; the input side tells, as the output side follows from it."""
+    change = torch.linalg.vector_norm(new.scale_tril_column - old.scale_tril_column)
+    return float(change / torch.linalg.vector_norm(new.scale_tril_column))

@@ -1,0 +1,74 @@
+"""The matrix normal block: ``W ~ MN(0, U, V)`` with ``cov(vec W) = U ⊗ V``, kept as two triangular square roots.
+
+``U`` (out×out) is on the output side, ``V`` (in×in) on the input side; ``U = L_U L_Uᵀ`` and ``V = L_V L_Vᵀ`` are the
+arguments of :class:`bayes_kfac.distributions.MatrixNormal`. Sampling and solving are products with the roots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bayes_kfac import linalg
+from bayes_kfac.structures.base import BlockGaussian, register_gaussian
+
+
+@register_gaussian("matrix_normal")
+class MatrixNormalGaussian(BlockGaussian):
+    """A zero-mean matrix normal.
+
+    Args:
+        scale_tril_row: ``L_U``, lower triangular, ``[*blocks, out, out]``.
+        scale_tril_column: ``L_V``, lower triangular, ``[*blocks, in, in]``.
+    """
+
+    def __init__(self, scale_tril_row: Tensor, scale_tril_column: Tensor) -> None:
+        self.scale_tril_row = scale_tril_row
+        self.scale_tril_column = scale_tril_column
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
+        return (*self.scale_tril_row.shape[:-1], self.scale_tril_column.shape[-1])
+
+    def sample(self, noise: Tensor) -> Tensor:  # noqa: D102
+        return self.scale_tril_row @ noise @ self.scale_tril_column.mT
+
+    def solve(self, value: Tensor) -> Tensor:  # noqa: D102
+        whitened = self.scale_tril_row.mT @ value @ self.scale_tril_column
+        return self.sample(whitened)
+
+    def logdet(self) -> Tensor:  # noqa: D102
+        out_features, in_features = self.shape[-2:]
+        log_u = 2 * self.scale_tril_row.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_v = 2 * self.scale_tril_column.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return -(in_features * log_u + out_features * log_v)
+
+    def quad(self, inputs: Tensor, gradients: Tensor) -> Tensor:  # noqa: D102
+        whitened_inputs = inputs @ self.scale_tril_column
+        whitened_gradients = gradients @ self.scale_tril_row
+        (columns, shared), (out_features, in_features) = (gradients.shape[0], inputs.shape[-2]), self.shape[-2:]
+        # the Gram costs columns²·shared²·(out + in) operations, the Jacobians columns·out·in·(shared + columns)
+        gram_cost = columns**2 * shared**2 + shared**2 * in_features + columns**2 * shared**2 * out_features
+        if gram_cost <= columns * out_features * in_features * (shared + columns):
+            kernel = torch.einsum("...nti,...nui->...ntu", whitened_inputs, whitened_inputs)
+            left = torch.einsum("c...nto,...ntu->c...nuo", whitened_gradients, kernel)
+            return torch.einsum("c...nuo,d...nuo->ncd", left, whitened_gradients)
+        jacobians = torch.einsum("c...nto,...nti->c...noi", whitened_gradients, whitened_inputs)
+        return torch.einsum("c...noi,d...noi->ncd", jacobians, jacobians)
+
+    def marginal_variance(self) -> Tensor:  # noqa: D102
+        variance_row = self.scale_tril_row.square().sum(-1)
+        variance_column = self.scale_tril_column.square().sum(-1)
+        return variance_row.unsqueeze(-1) * variance_column.unsqueeze(-2)
+
+    def trace_covariance(self) -> Tensor:  # noqa: D102
+        return self.scale_tril_row.square().sum((-2, -1)) * self.scale_tril_column.square().sum((-2, -1))
+
+    def to_dense(self) -> Tensor:  # noqa: D102
+        root = linalg.kron(self.scale_tril_row, self.scale_tril_column)
+        return torch.cholesky_inverse(root)
+
+    @property
+    def state(self) -> dict[str, Tensor]:  # noqa: D102
+        return {"scale_tril_row": self.scale_tril_row, "scale_tril_column": self.scale_tril_column}
+

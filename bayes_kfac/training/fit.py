@@ -1,0 +1,145 @@
+"""``fit``: the training loop in one call, with a progress bar, callbacks, and the posterior as the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from bayes_kfac.errors import ArgumentError, check_count
+from bayes_kfac.likelihoods import Likelihood
+from bayes_kfac.posterior import Posterior
+from bayes_kfac.training.noisy import NoisyNaturalGradient
+
+
+@dataclass(frozen=True)
+class FitState:
+    """What a callback sees at the end of an epoch.
+
+    Attributes:
+        epoch: Epochs done, from 1.
+        nll: The mean negative log-likelihood per example at sampled weights over this epoch, in nats.
+        kl: The divergence of the posterior from the prior, in nats.
+        elbo: The evidence lower bound of the whole training set, ``−num_data · nll − kl``, in nats.
+        optimizer: The trainer; ``optimizer.posterior()`` is the posterior so far.
+        model: The model.
+    """
+
+    epoch: int
+    nll: float
+    kl: float
+    elbo: float
+    optimizer: NoisyNaturalGradient
+    model: nn.Module
+
+
+Callback = Callable[[FitState], bool | None]
+
+
+def fit(
+    model: nn.Module,
+    likelihood: Likelihood,
+    loader: Iterable[Any],
+    *,
+    epochs: int,
+    num_data: int | None = None,
+    structure: str = "kron",
+    lr: float = 1e-2,
+    scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = True,
+    **options: Any,
+) -> Posterior:
+    """Train a posterior over a model's weights by noisy natural gradient.
+
+    Args:
+        model: The model; trained in place, it ends at the posterior's mean, in the mode it came in.
+        likelihood: What its output means.
+        loader: Yields ``(input, target)`` batches; gone through once an epoch.
+        epochs: How often.
+        num_data: The number of training examples; by default the length of ``loader.dataset``.
+        structure: The family of the posterior's blocks.
+        lr: The step size; by default it decays to zero over the run along a half cosine.
+        scheduler: Makes another schedule from the optimizer; stepped after each epoch.
+        callbacks: Called after each epoch with a :class:`FitState`; one that returns ``True`` ends the training.
+        progress: Whether to show a progress bar with the parts of the evidence lower bound.
+        options: Further arguments of :class:`NoisyNaturalGradient`, such as ``prior_precision`` or ``damping``.
+
+    Returns:
+        The posterior.
+
+    Raises:
+        ArgumentError: If ``num_data`` is not given and the loader cannot tell, or the loader is empty.
+    """
+    check_count("epochs", epochs)
+    optimizer = NoisyNaturalGradient(
+        model,
+        likelihood,
+        num_data=_num_data(loader) if num_data is None else num_data,
+        structure=structure,
+        lr=lr,
+        **options,
+    )
+    schedule = scheduler(optimizer) if scheduler else torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    was_training = model.training
+    model.train()
+    try:
+        with _progress_bar(epochs, progress) as bar:
+            for epoch in range(1, epochs + 1):
+                nll = _train_epoch(model, likelihood, loader, optimizer)
+                schedule.step()
+                kl = float(optimizer.kl())
+                state = FitState(epoch, nll, kl, -optimizer.num_data * nll - kl, optimizer, model)
+                bar.set_postfix(nll=f"{nll:.4f}", kl=f"{kl:.1f}", elbo=f"{state.elbo:.1f}")
+                bar.update()
+                # every callback is called, also when an earlier one ends the training
+                if any([callback(state) for callback in callbacks]):
+                    break
+    finally:
+        model.train(was_training)
+    return optimizer.posterior()
+
+
+def _train_epoch(
+    model: nn.Module, likelihood: Likelihood, loader: Iterable[Any], optimizer: NoisyNaturalGradient
+) -> float:
+    """One pass over the data; returns the mean negative log-likelihood per example."""
+    device = next(model.parameters()).device
+    total = torch.zeros((), device=device)
+    count = 0
+    for inputs, target in loader:
+        x, y = inputs.to(device), target.to(device)
+
+        def closure(x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = likelihood(model(x), y)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+
+        total += optimizer.step(closure) * len(x)
+        count += len(x)
+    if not count:
+        raise ArgumentError(
+            f"loader={loader!r} yielded no batch. An iterator is used up after one epoch: pass a DataLoader or a list."
+        )
+    return float(total / count)
+
+
+def _num_data(loader: Iterable[Any]) -> int:
+    dataset = getattr(loader, "dataset", None)
+    if isinstance(dataset, Sized):
+        return len(dataset)
+    raise ArgumentError(
+        f"num_data=None, but loader={type(loader).__name__} has no dataset with a length. Pass num_data=, the number of "
+        "examples in the training set."
+    )
+
+
+def _progress_bar(epochs: int, progress: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=epochs, desc="fit", unit="epoch", disable=not progress)

@@ -1,0 +1,99 @@
+"""Parameter groups: from the arguments of a trainer to what ``torch.optim.Optimizer`` calls ``param_groups``.
+
+A group of kind ``"block"`` holds the weights of curvature blocks with their hyper-parameters; one group of kind
+``"deterministic"`` holds what has no posterior: the likelihood's own parameters, and parameters outside every block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from bayes_kfac.curvature import Layer
+from bayes_kfac.errors import ArgumentError, UnsupportedModelError, check_choice, check_fraction, check_positive
+
+#: What a group may set, and how it is checked.
+HYPERPARAMETERS: dict[str, Callable[[str, Any], float]] = {
+    "lr": lambda name, value: check_positive(name, value, allow_zero=True),
+    "prior_precision": check_positive,
+    "extrinsic_damping": lambda name, value: check_positive(name, value, allow_zero=True),
+    "momentum": check_fraction,
+    "statistics_decay": check_fraction,
+}
+
+OTHERS = ("error", "deterministic")
+
+
+def check_coverage(layers: Mapping[str, Layer], reasons: Mapping[str, str], others: str) -> None:
+    """Refuse models without blocks, and parameters that no block covers unless the user said what to do with them.
+
+    Args:
+        layers: The layers that were found.
+        reasons: Why each trainable parameter outside of them is no block.
+        others: ``"error"`` or ``"deterministic"``.
+
+    Raises:
+        UnsupportedModelError: If there is no block, or a parameter is not covered and ``others="error"``.
+    """
+    check_choice("others", others, OTHERS)
+    listing = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+    if not layers:
+        raise UnsupportedModelError(
+            "The model has no layer with a curvature block: it needs a trainable Linear or convolution. "
+            f"Its trainable parameters:{listing or ' none'}"
+        )
+    if reasons and others == "error":
+        raise UnsupportedModelError(
+            f"No curvature block covers these parameters:{listing}\nPass others='deterministic' to train them as point "
+            "estimates beside the posterior, freeze them with requires_grad_(False), or register an adapter with "
+            "bayes_kfac.curvature.register."
+        )
+
+
+def block_groups(
+    layers: Mapping[str, Layer], defaults: Mapping[str, float], groups: Sequence[Mapping[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """Make the groups of kind ``"block"``.
+
+    Args:
+        layers: The layers by name.
+        defaults: The hyper-parameters of what no group claims.
+        groups: ``{"params": parameters, "lr": ..., "prior_precision": ...}`` and so on; may be ``None``.
+
+    Returns:
+        Groups of parameters with all hyper-parameters, checked; weight and bias of a layer together.
+
+    Raises:
+        ArgumentError: If a group has unknown keys, claims a parameter twice, splits a layer, or holds parameters that
+            belong to no layer.
+    """
+    home: dict[nn.Parameter, int] = {}
+    made: list[dict[str, Any]] = []
+    for index, given in enumerate(groups or ()):
+        options = dict(given)
+        params = list(options.pop("params", ()))
+        if unknown := set(options) - set(HYPERPARAMETERS):
+            raise ArgumentError(
+                f"groups[{index}] has unknown options {sorted(unknown)}. Allowed: params, {', '.join(HYPERPARAMETERS)}."
+            )
+        for parameter in params:
+            if parameter in home:
+                raise ArgumentError(f"groups[{index}] holds a parameter that groups[{home[parameter]}] holds too.")
+            home[parameter] = index
+        made.append(_checked({**defaults, **options}))
+    made.append(_checked(defaults))
+    for layer in layers.values():
+        indices = {home.pop(parameter, len(made) - 1) for parameter in layer.parameters.values()}
+        if len(indices) > 1:
+            raise ArgumentError(f"groups split layer {layer.name!r}: its weight and bias share one posterior block.")
+        made[indices.pop()]["params"] += layer.parameters.values()
+    if home:
+        raise ArgumentError(f"groups[{min(home.values())}] holds parameters that belong to no curvature block.")
+    return [group for group in made if group["params"]]
+
+
+def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    values = {name: check(name, options[name]) for name, check in HYPERPARAMETERS.items()}
+    return {"params": [], "kind": "block", **values}

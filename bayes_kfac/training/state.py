@@ -1,0 +1,103 @@
+"""The state of one block in training, and its way into and out of a checkpoint of plain tensors and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from bayes_kfac.curvature import Layer, Statistics
+from bayes_kfac.errors import ArgumentError
+from bayes_kfac.structures import BlockGaussian, gaussian_from_state
+
+
+@dataclass(frozen=True)
+class BlockState:
+    """What a trainer keeps of one block between two steps; a step replaces it, and never changes it in place.
+
+    Attributes:
+        statistics: Running sums and counts.
+        posterior: The Gaussian that samples are drawn from.
+        preconditioner: ``F̄ + γ I`` as a Gaussian's precision, where extrinsic damping makes it differ from the
+            posterior's.
+        momentum: The decayed sum of gradients, ``[*blocks, out, in]``.
+        momentum_weight: The decayed sum of ones that debiases it.
+    """
+
+    statistics: Statistics | None = None
+    posterior: BlockGaussian | None = None
+    preconditioner: BlockGaussian | None = None
+    momentum: Tensor | None = None
+    momentum_weight: float = 0.0
+
+
+def dump_state(blocks: Mapping[str, BlockState]) -> dict[str, dict[str, Any]]:
+    """Turn the states of blocks into nested dictionaries of tensors and numbers, by layer name."""
+    return {
+        name: {
+            "statistics": _dump_statistics(state.statistics),
+            "posterior": _dump_gaussian(state.posterior),
+            "preconditioner": _dump_gaussian(state.preconditioner),
+            "momentum": state.momentum,
+            "momentum_weight": state.momentum_weight,
+        }
+        for name, state in blocks.items()
+    }
+
+
+def restore_state(dumped: Mapping[str, Mapping[str, Any]], layers: Mapping[str, Layer]) -> dict[str, BlockState]:
+    """Rebuild the states of blocks from :func:`dump_state`, on the devices of their layers.
+
+    Args:
+        dumped: The dumped states.
+        layers: The layers they are for.
+
+    Returns:
+        The states by layer name.
+
+    Raises:
+        ArgumentError: If layers or shapes are not those of the dump.
+    """
+    if set(dumped) != set(layers):
+        raise ArgumentError(
+            f"state_dict has the layers {sorted(dumped)} but the model has {sorted(layers)}. Load it into an optimizer "
+            "of the same model."
+        )
+    states = {}
+    for name, entry in dumped.items():
+        device = layers[name].weight.device
+        posterior = _restore_gaussian(entry["posterior"], device)
+        if posterior is not None and posterior.shape != layers[name].shape:
+            raise ArgumentError(
+                f"state_dict has a block of shape {posterior.shape} for layer {name!r}, whose shape is "
+                f"{layers[name].shape}. Load it into an optimizer of the same model."
+            )
+        momentum = entry["momentum"]
+        states[name] = BlockState(
+            statistics=_restore_statistics(entry["statistics"], device),
+            posterior=posterior,
+            preconditioner=_restore_gaussian(entry["preconditioner"], device),
+            momentum=None if momentum is None else momentum.to(device),
+            momentum_weight=entry["momentum_weight"],
+        )
+    return states
+
+
+def _dump_statistics(statistics: Statistics | None) -> dict[str, Any] | None:
+    return None if statistics is None else {"sums": dict(statistics.sums), "counts": dict(statistics.counts)}
+
+
+def _restore_statistics(entry: Mapping[str, Any] | None, device: Any) -> Statistics | None:
+    if entry is None:
+        return None
+    return Statistics({name: value.to(device) for name, value in entry["sums"].items()}, dict(entry["counts"]))
+
+
+def _dump_gaussian(gaussian: BlockGaussian | None) -> dict[str, Any] | None:
+    return None if gaussian is None else {"kind": gaussian.kind, "state": gaussian.state}
+
+
+def _restore_gaussian(entry: Mapping[str, Any] | None, device: Any) -> BlockGaussian | None:
+    return None if entry is None else gaussian_from_state(entry["kind"], entry["state"]).to(device)
