@@ -79,7 +79,7 @@ def eigh(matrix: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     for attempt in _attempts(matrix):
         try:
             values, vectors = torch.linalg.eigh(attempt)
-        except torch.linalg.LinAlgError:
+        except RuntimeError:  # torch's LinAlgError is one
             continue
         if bool(torch.isfinite(values).all()):
             return values.clamp(min=0).to(matrix), vectors.to(matrix)
@@ -105,7 +105,9 @@ def inverse_cholesky(precision: Tensor, names: Sequence[str]) -> Tensor:
     return torch.linalg.solve_triangular(upper.mT, identity.expand_as(upper), upper=False)
 
 
-def map_by_shape(function: BatchedFunction, matrices: Sequence[Tensor], names: Sequence[str]) -> list[tuple[Tensor, ...]]:
+def map_by_shape(
+    function: BatchedFunction, matrices: Sequence[Tensor], names: Sequence[str]
+) -> list[tuple[Tensor, ...]]:
     """Apply a batched function to matrices of many shapes, one call for each shape.
 
     Args:
@@ -146,7 +148,9 @@ def _attempts(matrix: Tensor) -> Iterator[Tensor]:
 
 
 def _describe(what: str, matrix: Tensor, failed: Tensor, names: Sequence[str]) -> str:
-    flat = failed.reshape(len(names), -1).any(dim=1) if len(names) == matrix.shape[0] else failed.any().expand(len(names))
+    flat = (
+        failed.reshape(len(names), -1).any(dim=1) if len(names) == matrix.shape[0] else failed.any().expand(len(names))
+    )
     culprits = ", ".join(repr(name) for name, bad in zip(names, flat.tolist(), strict=True) if bad)
     if not bool(torch.isfinite(matrix).all()):
         return f"{what} failed for {culprits}: the matrix holds NaN or infinity. Check the data and the learning rate."

@@ -108,9 +108,7 @@ class Posterior:
             return from_outputs(self.likelihood, outputs, Source("sampling", len(draws), self.provenance))
         mean, covariance = linearize(self.model, self.mean, self.layers, self.blocks, inputs)
         source = Source("linearized", None, self.provenance)
-        return from_gaussian(
-            self.likelihood, mean, covariance, source, num_samples=num_samples, generator=generator
-        )
+        return from_gaussian(self.likelihood, mean, covariance, source, num_samples=num_samples, generator=generator)
 
     # -- the Gaussian itself ------------------------------------------------------------------------------------------
 
@@ -140,14 +138,17 @@ class Posterior:
         state = self.blocks[layer].state
         if "scale_tril_row" not in state:
             raise ArgumentError(
-                f"The Gaussian of layer {layer!r} (damping={self.provenance.damping!r}) is not a matrix normal. Fit with "
-                "damping='factored' or 'optimal'."
+                f"The Gaussian of layer {layer!r} (damping={self.provenance.damping!r}) is not a matrix normal. Fit "
+                "with damping='factored' or 'optimal'."
             )
-        return MatrixNormal(self.layers[layer].matrix(self.mean).to(state["scale_tril_row"]), **state)
+        mean = self.layers[layer].matrix(self.mean).to(state["scale_tril_row"])
+        return MatrixNormal(mean, state["scale_tril_row"], state["scale_tril_column"])
 
     def summary(self) -> Summary:
         """For each parameter: its block, structure, shape, and why where it has none."""
-        return summarize(self.model, self.layers, self.reasons, f"{self.provenance.structure}/{self.provenance.damping}")
+        return summarize(
+            self.model, self.layers, self.reasons, f"{self.provenance.structure}/{self.provenance.damping}"
+        )
 
     def to(self, target: torch.device | torch.dtype | str) -> Posterior:
         """The same posterior on another device or in another dtype; the model is moved too, as in ``nn.Module.to``.

@@ -53,9 +53,7 @@ def save(posterior: Posterior, path: Path) -> None:
     )
 
 
-def load(
-    posterior_type: type[Posterior], path: Path, model: nn.Module, likelihood: Likelihood | None
-) -> Posterior:
+def load(posterior_type: type[Posterior], path: Path, model: nn.Module, likelihood: Likelihood | None) -> Posterior:
     """Read a posterior from a file.
 
     Args:
@@ -134,4 +132,3 @@ def _check_blocks(path: Path, blocks: Mapping[str, BlockGaussian], shapes: Mappi
                 f"path={str(path)!r} has a block of shape {block.shape} for layer {layer!r}; the model's is "
                 f"{shapes.get(layer)}. The same parameters must be trainable (requires_grad) as when it was saved."
             )
-

@@ -34,12 +34,12 @@ class Layer:
     @property
     def module(self) -> nn.Module:
         """The module itself."""
-        return self.adapter.module  # type: ignore[no-any-return]
+        return self.adapter.module
 
     @property
     def weight(self) -> nn.Parameter:
         """The module's weight."""
-        return self.adapter.module.weight  # type: ignore[no-any-return]
+        return self.adapter.module.weight
 
     @property
     def bias(self) -> nn.Parameter | None:

@@ -89,9 +89,7 @@ class Meter:
                 f"num_data={self.num_data} is smaller than a batch of {output.shape[0]} examples. It is the number of "
                 "examples in the whole training set: pass num_data=len(train_set)."
             )
-        gradients = output_gradients(
-            self.likelihood, output, self.fisher, target=target, generator=self.generator
-        )
+        gradients = output_gradients(self.likelihood, output, self.fisher, target=target, generator=self.generator)
         for name, rows in self.recorder.rows(output, gradients).items():
             batch = self._measure(rows)
             self.statistics[name] = self.statistics[name] + batch if name in self.statistics else batch

@@ -1,8 +1,8 @@
 """Adapters: how each kind of module maps onto a block ``W a`` of shape ``(out, in)``.
 
-A block speaks *rows*. Inputs become ``[*blocks, batch, shared, in]`` and output gradients ``[*blocks, batch, shared, out]``;
-``shared`` counts the positions at which the same weights are used (1 for a plain ``Linear``, positions for a
-convolution, time for a sequence). A bias is the last column of the block, so inputs get a 1 appended. ``*blocks`` is
+A block speaks *rows*. Inputs become ``[*blocks, batch, shared, in]`` and output gradients
+``[*blocks, batch, shared, out]``; ``shared`` counts the positions at which the same weights are used (1 for a plain
+``Linear``, positions for a convolution, time for a sequence). A bias is the last column of the block, so inputs get a 1 appended. ``*blocks`` is
 empty for most modules; a grouped convolution is a stack of independent blocks, one for each group.
 
 A new kind of module is one subclass and one :func:`register` line.
@@ -70,7 +70,7 @@ class ModuleAdapter(ABC):
         return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1) if self.bias else rows
 
     @classmethod
-    def obstacle(cls, module: nn.Module) -> str | None:  # noqa: ARG003
+    def obstacle(cls, module: nn.Module) -> str | None:
         """Say why this module cannot be a block although its kind can, or return ``None``."""
         return None
 

@@ -103,9 +103,8 @@ class Recorder:
                 continue
             adapter = self.layers[name].adapter
             inputs.setdefault(name, []).append(_by_example(adapter.input_rows(layer_input), output.shape[0], name))
-            columns, batch = gradient.shape[:2]
-            flat = adapter.gradient_rows(gradient.flatten(0, 1))
-            rows = flat.unflatten(-3, (columns, batch)).movedim(-4, 0)
+            by_column = torch.vmap(adapter.gradient_rows) if len(gradient) > 1 else adapter.gradient_rows
+            rows = by_column(gradient) if len(gradient) > 1 else by_column(gradient[0]).unsqueeze(0)
             gradients.setdefault(name, []).append(_by_example(rows, output.shape[0], name))
         return {name: Rows(_side_by_side(inputs[name]), _side_by_side(gradients[name])) for name in inputs}
 

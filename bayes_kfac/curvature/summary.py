@@ -42,7 +42,9 @@ class Summary:
     def __str__(self) -> str:
         table = [tuple(field.name for field in fields(SummaryRow)), *map(astuple, self.rows)]
         widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

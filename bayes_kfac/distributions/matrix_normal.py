@@ -21,7 +21,7 @@ from torch.types import _size
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.linalg import cholesky, inverse_cholesky, kron
 
-_REAL_MATRIX = constraints.independent(constraints.real, 2)  # type: ignore[no-untyped-call]
+_REAL_MATRIX = constraints.independent(constraints.real, 2)
 
 
 class MatrixNormal(TorchDistribution):
@@ -219,7 +219,7 @@ class MatrixNormal(TorchDistribution):
         return columns * log_row + rows * log_column
 
 
-@register_kl(MatrixNormal, MatrixNormal)  # type: ignore[no-untyped-call, untyped-decorator]
+@register_kl(MatrixNormal, MatrixNormal)
 def _kl_matrix_normal_matrix_normal(p: MatrixNormal, q: MatrixNormal) -> Tensor:
     _check_same_event("MatrixNormal", p.event_shape, q.event_shape)
     # The affine map that makes q standard normal leaves the divergence as it is.
@@ -227,7 +227,7 @@ def _kl_matrix_normal_matrix_normal(p: MatrixNormal, q: MatrixNormal) -> Tensor:
     return _kl_to_diagonal(q._whiten(p.loc), row, column, scale=p.loc.new_ones(()))
 
 
-@register_kl(MatrixNormal, Independent)  # type: ignore[no-untyped-call, untyped-decorator]
+@register_kl(MatrixNormal, Independent)
 def _kl_matrix_normal_independent(p: MatrixNormal, q: Independent[Normal]) -> Tensor:
     if not isinstance(q.base_dist, Normal) or q.reinterpreted_batch_ndims != 2:
         raise ArgumentError(
@@ -308,7 +308,7 @@ def _check_shapes(loc: Tensor, **factors: Tensor) -> torch.Size:
             )
     arguments = {"loc": loc, **factors}
     try:
-        return torch.Size(torch.broadcast_shapes(*(value.shape[:-2] for value in arguments.values())))  # type: ignore[no-untyped-call]
+        return torch.Size(torch.broadcast_shapes(*(value.shape[:-2] for value in arguments.values())))
     except RuntimeError as error:
         described = ", ".join(f"{name} {tuple(value.shape)}" for name, value in arguments.items())
         raise ArgumentError(

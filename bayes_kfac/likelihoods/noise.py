@@ -183,7 +183,7 @@ def noise_from(noise_scale: Scale | str | Noise | dict[str, Any]) -> Noise:
     if isinstance(noise_scale, dict):
         kinds = {"fixed": FixedNoise, "learned": LearnedNoise, "gamma": GammaNoise}
         arguments = {name: value for name, value in noise_scale.items() if name != "kind"}
-        return kinds[noise_scale["kind"]](**arguments)  # type: ignore[no-any-return, abstract]
+        return kinds[noise_scale["kind"]](**arguments)
     if noise_scale == "learned":
         return LearnedNoise()
     if isinstance(noise_scale, str):

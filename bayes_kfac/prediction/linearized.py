@@ -34,8 +34,8 @@ def linearize(
         inputs: The model's input.
 
     Returns:
-        The mean ``[batch, ...]`` and the covariance ``[batch, outputs, outputs]``, where ``outputs`` counts all elements
-        of one example's output.
+        The mean ``[batch, ...]`` and the covariance ``[batch, outputs, outputs]``, where ``outputs`` counts all
+        elements of one example's output.
     """
     recorder = Recorder(layers)
     weights = {name for layer in layers.values() for name in layer.parameters}

@@ -89,7 +89,7 @@ class GaussianPrediction(RegressionPrediction):
 
     @property
     def distribution(self) -> Distribution:
-        """``Normal`` over ``[batch]`` or ``[batch, 1]`` targets, else ``MultivariateNormal`` over ``[batch, outputs]``."""
+        """``Normal`` for one output per example, else ``MultivariateNormal`` over ``[batch, outputs]``."""
         if self.mean[0].numel() == 1:
             return Normal(self.mean, self.stddev)
         return MultivariateNormal(self.mean.flatten(1), self.covariance)

@@ -1,8 +1,8 @@
 """The contract of a structure, and the registry.
 
 A :class:`Structure` says what to measure of a layer and turns the statistics into a :class:`BlockGaussian`: a zero-mean
-Gaussian over one block ``W`` of shape ``(*blocks, out, in)`` with precision ``P = data_scale · F̄ + prior_precision · I``,
-where ``F̄`` is the Fisher of one example. The posterior of a block has ``data_scale = num_data / temperature``; the
+Gaussian over one block ``W`` of shape ``(*blocks, out, in)`` with precision
+``P = data_scale · F̄ + prior_precision · I``, where ``F̄`` is the Fisher of one example. The posterior of a block has ``data_scale = num_data / temperature``; the
 preconditioner of an optimizer is the same thing with ``data_scale = 1`` and a damping in the place of the prior
 precision. ``vec`` is row-major, so ``F̄ ≈ G ⊗ A`` with ``G`` on the output side.
 
@@ -102,7 +102,7 @@ class BlockGaussian(ABC):
 
 
 def standard_normal(gaussian: BlockGaussian, generator: torch.Generator | None, count: tuple[int, ...] = ()) -> Tensor:
-    """Standard normal noise for a block, ``[*count, *blocks, out, in]``, in the dtype and on the device of its state."""
+    """Standard normal noise for a block, ``[*count, *blocks, out, in]``, like its state."""
     like = next(iter(gaussian.state.values()))
     return torch.randn((*count, *gaussian.shape), dtype=like.dtype, device=like.device, generator=generator)
 
@@ -144,6 +144,10 @@ class Structure(ABC):
     @abstractmethod
     def measure(self, rows: Rows) -> Statistics:
         """Turn a batch's rows into the statistics that this structure needs."""
+
+    @abstractmethod
+    def blend_with_identity(self, statistics: Statistics, weight: float) -> Statistics:
+        """Statistics whose Fisher leans towards the identity, ``weight`` between 0 and 1, for a young average."""
 
     @abstractmethod
     def gaussians(self, specs: Sequence[BlockSpec]) -> list[BlockGaussian]:

@@ -1,7 +1,7 @@
 """A block that is diagonal in a Kronecker-factored basis: ``P = (Q_G ⊗ Q_A) diag(Λ) (Q_G ⊗ Q_A)ᵀ``.
 
-``Q_G`` (out×out) and ``Q_A`` (in×in) are orthogonal, ``Λ`` is any positive ``out×in`` matrix: the exactly damped Kronecker
-product has ``Λ = data_scale · d_G d_Aᵀ + prior_precision``. Not a matrix normal in general.
+``Q_G`` (out×out) and ``Q_A`` (in×in) are orthogonal, ``Λ`` is any positive ``out×in`` matrix: the exactly damped
+Kronecker product has ``Λ = data_scale · d_G d_Aᵀ + prior_precision``. Not a matrix normal in general.
 """
 
 from __future__ import annotations

@@ -71,4 +71,3 @@ class MatrixNormalGaussian(BlockGaussian):
     @property
     def state(self) -> dict[str, Tensor]:  # noqa: D102
         return {"scale_tril_row": self.scale_tril_row, "scale_tril_column": self.scale_tril_column}
-

@@ -96,8 +96,8 @@ def fit(
                 state = FitState(epoch, nll, kl, -optimizer.num_data * nll - kl, optimizer, model)
                 bar.set_postfix(nll=f"{nll:.4f}", kl=f"{kl:.1f}", elbo=f"{state.elbo:.1f}")
                 bar.update()
-                # every callback is called, also when an earlier one ends the training
-                if any([callback(state) for callback in callbacks]):
+                answers = [callback(state) for callback in callbacks]
+                if any(answers):
                     break
     finally:
         model.train(was_training)
@@ -117,7 +117,7 @@ def _train_epoch(
         def closure(x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
             optimizer.zero_grad()
             loss = likelihood(model(x), y)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return loss.detach()
 
         total += optimizer.step(closure) * len(x)
@@ -134,7 +134,7 @@ def _num_data(loader: Iterable[Any]) -> int:
     if isinstance(dataset, Sized):
         return len(dataset)
     raise ArgumentError(
-        f"num_data=None, but loader={type(loader).__name__} has no dataset with a length. Pass num_data=, the number of "
+        f"num_data=None, but the loader ({type(loader).__name__}) has no dataset with a length. Pass num_data=, the number of "
         "examples in the training set."
     )
 

@@ -22,7 +22,8 @@ from bayes_kfac import structures
 from bayes_kfac.curvature import Meter, Statistics, Summary, find_layers, summarize
 from bayes_kfac.errors import ArgumentError, NonFiniteError, UsageError, check_count, check_positive
 from bayes_kfac.likelihoods import Likelihood
-from bayes_kfac.posterior import Posterior, Provenance
+from bayes_kfac.posterior import Posterior
+from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import BlockGaussian, BlockSpec
 from bayes_kfac.training.groups import block_groups, check_coverage
 from bayes_kfac.training.perturbation import Perturbation
@@ -56,6 +57,9 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         inverse_every: Steps between two refreshes of the posterior's factors (more often at the start).
         num_samples: Weight samples in one step: the context is entered that often for each batch.
         antithetic: Whether every second sample mirrors the one before.
+        warmup: Whether, while the moving average is young, training blends it with the identity, with the weight that a
+            start at the identity would still have (the paper's code). Noise and steps then start small and grow as
+            data come in; :meth:`posterior` never has the blend.
         kl_clip: The largest ``lr² · dᵀ F̄ d`` of a step, or ``None`` for no limit.
         others: What to do with parameters that no block covers: ``"error"``, or ``"deterministic"`` to train them as
             point estimates.
@@ -88,6 +92,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         inverse_every: int = 100,
         num_samples: int = 1,
         antithetic: bool = False,
+        warmup: bool = True,
         kl_clip: float | None = None,
         others: str = "error",
         deterministic_lr: float = 1e-2,
@@ -102,6 +107,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         self.kl_clip = None if kl_clip is None else check_positive("kl_clip", kl_clip)
         self.num_samples = check_count("num_samples", num_samples)
         self.antithetic = antithetic
+        self.warmup = warmup
         if antithetic and num_samples % 2:
             raise ArgumentError(f"num_samples={num_samples} must be even where antithetic=True pairs the samples.")
         self.statistics_schedule = Every(check_count("statistics_every", statistics_every))
@@ -133,7 +139,13 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         self.steps = 0
         self.blocks = {name: BlockState() for name in self.layers}
         self._meter = Meter(
-            model, likelihood, self.layers, self.structure.measure, fisher=fisher, num_data=num_data, generator=generator
+            model,
+            likelihood,
+            self.layers,
+            self.structure.measure,
+            fisher=fisher,
+            num_data=num_data,
+            generator=generator,
         )
         self._perturbation = Perturbation(self.layers)
         self._is_sampled = False
@@ -219,7 +231,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
     # -- the step -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the posterior by one natural-gradient step.
 
         Args:
@@ -285,7 +297,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             running = blocks[name].statistics
             decay = self._group(name)["statistics_decay"]
             updated = batch if running is None else running.moving_average(batch, decay)
-            blocks[name] = replace(blocks[name], statistics=updated)
+            identity_weight = blocks[name].identity_weight * decay
+            blocks[name] = replace(blocks[name], statistics=updated, identity_weight=identity_weight)
         return blocks
 
     def _refreshed(self, blocks: dict[str, BlockState]) -> dict[str, BlockState]:
@@ -298,7 +311,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         specs = [
             BlockSpec(
                 name,
-                self._statistics(name, blocks[name]),
+                self._blended(name, blocks[name]),
                 data_scale=1.0,
                 prior_precision=self._intrinsic_damping(name) + self._group(name)["extrinsic_damping"],
                 previous=blocks[name].preconditioner,
@@ -313,7 +326,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         specs = [
             BlockSpec(
                 name,
-                self._statistics(name, state),
+                self._blended(name, state) if warm else self._statistics(name, state),
                 data_scale=self.num_data / self.temperature,
                 prior_precision=self._group(name)["prior_precision"],
                 previous=state.posterior if warm else None,
@@ -352,10 +365,10 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         group = self.param_groups[-1]
         self._adam.param_groups[0]["lr"] = group["lr"]
         with torch.enable_grad():
-            divergence = self.likelihood.kl()
+            divergence = self.likelihood.kl() * (self.temperature / self.num_data)
         if divergence.requires_grad:
             own = [parameter for parameter in self.likelihood.parameters() if parameter.requires_grad]
-            pulls = torch.autograd.grad(divergence * (self.temperature / self.num_data), own, allow_unused=True)
+            pulls = torch.autograd.grad(divergence, own, allow_unused=True)
             for parameter, pull in zip(own, pulls, strict=True):
                 if pull is not None:
                     parameter.grad = pull if parameter.grad is None else parameter.grad + pull
@@ -453,7 +466,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         }
         return state
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`; the model's and the likelihood's weights are loaded separately.
 
         Args:
@@ -483,6 +496,10 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
     def _intrinsic_damping(self, name: str) -> float:
         prior_precision: float = self._group(name)["prior_precision"]
         return self.temperature * prior_precision / self.num_data
+
+    def _blended(self, name: str, state: BlockState) -> Statistics:
+        statistics = self._statistics(name, state)
+        return self.structure.blend_with_identity(statistics, state.identity_weight) if self.warmup else statistics
 
     def _statistics(self, name: str, state: BlockState) -> Statistics:
         if state.statistics is None:

