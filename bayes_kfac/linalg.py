@@ -58,9 +58,11 @@ def cholesky(matrix: Tensor, names: Sequence[str]) -> Tensor:
     """
     for attempt in _attempts(matrix):
         factor, info = torch.linalg.cholesky_ex(attempt)
-        if not info.any():
+        # LAPACK notices NaN, but an infinite diagonal passes as its own root
+        failed = (info != 0) | factor.diagonal(dim1=-2, dim2=-1).isinf().any(-1)
+        if not failed.any():
             return factor.to(matrix)
-    raise NotPositiveDefiniteError(_describe("Cholesky factorisation", matrix, info != 0, names))
+    raise NotPositiveDefiniteError(_describe("Cholesky factorisation", matrix, failed, names))
 
 
 def eigh(matrix: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,10 @@
 
 Pure functions of tensors, or of anything :func:`torch.as_tensor` takes. They average over all examples and return a
 0-dimensional tensor on the device of the first argument, computed in the widest precision among the arguments and at
-least in float32. Shapes have to agree exactly, because ``[n]`` against ``[n, 1]`` would broadcast to a plausible but
-wrong number. NaN is refused rather than counted, since comparisons would silently turn it into a miss.
+least in float32; plain Python numbers count as PyTorch's default dtype. Shapes have to agree exactly, because ``[n]``
+against ``[n, 1]`` would broadcast to a plausible but wrong number. NaN is refused rather than counted, since
+comparisons would silently turn it into a miss.
 """
-
-# ruff: noqa: DOC502 -- the checks that raise are shared helpers, but callers want to read what each function raises.
 
 from __future__ import annotations
 

@@ -5,15 +5,12 @@ global style is read or set beyond Matplotlib's own defaults. Matplotlib itself 
 ``pip install 'bayes-kfac[plot]'``.
 """
 
-# ruff: noqa: DOC502 -- the checks that raise are shared helpers, but callers want to read what each function raises.
-
 from __future__ import annotations
 
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bayes_kfac.errors import ArgumentError, check_fraction
@@ -22,8 +19,11 @@ from bayes_kfac.metrics import TensorLike, expected_calibration_error, reliabili
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito (2008): told apart with any common colour vision, and ordered so that neighbours differ in lightness.
+# Okabe and Ito (2008): told apart with any common kind of colour vision.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+# Opaque tints of the first colour: no grid line shines through, and the legend shows the very colours of the plot.
+_TOTAL = "#D3E5F1"
+_EPISTEMIC = "#8FC0DD"
 _INK = "#333333"
 _GRID = "#E6E6E6"
 
@@ -86,20 +86,20 @@ def plot_predictive_band(
     mean, epistemic_variance, low, high = (_column(name, value, len(inputs))[order] for name, value in columns.items())
     inputs = inputs[order]
     epistemic = NormalDist().inv_cdf((1 + level) / 2) * np.sqrt(epistemic_variance)
-
-    ax = _prepare(ax, figsize=(6.4, 4.0))
-    color = _PALETTE[0]
-    percent = f"{100 * level:.4g} %"
-    # Opaque tints keep the legend true to the plot, and no grid line shines through. Zero line width avoids a halo.
-    ax.fill_between(inputs, low, high, color="#D3E5F1", linewidth=0, label=f"total, {percent}")
-    ax.fill_between(
-        inputs, mean - epistemic, mean + epistemic, color="#8FC0DD", linewidth=0, label=f"epistemic, {percent}"
-    )
-    ax.plot(inputs, mean, color=color, linewidth=1.8, label="mean")
+    points = None
     if data is not None:
         data_x = _column("data[0]", data[0])
-        data_y = _column("data[1]", data[1], len(data_x))
-        ax.scatter(data_x, data_y, s=18, color=_INK, edgecolors="white", linewidths=0.6, zorder=3, label="data")
+        points = data_x, _column("data[1]", data[1], len(data_x))
+
+    ax = _prepare(ax, figsize=(6.4, 4.0))
+    percent = f"{100 * level:.4g} %"
+    ax.fill_between(inputs, low, high, color=_TOTAL, linewidth=0, label=f"total, {percent}")
+    ax.fill_between(
+        inputs, mean - epistemic, mean + epistemic, color=_EPISTEMIC, linewidth=0, label=f"epistemic, {percent}"
+    )
+    ax.plot(inputs, mean, color=_PALETTE[0], linewidth=1.8, label="mean")
+    if points is not None:
+        ax.scatter(*points, s=18, color=_INK, edgecolors="white", linewidths=0.6, zorder=3, label="data")
     _label(ax, "x", "y")
     ax.margins(x=0)
     _legend(ax)
@@ -111,8 +111,9 @@ def plot_reliability(
 ) -> Axes:
     """Plot a reliability diagram: accuracy against confidence in bins of equal width.
 
-    Points below the diagonal are overconfident. The area of a marker grows with the number of examples in its bin, and
-    the legend shows the expected calibration error (ECE). Call it again with the same axes to compare models.
+    Points below the diagonal are overconfident. The area of the halo around a point is proportional to the number of
+    examples in its bin, and the legend shows the expected calibration error (ECE). Call it again with the same axes to
+    compare models.
 
     Source: Guo et al. (2017), On calibration of modern neural networks.
 
@@ -144,9 +145,9 @@ def plot_reliability(
     (line,) = ax.plot(
         confidence, accuracy, linewidth=1.4, marker="o", markersize=3, label=f"{label}, {error}" if label else error
     )
-    ax.scatter(
-        confidence, accuracy, s=600 * count / count.sum(), color=line.get_color(), alpha=0.35, linewidths=0, zorder=2
-    )
+    # A bin of few examples keeps the small marker of its line; a halo at the edge of the plot must not be cut in half.
+    area = 900 * count / count.sum()
+    ax.scatter(confidence, accuracy, s=area, color=line.get_color(), alpha=0.3, linewidths=0, zorder=2, clip_on=False)
     _label(ax, "confidence", "accuracy")
     _legend(ax)
     return ax
@@ -209,10 +210,8 @@ def _column(name: str, value: TensorLike, length: int | None = None) -> np.ndarr
     Raises:
         ArgumentError: If the shape is another one.
     """
-    tensor = torch.as_tensor(value).detach().cpu()
-    allowed_length = "n" if length is None else length
-    if tensor.shape not in {(tensor.numel(),), (tensor.numel(), 1)} or length not in {None, tensor.numel()}:
-        raise ArgumentError(
-            f"{name} has shape {tuple(tensor.shape)}. Allowed: [{allowed_length}] or [{allowed_length}, 1]."
-        )
-    return tensor.flatten().double().numpy()
+    array = value.detach().cpu().double().numpy() if isinstance(value, Tensor) else np.asarray(value, dtype=np.float64)
+    if array.shape not in {(array.size,), (array.size, 1)} or length not in {None, array.size}:
+        n = "n" if length is None else length
+        raise ArgumentError(f"{name} has shape {array.shape}. Allowed: [{n}] or [{n}, 1].")
+    return array.ravel()

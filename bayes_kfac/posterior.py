@@ -50,11 +50,17 @@ class Posterior:
         layers, self.reasons = find_layers(model)
         self.model = model
         self.layers = {name: layers[name] for name in blocks}
+        for name in layers.keys() - blocks.keys():
+            self.reasons.update(dict.fromkeys(layers[name].parameters, "its layer has no block in this posterior"))
         self.likelihood = copy.deepcopy(likelihood).requires_grad_(False)
-        self.blocks = dict(blocks)
+        # contiguous, as they come back from a file: in another layout products may differ in the last bit
+        self.blocks = {name: _contiguous(block) for name, block in blocks.items()}
         self.prior_precision = dict(prior_precision)
         self.provenance = provenance
-        self.mean = {name: value.detach().clone() for name, value in _named_state(model).items()}
+        self.mean = {
+            name: value.detach().clone(memory_format=torch.contiguous_format)
+            for name, value in _named_state(model).items()
+        }
 
     # -- draws and predictions ----------------------------------------------------------------------------------------
 
@@ -188,8 +194,8 @@ class Posterior:
         Args:
             path: The file.
             model: A model of the same architecture; its own weights are neither used nor changed.
-            likelihood: A likelihood to load the saved state into, where it is a class of your own that is not
-                registered.
+            likelihood: A likelihood of the saved kind, where it is a class of your own that is not registered; a copy
+                of it takes the saved state.
 
         Returns:
             The posterior.
@@ -197,6 +203,10 @@ class Posterior:
         from bayes_kfac.serialization import load
 
         return load(cls, Path(path), model, likelihood)
+
+
+def _contiguous(block: BlockGaussian) -> BlockGaussian:
+    return type(block)(**{name: value.contiguous() for name, value in block.state.items()})
 
 
 def _named_state(model: nn.Module) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ Tensors are named ``mean/<parameter>``, ``block/<layer>/<tensor>`` and ``likelih
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -60,7 +61,7 @@ def load(posterior_type: type[Posterior], path: Path, model: nn.Module, likeliho
         posterior_type: The class to build.
         path: The file.
         model: A model of the same architecture.
-        likelihood: A likelihood to load the saved state into, or ``None`` to rebuild the registered one.
+        likelihood: A likelihood whose copy takes the saved state, or ``None`` to rebuild the registered one.
 
     Returns:
         The posterior.
@@ -78,7 +79,15 @@ def load(posterior_type: type[Posterior], path: Path, model: nn.Module, likeliho
     _check_blocks(path, blocks, {name: layer.shape for name, layer in layers.items()})
     if likelihood is None:
         likelihood = likelihoods.from_config(header["likelihood"]["name"], header["likelihood"]["config"])
-    likelihood.load_state_dict(_under("likelihood/", tensors))
+    # a copy, so that the caller's is left alone; assigned, so that float64 is not rounded to the dtype it was built in
+    likelihood = copy.deepcopy(likelihood)
+    try:
+        likelihood.load_state_dict(_under("likelihood/", tensors), assign=True)
+    except RuntimeError as error:
+        raise ArgumentError(
+            f"path={str(path)!r} was saved with the likelihood {header['likelihood']}, whose state does not fit "
+            f"likelihood={likelihood!r}: {error}"
+        ) from error
     posterior = posterior_type(
         model,
         likelihood,
@@ -91,12 +100,13 @@ def load(posterior_type: type[Posterior], path: Path, model: nn.Module, likeliho
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.exists():
-        raise ArgumentError(f"path={str(path)!r} does not exist.")
+    if not path.is_file():
+        raise ArgumentError(f"path={str(path)!r} does not exist, or is not a file.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, an object with keys() only
+            # copies: they outlive a change of the file, and torch aligns them, which products to the last bit ask for
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, no dictionary
     except SafetensorError as error:
         raise ArgumentError(f"path={str(path)!r} is not a safetensors file: {error}.") from error
     if "bayes_kfac" not in metadata:

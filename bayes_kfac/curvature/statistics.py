@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from bayes_kfac.curvature.recorder import Rows
-from bayes_kfac.errors import check_choice
 
 SHARING_KINDS = ("expand", "reduce")
 
@@ -69,7 +68,6 @@ def kronecker_factors(rows: Rows, sharing: str) -> Statistics:
     Returns:
         ``input``: the sum for ``A``, ``[*blocks, in, in]``; ``gradient``: the sum for ``G``, ``[*blocks, out, out]``.
     """
-    check_choice("sharing", sharing, SHARING_KINDS)
     dtype = torch.promote_types(rows.inputs.dtype, torch.float32)
     inputs, gradients = rows.inputs.to(dtype), rows.gradients.to(dtype)
     if sharing == "reduce" and inputs.shape[-2] > 1:

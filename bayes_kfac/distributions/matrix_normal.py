@@ -219,7 +219,7 @@ class MatrixNormal(TorchDistribution):
         return columns * log_row + rows * log_column
 
 
-@register_kl(MatrixNormal, MatrixNormal)
+@register_kl(MatrixNormal, MatrixNormal)  # type: ignore[untyped-decorator]
 def _kl_matrix_normal_matrix_normal(p: MatrixNormal, q: MatrixNormal) -> Tensor:
     _check_same_event("MatrixNormal", p.event_shape, q.event_shape)
     # The affine map that makes q standard normal leaves the divergence as it is.
@@ -227,7 +227,7 @@ def _kl_matrix_normal_matrix_normal(p: MatrixNormal, q: MatrixNormal) -> Tensor:
     return _kl_to_diagonal(q._whiten(p.loc), row, column, scale=p.loc.new_ones(()))
 
 
-@register_kl(MatrixNormal, Independent)
+@register_kl(MatrixNormal, Independent)  # type: ignore[untyped-decorator]
 def _kl_matrix_normal_independent(p: MatrixNormal, q: Independent[Normal]) -> Tensor:
     if not isinstance(q.base_dist, Normal) or q.reinterpreted_batch_ndims != 2:
         raise ArgumentError(

@@ -18,7 +18,7 @@ class Bernoulli(Likelihood):
 
     def check(self, output: Tensor, target: Tensor) -> None:  # noqa: D102
         check_same_shape(output, target)
-        if bool(((target < 0) | (target > 1)).any()):
+        if not bool(((target >= 0) & (target <= 1)).all()):  # so that NaN is refused too
             raise TargetError(f"target lies in [{target.min():g}, {target.max():g}]; allowed: 0 and 1.")
 
     def sample_gradient(self, output: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:  # noqa: D102

@@ -57,4 +57,7 @@ class Categorical(Likelihood):
         return {}
 
     def _elementwise(self, output: Tensor, target: Tensor) -> Tensor:
-        return torch.nn.functional.cross_entropy(output.movedim(-1, 1), target, reduction="none")
+        # no index is left out of the loss: -100, torch's default, would be in the Fisher but not in the gradient
+        return torch.nn.functional.cross_entropy(
+            output.movedim(-1, 1), target.long(), reduction="none", ignore_index=torch.iinfo(torch.int64).min
+        )

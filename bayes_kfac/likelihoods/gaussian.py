@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from bayes_kfac.errors import TargetError
 from bayes_kfac.likelihoods.base import Likelihood, check_same_shape, register
 from bayes_kfac.likelihoods.noise import Noise, Scale, noise_from
 
@@ -33,17 +34,18 @@ class Gaussian(Likelihood):
 
     def check(self, output: Tensor, target: Tensor) -> None:  # noqa: D102
         check_same_shape(output, target)
+        self._precision(output)
 
     def sample_gradient(self, output: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:  # noqa: D102
         # a target sampled at scale σ gives the gradient (f − y) / σ² = −ε / σ
         shape = (num_samples, *output.shape)
         normal = torch.randn(shape, dtype=output.dtype, device=output.device, generator=generator)
-        return normal * self.noise.precision().detach().to(output).sqrt()
+        return normal * self._precision(output).detach().to(output).sqrt()
 
     def fisher_root(self, output: Tensor) -> Tensor:  # noqa: D102
         size = output[0].numel()
         basis = torch.eye(size, dtype=output.dtype, device=output.device).reshape(size, 1, *output.shape[1:])
-        return (basis * self.noise.precision().detach().to(output).sqrt()).expand(size, *output.shape)
+        return (basis * self._precision(output).detach().to(output).sqrt()).expand(size, *output.shape)
 
     def distribution(self, output: Tensor) -> Distribution:  # noqa: D102
         return self.noise.distribution(output)
@@ -58,3 +60,18 @@ class Gaussian(Likelihood):
         # E over the belief about the precision; for a known scale, the log-density itself
         precision, log_precision = self.noise.precision(), self.noise.log_precision()
         return 0.5 * (precision * (output - target) ** 2 - log_precision + math.log(2 * math.pi))
+
+    def _precision(self, output: Tensor) -> Tensor:
+        """The expected precision; refuses a shape that would widen the output, or differ between examples."""
+        precision = self.noise.precision()
+        event = tuple(output.shape[1:])
+        try:
+            fits = torch.broadcast_shapes(precision.shape, (1, *event)) == (1, *event)
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise TargetError(
+                f"noise of shape {tuple(precision.shape)} does not broadcast to one example's output of shape {event} "
+                f"(outputs are {tuple(output.shape)}). Give noise_scale a number, or a shape that does."
+            )
+        return precision

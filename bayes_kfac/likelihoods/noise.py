@@ -138,6 +138,9 @@ class GammaNoise(Noise):
     def variance(self) -> Tensor:
         """The expected variance, ``rate / (concentration − 1)``.
 
+        Returns:
+            The variance, in squared units of the target.
+
         Raises:
             ArgumentError: If the concentration is at most 1, where the expectation is infinite.
         """
@@ -195,7 +198,11 @@ def noise_from(noise_scale: Scale | str | Noise | dict[str, Any]) -> Noise:
 
 
 def _positive(name: str, value: Scale) -> Tensor:
-    tensor = torch.as_tensor(value, dtype=value.dtype if isinstance(value, Tensor) else torch.get_default_dtype())
-    if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
+    is_floating = isinstance(value, Tensor) and value.is_floating_point()
+    try:
+        tensor = torch.as_tensor(value, dtype=None if is_floating else torch.get_default_dtype())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"{name}={value!r} is not a number. Allowed: finite numbers > 0.") from error
+    if tensor.numel() == 0 or not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
         raise ArgumentError(f"{name}={value!r} is out of range. Allowed: finite numbers > 0.")
     return tensor.detach().clone()

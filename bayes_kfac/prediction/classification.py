@@ -6,6 +6,7 @@ and weights, which more data would remove. All are in nats.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -98,7 +99,7 @@ class CategoricalPrediction(ClassificationPrediction):
         """The log-probability of each example's classes, ``[batch]``: the mean over draws is of joint probabilities."""
         likelihoods.Categorical().check(self.logits[0], target)
         index = target.expand(self.logits.shape[:-1]).unsqueeze(-1)
-        chosen = self.logits.log_softmax(-1).gather(-1, index).squeeze(-1)
+        chosen = self.logits.log_softmax(-1).gather(-1, index.long()).squeeze(-1)
         return _log_mean_exp(_sum_events(chosen))
 
 
@@ -137,8 +138,10 @@ class BernoulliPrediction(ClassificationPrediction):
     def log_prob(self, target: Tensor) -> Tensor:
         """The log-probability of each example's targets, ``[batch]``."""
         likelihoods.Bernoulli().check(self.logits[0], target)
-        logs = torch.nn.functional.logsigmoid(torch.where(target.bool(), self.logits, -self.logits))
-        return _log_mean_exp(_sum_events(logs))
+        losses = torch.nn.functional.binary_cross_entropy_with_logits(
+            self.logits, target.to(self.logits).expand_as(self.logits), reduction="none"
+        )
+        return _log_mean_exp(_sum_events(-losses))
 
 
 def _binary_entropy(probs: Tensor) -> Tensor:
@@ -150,7 +153,7 @@ def _sum_events(log_probs: Tensor) -> Tensor:
 
 
 def _log_mean_exp(log_probs: Tensor) -> Tensor:
-    return log_probs.logsumexp(0) - torch.tensor(float(len(log_probs))).log().to(log_probs)
+    return log_probs.logsumexp(0) - math.log(len(log_probs))
 
 
 def _gaussian_draws(mean: Tensor, covariance: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:

@@ -24,6 +24,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def differentiable(tensor: Tensor) -> Tensor:
+    """The same values as a tensor that autograd accepts: one made under ``inference_mode`` is copied."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 def call(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Tensor:
     """Run a model with the given parameters and buffers.
 
@@ -39,7 +44,10 @@ def call(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Tensor:
         ArgumentError: If the output is no tensor with a batch dimension.
     """
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
-    output = functional_call(model, dict(state), args, kwargs)
+    # buffers are copied: a forward pass may change them in place, and the state is not its to change
+    buffers = dict(model.named_buffers())
+    own = {name: value.clone() if name in buffers else value for name, value in (buffers | dict(state)).items()}
+    output = functional_call(model, own, args, kwargs)
     if not isinstance(output, Tensor) or output.ndim == 0:
         raise ArgumentError(
             f"The model returned {type(output).__name__}, but predictions need a tensor whose first dimension is the "

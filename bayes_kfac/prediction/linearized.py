@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from bayes_kfac.curvature import Layer, Recorder
-from bayes_kfac.prediction.forward import call, evaluating
+from bayes_kfac.errors import UsageError
+from bayes_kfac.prediction.forward import call, differentiable, evaluating
 from bayes_kfac.structures import BlockGaussian
 
 
@@ -36,21 +38,33 @@ def linearize(
     Returns:
         The mean ``[batch, ...]`` and the covariance ``[batch, outputs, outputs]``, where ``outputs`` counts all
         elements of one example's output.
+
+    Raises:
+        UsageError: If autograd sees none of the layers.
     """
     recorder = Recorder(layers)
     weights = {name for layer in layers.values() for name in layer.parameters}
-    attached = {name: value.detach().requires_grad_(name in weights) for name, value in state.items()}
     recorder.attach()
     try:
-        with evaluating(model), torch.enable_grad():
-            output = call(model, attached, inputs)
+        # without a graph no Jacobian would be seen, and the covariance would be a silent zero
+        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+            attached = {
+                name: differentiable(value).detach().requires_grad_(name in weights) for name, value in state.items()
+            }
+            output = call(model, attached, tree_map_only(Tensor, differentiable, inputs))
             size = output[0].numel()
             basis = torch.eye(size, dtype=output.dtype, device=output.device).reshape(size, 1, *output.shape[1:])
+            if blocks and not recorder.has_calls:
+                raise UsageError(
+                    "No layer with a posterior was seen by autograd, so the linearised model has no variance. Does its "
+                    "forward run under torch.no_grad(), or use none of these layers? method='sampling' needs no graph."
+                )
             rows = recorder.rows(output, basis.expand(size, *output.shape))
     finally:
         recorder.detach()
     covariance = output.new_zeros(output.shape[0], size, size)
-    for name, layer_rows in rows.items():
-        dtype = next(iter(blocks[name].state.values())).dtype
-        covariance = covariance + blocks[name].quad(layer_rows.inputs.to(dtype), layer_rows.gradients.to(dtype))
+    with torch.autocast(output.device.type, enabled=False):  # a covariance in 16 bits is not symmetric
+        for name, layer_rows in rows.items():
+            dtype = next(iter(blocks[name].state.values())).dtype
+            covariance = covariance + blocks[name].quad(layer_rows.inputs.to(dtype), layer_rows.gradients.to(dtype))
     return output.detach(), covariance

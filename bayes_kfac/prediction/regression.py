@@ -23,7 +23,7 @@ class RegressionPrediction(Prediction):
     @property
     def covariance(self) -> Tensor:
         """The covariance of one example's target, ``[batch, outputs, outputs]``; its diagonal is :attr:`variance`."""
-        return self.epistemic_covariance + torch.diag_embed(self.aleatoric_variance.flatten(1))
+        return self.epistemic_covariance + torch.diag_embed(self.aleatoric_variance.unsqueeze(-1).flatten(1))
 
     @property
     @abstractmethod
@@ -104,7 +104,8 @@ class GaussianPrediction(RegressionPrediction):
 
     def quantile(self, probability: float) -> Tensor:
         """The quantile of each target on its own, shaped like the mean."""
-        return Normal(self.mean, self.stddev).icdf(torch.as_tensor(probability).to(self.mean))
+        _check_probability(probability)
+        return Normal(self.mean, self.stddev).icdf(self.mean.new_tensor(probability))
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class MixturePrediction(RegressionPrediction):
     @property
     def epistemic_covariance(self) -> Tensor:
         """The covariance of the output over draws, ``[batch, outputs, outputs]``."""
-        centred = (self.outputs - self.mean).flatten(2)
+        centred = (self.outputs - self.mean).unsqueeze(-1).flatten(2)
         return torch.einsum("sbi,sbj->bij", centred, centred) / len(centred)
 
     @property
@@ -162,6 +163,7 @@ class MixturePrediction(RegressionPrediction):
 
     def quantile(self, probability: float) -> Tensor:
         """The quantile of each target's mixture, by bisection, shaped like the mean."""
+        _check_probability(probability)
         spread = self.stddev
         lower, upper = self.mean - spread, self.mean + spread
         while bool((self._cdf(lower) > probability).any()) or bool((self._cdf(upper) < probability).any()):
@@ -182,6 +184,11 @@ class MixturePrediction(RegressionPrediction):
             probabilities = stdtr(components.df.cpu().numpy(), standard.cpu().numpy())
             return torch.as_tensor(probabilities).to(value).mean(0)
         return components.cdf(value).mean(0)
+
+
+def _check_probability(probability: float) -> None:
+    if not 0 < probability < 1:
+        raise ArgumentError(f"probability={probability!r} is out of range. Allowed: 0 < probability < 1.")
 
 
 def _bisections(dtype: torch.dtype) -> int:

@@ -2,9 +2,9 @@
 
 A :class:`Structure` says what to measure of a layer and turns the statistics into a :class:`BlockGaussian`: a zero-mean
 Gaussian over one block ``W`` of shape ``(*blocks, out, in)`` with precision
-``P = data_scale · F̄ + prior_precision · I``, where ``F̄`` is the Fisher of one example. The posterior of a block has ``data_scale = num_data / temperature``; the
-preconditioner of an optimizer is the same thing with ``data_scale = 1`` and a damping in the place of the prior
-precision. ``vec`` is row-major, so ``F̄ ≈ G ⊗ A`` with ``G`` on the output side.
+``P = data_scale · F̄ + prior_precision · I``, where ``F̄`` is the Fisher of one example. The posterior of a block has
+``data_scale = num_data / temperature``; an optimizer's preconditioner is the same thing with ``data_scale = 1`` and a
+damping in the place of the prior precision. ``vec`` is row-major, so ``F̄ ≈ G ⊗ A`` with ``G`` on the output side.
 
 Independent blocks stack along ``*blocks``; quantities of one block have that shape.
 """
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bayes_kfac.curvature.recorder import Rows
-from bayes_kfac.curvature.statistics import Statistics
+from bayes_kfac.curvature.statistics import SHARING_KINDS, Statistics
 from bayes_kfac.errors import check_choice
 
 DAMPING_KINDS = ("factored", "optimal", "exact")
@@ -139,7 +139,7 @@ class Structure(ABC):
 
     def __init__(self, *, damping: str, sharing: str) -> None:
         self.damping = check_choice("damping", damping, DAMPING_KINDS)
-        self.sharing = sharing
+        self.sharing = check_choice("sharing", sharing, SHARING_KINDS)
 
     @abstractmethod
     def measure(self, rows: Rows) -> Statistics:

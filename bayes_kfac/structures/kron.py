@@ -5,8 +5,8 @@ noisy K-FAC paper's posterior). A matrix normal by two Cholesky factorisations, 
 than the damped product: it loses 15-50 % of the marginal variance where the prior matters.
 
 ``optimal``: the matrix normal nearest to ``G ⊗ A + γ I`` in ``KL(q ‖ p)``, which is where the evidence lower bound
-itself has its optimum. ``U`` and ``V`` solve ``U⁻¹ = (tr(AV) G + γ tr(V) I) / in``, ``V⁻¹ = (tr(GU) A + γ tr(U) I) / out`` in
-turns.
+itself has its optimum. ``U`` and ``V`` solve ``U⁻¹ = (tr(AV) G + γ tr(V) I) / in`` and
+``V⁻¹ = (tr(GU) A + γ tr(U) I) / out`` in turns.
 
 ``exact``: ``G ⊗ A + γ I`` itself, in its eigenbasis; not a matrix normal.
 """

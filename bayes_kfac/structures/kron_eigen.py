@@ -42,8 +42,9 @@ class KroneckerEigenGaussian(BlockGaussian):
         return self.precision.log().sum((-2, -1))
 
     def quad(self, inputs: Tensor, gradients: Tensor) -> Tensor:  # noqa: D102
-        rotated_inputs = inputs @ self.basis_column
-        rotated_gradients = gradients @ self.basis_row
+        # [*blocks, 1, ...]: one basis for all examples of a block
+        rotated_inputs = inputs @ self.basis_column.unsqueeze(-3)
+        rotated_gradients = gradients @ self.basis_row.unsqueeze(-3)
         if inputs.shape[-2] == 1:
             # a Jacobian of rank one needs no Jacobian: Σ_oi g_co g_do a_i² / Λ_oi
             weights = rotated_inputs.squeeze(-2).square() @ self.precision.reciprocal().mT

@@ -44,8 +44,9 @@ class MatrixNormalGaussian(BlockGaussian):
         return -(in_features * log_u + out_features * log_v)
 
     def quad(self, inputs: Tensor, gradients: Tensor) -> Tensor:  # noqa: D102
-        whitened_inputs = inputs @ self.scale_tril_column
-        whitened_gradients = gradients @ self.scale_tril_row
+        # [*blocks, 1, ...]: one root for all examples of a block
+        whitened_inputs = inputs @ self.scale_tril_column.unsqueeze(-3)
+        whitened_gradients = gradients @ self.scale_tril_row.unsqueeze(-3)
         (columns, shared), (out_features, in_features) = (gradients.shape[0], inputs.shape[-2]), self.shape[-2:]
         # the Gram costs columns²·shared²·(out + in) operations, the Jacobians columns·out·in·(shared + columns)
         gram_cost = columns**2 * shared**2 + shared**2 * in_features + columns**2 * shared**2 * out_features

@@ -134,8 +134,8 @@ def _num_data(loader: Iterable[Any]) -> int:
     if isinstance(dataset, Sized):
         return len(dataset)
     raise ArgumentError(
-        f"num_data=None, but the loader ({type(loader).__name__}) has no dataset with a length. Pass num_data=, the number of "
-        "examples in the training set."
+        f"num_data=None, but the loader ({type(loader).__name__}) has no dataset with a length. Pass num_data=, "
+        "the number of examples in the training set."
     )
 
 

@@ -10,8 +10,8 @@ paper's own code is listed in ``docs/noisy_kfac.md``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from bayes_kfac import structures
 from bayes_kfac.curvature import Meter, Statistics, Summary, find_layers, summarize
-from bayes_kfac.errors import ArgumentError, NonFiniteError, UsageError, check_count, check_positive
+from bayes_kfac.errors import ArgumentError, UsageError, check_count, check_positive
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import BlockGaussian, BlockSpec
-from bayes_kfac.training.groups import block_groups, check_coverage
-from bayes_kfac.training.perturbation import Perturbation
+from bayes_kfac.training.checks import check_finite, check_ready, check_types
+from bayes_kfac.training.groups import block_groups, check_coverage, deterministic_group, deterministic_parameters
+from bayes_kfac.training.sampler import Sampler
 from bayes_kfac.training.schedules import Every
 from bayes_kfac.training.state import BlockState, dump_state, restore_state
 
@@ -52,7 +53,9 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         temperature: The weight ``τ`` of the KL term; 1 is Bayes.
         extrinsic_damping: ``γ_ex``, on the scale of one example's Fisher.
         momentum: The decay of the gradient's debiased moving average, before preconditioning.
-        statistics_decay: The decay of the curvature statistics' debiased moving average.
+        statistics_decay: The decay *per step* of the curvature statistics' debiased moving average: a measurement after
+            ``k`` steps keeps ``statistics_decay**k`` of the old ones, so that the average's memory does not depend on
+            ``statistics_every``.
         statistics_every: Steps between two measurements of the statistics (more often at the start).
         inverse_every: Steps between two refreshes of the posterior's factors (more often at the start).
         num_samples: Weight samples in one step: the context is entered that often for each batch.
@@ -87,29 +90,25 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         temperature: float = 1.0,
         extrinsic_damping: float = 0.0,
         momentum: float = 0.9,
-        statistics_decay: float = 0.95,
+        statistics_decay: float = 0.99,
         statistics_every: int = 10,
         inverse_every: int = 100,
         num_samples: int = 1,
         antithetic: bool = False,
         warmup: bool = True,
-        kl_clip: float | None = None,
+        kl_clip: float | None = 1e-3,
         others: str = "error",
         deterministic_lr: float = 1e-2,
         groups: Sequence[Mapping[str, Any]] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        _check_types(model, likelihood)
+        check_types(model, likelihood)
         self.model = model
         self.likelihood = likelihood
         self.num_data = check_count("num_data", num_data)
         self.temperature = check_positive("temperature", temperature)
         self.kl_clip = None if kl_clip is None else check_positive("kl_clip", kl_clip)
-        self.num_samples = check_count("num_samples", num_samples)
-        self.antithetic = antithetic
         self.warmup = warmup
-        if antithetic and num_samples % 2:
-            raise ArgumentError(f"num_samples={num_samples} must be even where antithetic=True pairs the samples.")
         self.statistics_schedule = Every(check_count("statistics_every", statistics_every))
         self.inverse_schedule = Every(check_count("inverse_every", inverse_every))
         self.generator = generator
@@ -123,22 +122,22 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             "momentum": momentum,
             "statistics_decay": statistics_decay,
         }
-        named = dict(model.named_parameters())
-        deterministic = [named[name] for name in self.reasons]
-        deterministic += [parameter for parameter in likelihood.parameters() if parameter.requires_grad]
         all_groups = block_groups(self.layers, defaults, groups)
-        if deterministic:
-            check_positive("deterministic_lr", deterministic_lr, allow_zero=True)
-            all_groups.append({"params": deterministic, "kind": "deterministic", "lr": deterministic_lr})
+        self._deterministic = deterministic_parameters(model, likelihood, self.reasons)
+        if self._deterministic:
+            all_groups.append(deterministic_group(self._deterministic, deterministic_lr))
         super().__init__(all_groups, {})
-        self._adam = torch.optim.Adam(deterministic, lr=deterministic_lr) if deterministic else None
+        self._adam = (
+            torch.optim.Adam(self._deterministic.values(), lr=deterministic_lr) if self._deterministic else None
+        )
         self._group_index = {
             name: next(i for i, group in enumerate(all_groups) if any(layer.weight is p for p in group["params"]))
             for name, layer in self.layers.items()
         }
         self.steps = 0
+        self._last_measured = -1
         self.blocks = {name: BlockState() for name in self.layers}
-        self._meter = Meter(
+        meter = Meter(
             model,
             likelihood,
             self.layers,
@@ -147,88 +146,29 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             num_data=num_data,
             generator=generator,
         )
-        self._perturbation = Perturbation(self.layers)
-        self._is_sampled = False
-        self._forget_samples()
+        self.fisher = meter.fisher
+        self._sampler = Sampler(
+            self.layers,
+            [parameter for group in all_groups for parameter in group["params"]],
+            meter,
+            num_samples=num_samples,
+            antithetic=antithetic,
+            generator=generator,
+        )
 
-    # -- sampling -----------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def sampled_params(self) -> Iterator[None]:
+    def sampled_params(self) -> AbstractContextManager[None]:
         """Put a sample of the weights into the model; take the gradient inside. The mean is back afterwards, always.
 
         Entered several times before a step, gradients add up as in any accumulation over micro-batches; with
         ``num_samples=k`` each context counts ``1/k``, so that ``k`` contexts on one batch average over samples.
-        ``zero_grad()`` inside clears this context's gradient only.
+        ``zero_grad()`` inside clears this context's gradient only. Until the first statistics are in, the sample is the
+        mean itself.
 
-        Raises:
-            UsageError: If contexts are nested.
+        Returns:
+            The context; entering one inside another raises ``UsageError``.
         """
-        if self._is_sampled:
-            raise UsageError("sampled_params() is entered already. Leave it before entering it again.")
-        earlier = self._stash_gradients()
-        succeeded = False
-        self._is_sampled = True
-        try:
-            self._draw()
-            self._perturbation.apply()
-            if self.statistics_schedule.is_due(self.steps):
-                self._meter.attach()
-            yield
-            succeeded = True
-        finally:
-            self._meter.detach()
-            self._perturbation.restore()
-            self._is_sampled = False
-            self._collect(earlier, succeeded)
-
-    def _draw(self) -> None:
-        if self.antithetic and self._contexts % 2:
-            self._perturbation.negate()
-        else:
-            gaussians = {name: state.posterior for name, state in self.blocks.items() if state.posterior is not None}
-            self._perturbation.draw(gaussians, self.generator)
-
-    def _stash_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Set the gradients of this step's earlier samples aside; none are there if the user cleared them."""
-        if self._contexts == 0:
-            return []
-        gradients = [(p, p.grad) for p in self._parameters() if p.grad is not None]
-        if not gradients:
-            self._forget_samples()
-        for parameter, _ in gradients:
-            parameter.grad = None
-        return gradients
-
-    def _collect(self, earlier: list[tuple[nn.Parameter, Tensor]], succeeded: bool) -> None:
-        """Close a context: what was sampled in it counts if nothing was raised."""
-        if succeeded:
-            if self.num_samples > 1:
-                for parameter in self._parameters():
-                    if parameter.grad is not None:
-                        parameter.grad /= self.num_samples
-            for parameter, gradient in earlier:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-            for name, noise in self._perturbation.noise.items():
-                self._noise_sum[name] = self._noise_sum[name] + noise if name in self._noise_sum else noise
-            for name, batch in self._meter.statistics.items():
-                self._batch[name] = self._batch[name] + batch if name in self._batch else batch
-            self._contexts += 1
-        else:
-            for parameter, gradient in earlier:
-                parameter.grad = gradient
-        self._meter.statistics = {}
-
-    def _forget_samples(self) -> None:
-        self._contexts = 0
-        self._noise_sum: dict[str, Tensor] = {}
-        self._batch: dict[str, Statistics] = {}
-
-    def _parameters(self) -> Iterator[nn.Parameter]:
-        for group in self.param_groups:
-            yield from group["params"]
-
-    # -- the step -----------------------------------------------------------------------------------------------------
+        gaussians = {name: state.posterior for name, state in self.blocks.items() if state.posterior is not None}
+        return self._sampler.sample(gaussians, measure=self.statistics_schedule.is_due(self.steps))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -246,29 +186,29 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             UsageError: If no gradient, or no statistics, came from inside :meth:`sampled_params`.
             NonFiniteError: If gradients or statistics hold NaN or infinity; the state stays as it was.
         """
-        loss = None
-        if closure is not None:
-            losses = []
-            for _ in range(self.num_samples):
-                with self.sampled_params(), torch.enable_grad():
-                    losses.append(closure())
-            loss = sum(losses) / self.num_samples
+        losses = []
         try:
+            for _ in range(self._sampler.num_samples if closure is not None else 0):
+                with self.sampled_params(), torch.enable_grad():
+                    losses.append(closure())  # type: ignore[misc]
             self._step()
         finally:
-            self._forget_samples()
-        return loss
+            self._sampler.forget()
+        return sum(losses) / len(losses) if losses else None
 
     def _step(self) -> None:
-        self._check_usage()
+        check_ready(self._sampler, self.layers, measured=self.statistics_schedule.is_due(self.steps))
         gradients = self._gradients()
-        self._check_finite(gradients)
+        pending = {name: p.grad for name, p in self._deterministic.items() if p.grad is not None}
+        check_finite(self._sampler.statistics, gradients, pending)
         blocks = self._refreshed(self._measured())
         directions = {}
         for name, gradient in gradients.items():
             blocks[name], directions[name] = self._direction(name, blocks[name], gradient)
         clip = self._clip(blocks, directions)
         self.blocks = blocks
+        if self._sampler.statistics:
+            self._last_measured = self.steps
         self.steps += 1
         for name, direction in directions.items():
             layer, lr = self.layers[name], self._group(name)["lr"]
@@ -282,20 +222,16 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         gradients = {}
         for name, layer in self.layers.items():
             gradient = layer.gradient()
-            if gradient is None:
-                continue
-            sample = layer.values()
-            if name in self._noise_sum:
-                sample = sample + self._noise_sum[name] / self._contexts
-            gradients[name] = gradient + self._intrinsic_damping(name) * sample
+            if gradient is not None:
+                gradients[name] = gradient + self._intrinsic_damping(name) * self._sampler.mean_sample(name)
         return gradients
 
     def _measured(self) -> dict[str, BlockState]:
         """The blocks with this step's statistics averaged in."""
         blocks = dict(self.blocks)
-        for name, batch in self._batch.items():
+        for name, batch in self._sampler.statistics.items():
             running = blocks[name].statistics
-            decay = self._group(name)["statistics_decay"]
+            decay = self._group(name)["statistics_decay"] ** (self.steps - self._last_measured)
             updated = batch if running is None else running.moving_average(batch, decay)
             identity_weight = blocks[name].identity_weight * decay
             blocks[name] = replace(blocks[name], statistics=updated, identity_weight=identity_weight)
@@ -367,61 +303,24 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         with torch.enable_grad():
             divergence = self.likelihood.kl() * (self.temperature / self.num_data)
         if divergence.requires_grad:
-            own = [parameter for parameter in self.likelihood.parameters() if parameter.requires_grad]
+            own = list(self._deterministic.values())
             pulls = torch.autograd.grad(divergence, own, allow_unused=True)
             for parameter, pull in zip(own, pulls, strict=True):
                 if pull is not None:
                     parameter.grad = pull if parameter.grad is None else parameter.grad + pull
         self._adam.step()
 
-    # -- checks -------------------------------------------------------------------------------------------------------
-
-    def _check_usage(self) -> None:
-        if self._is_sampled:
-            raise UsageError("step() was called inside sampled_params(). Leave the context first, then step.")
-        if self._contexts == 0:
-            raise UsageError(
-                "step() was called, but nothing was sampled since the last step. Compute the loss and call backward() "
-                "inside `with optimizer.sampled_params():`, or pass a closure to step()."
-            )
-        if self._contexts % self.num_samples:
-            raise UsageError(
-                f"num_samples={self.num_samples}, but sampled_params() was entered {self._contexts} times before "
-                "step(). Enter it num_samples times for each batch."
-            )
-        if all(parameter.grad is None for layer in self.layers.values() for parameter in layer.parameters.values()):
-            raise UsageError("No layer has a gradient: call loss.backward() inside sampled_params(), before step().")
-        if self.statistics_schedule.is_due(self.steps) and not self._batch:
-            raise UsageError(
-                "No curvature statistics were measured inside sampled_params(). The model must be called through "
-                "model(x) in train() mode with gradients enabled; where its output is no tensor, or with "
-                "fisher='empirical', the loss must be computed by calling likelihood(output, target)."
-            )
-
-    def _check_finite(self, gradients: Mapping[str, Tensor]) -> None:
-        for name, batch in self._batch.items():
-            for statistic in batch.non_finite():
-                cause = "the layer's input" if statistic == "input" else "the gradient at the layer's output"
-                raise NonFiniteError(
-                    f"Layer {name!r}: the batch's {statistic!r} statistic holds NaN or infinity, so {cause} does. "
-                    "Nothing was updated. Check the batch's data; if it is clean, lower lr or raise extrinsic_damping."
-                )
-        for name, gradient in gradients.items():
-            if not bool(torch.isfinite(gradient).all()):
-                raise NonFiniteError(
-                    f"Layer {name!r}: the gradient holds NaN or infinity. Nothing was updated. Check the batch's data; "
-                    "if it is clean, lower lr or raise extrinsic_damping."
-                )
-
-    # -- what was learned ---------------------------------------------------------------------------------------------
-
     def posterior(self) -> Posterior:
         """The posterior: the current mean, and blocks from the current statistics, as a snapshot.
 
         Returns:
             The posterior.
+
+        Raises:
+            UsageError: If called inside :meth:`sampled_params`, or before any statistics were measured.
         """
-        self._check_at_mean("posterior()")
+        if self._sampler.is_open:
+            raise UsageError("posterior() was called inside sampled_params(). Leave the context first.")
         with torch.no_grad():
             blocks = self._build_posteriors(self.blocks, warm=False)
         return Posterior(
@@ -433,7 +332,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
                 method="noisy natural gradient",
                 structure=self.structure.name,
                 damping=self.structure.damping,
-                fisher=self._meter.fisher,
+                fisher=self.fisher,
                 sharing=self.structure.sharing,
                 temperature=self.temperature,
                 num_data=self.num_data,
@@ -453,13 +352,25 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         """For each parameter: its block, structure, shape, and why where it has none."""
         return summarize(self.model, self.layers, self.reasons, f"{self.structure.name}/{self.structure.damping}")
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused after construction: a layer's block is set up with its group.
+
+        Args:
+            param_group: The group.
+
+        Raises:
+            ArgumentError: Always, once the optimizer is built.
+        """
+        if hasattr(self, "blocks"):
+            raise ArgumentError("add_param_group() is not supported. Pass groups= when the optimizer is made.")
+        super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a later :meth:`load_state_dict` needs to go on bit for bit, the generator's state included."""
+        """Everything that a later :meth:`load_state_dict` needs to go on bit for bit, the generator included."""
         state = super().state_dict()
         state[_STATE_KEY] = {
             "steps": self.steps,
+            "last_measured": self._last_measured,
             "blocks": dump_state(self.blocks),
             "deterministic": None if self._adam is None else self._adam.state_dict(),
             "generator": None if self.generator is None else self.generator.get_state(),
@@ -482,13 +393,12 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         super().load_state_dict({name: value for name, value in state_dict.items() if name != _STATE_KEY})
         self.blocks = blocks
         self.steps = own["steps"]
+        self._last_measured = own["last_measured"]
         if self._adam is not None:
             self._adam.load_state_dict(own["deterministic"])
         if self.generator is not None and own["generator"] is not None:
             self.generator.set_state(own["generator"])
-        self._forget_samples()
-
-    # -- small things -------------------------------------------------------------------------------------------------
+        self._sampler.forget()
 
     def _group(self, name: str) -> dict[str, Any]:
         return self.param_groups[self._group_index[name]]
@@ -509,19 +419,6 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             )
         return state.statistics
 
-    def _check_at_mean(self, what: str) -> None:
-        if self._is_sampled:
-            raise UsageError(f"{what} was called inside sampled_params(), where the weights are not at the mean.")
-
 
 class NoisyKFAC(NoisyNaturalGradient):
     """Noisy K-FAC (Zhang et al. 2018): :class:`NoisyNaturalGradient` with the Kronecker-factored Fisher."""
-
-
-def _check_types(model: nn.Module, likelihood: Likelihood) -> None:
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model={model!r} must be an nn.Module.")
-    if not isinstance(likelihood, Likelihood):
-        raise ArgumentError(
-            f"likelihood={likelihood!r} must be one of bayes_kfac.likelihoods, such as Gaussian() or Categorical()."
-        )

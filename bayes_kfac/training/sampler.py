@@ -1,0 +1,152 @@
+"""The samples of one step: ``mean + noise`` in the weights, and what the passes through them showed.
+
+Weights are changed in place under ``no_grad`` with autograd's version counters on, so that a backward pass that comes
+after the mean is back fails instead of using the wrong weights. Noise is one matrix ``[*blocks, out, in]`` a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from bayes_kfac.curvature import Layer, Meter, Statistics
+from bayes_kfac.errors import ArgumentError, UsageError, check_count
+from bayes_kfac.structures import BlockGaussian, standard_normal
+
+
+class Sampler:
+    """Opens the contexts of a step, and gathers gradients, noise and statistics over them.
+
+    Args:
+        layers: The layers that have a posterior, by name.
+        parameters: All parameters whose gradients the step uses.
+        meter: Measures the statistics.
+        num_samples: Contexts on one batch; each counts ``1/num_samples``.
+        antithetic: Whether every second sample mirrors the one before.
+        generator: The source of randomness.
+
+    Attributes:
+        contexts: How many contexts of this step were left without an exception.
+        statistics: What was measured in them, by layer.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        parameters: Sequence[nn.Parameter],
+        meter: Meter,
+        *,
+        num_samples: int,
+        antithetic: bool,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.num_samples = check_count("num_samples", num_samples)
+        if antithetic and num_samples % 2:
+            raise ArgumentError(f"num_samples={num_samples} must be even where antithetic=True pairs the samples.")
+        self.antithetic = antithetic
+        self.generator = generator
+        self.is_open = False
+        self._layers = layers
+        self._parameters = parameters
+        self._meter = meter
+        self._noise: dict[str, Tensor] = {}
+        self._means: list[tuple[nn.Parameter, Tensor]] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Start a new step."""
+        self.contexts = 0
+        self.statistics: dict[str, Statistics] = {}
+        self._noise_sum: dict[str, Tensor] = {}
+
+    def mean_sample(self, name: str) -> Tensor:
+        """The mean over this step's samples of a layer's ``[weight, bias]``, ``[*blocks, out, in]``."""
+        mean = self._layers[name].values()
+        return mean + self._noise_sum[name] / self.contexts if name in self._noise_sum else mean
+
+    @contextmanager
+    def sample(self, gaussians: Mapping[str, BlockGaussian], *, measure: bool) -> Iterator[None]:
+        """Put one sample into the weights; the mean is back afterwards, whatever happens inside.
+
+        Args:
+            gaussians: Where the noise of each layer comes from; layers without one stay at their mean.
+            measure: Whether forward passes inside are measured.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            UsageError: If a sample is in the weights already.
+        """
+        if self.is_open:
+            raise UsageError("sampled_params() is entered already. Leave it before entering it again.")
+        earlier = self._set_gradients_aside()
+        self.is_open, succeeded = True, False
+        try:
+            self._draw(gaussians)
+            self._apply()
+            if measure:
+                self._meter.attach()
+            yield
+            succeeded = True
+        finally:
+            self._meter.detach()
+            self._restore()
+            self.is_open = False
+            self._put_gradients_back(earlier, succeeded)
+            if succeeded:
+                self._gather()
+
+    def _draw(self, gaussians: Mapping[str, BlockGaussian]) -> None:
+        if self.antithetic and self.contexts % 2:
+            self._noise = {name: -noise for name, noise in self._noise.items()}
+        else:
+            self._noise = {
+                name: gaussian.sample(standard_normal(gaussian, self.generator)) for name, gaussian in gaussians.items()
+            }
+
+    @torch.no_grad()
+    def _apply(self) -> None:
+        for name, noise in self._noise.items():
+            layer = self._layers[name]
+            tensors = layer.tensors(noise)
+            for key, parameter in layer.parameters.items():
+                self._means.append((parameter, parameter.clone()))
+                parameter.add_(tensors[key])
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for parameter, mean in self._means:
+            parameter.copy_(mean)
+        self._means.clear()
+
+    def _set_gradients_aside(self) -> dict[nn.Parameter, Tensor]:
+        """The gradients of this step's earlier samples, so that ``zero_grad()`` inside does not lose them."""
+        if self.contexts == 0:
+            return {}
+        gradients = {parameter: parameter.grad for parameter in self._parameters if parameter.grad is not None}
+        if not gradients:
+            self.forget()  # cleared by the user: the step begins anew
+        for parameter in gradients:
+            parameter.grad = None
+        return gradients
+
+    def _put_gradients_back(self, earlier: Mapping[nn.Parameter, Tensor], succeeded: bool) -> None:
+        """Add this sample's gradients to the earlier ones, or drop them if the sample failed."""
+        for parameter in self._parameters:
+            own = parameter.grad if succeeded or not earlier else None
+            if own is not None and succeeded and self.num_samples > 1:
+                own /= self.num_samples
+            before = earlier.get(parameter)
+            parameter.grad = own if before is None else before if own is None else before + own
+
+    def _gather(self) -> None:
+        for name, noise in self._noise.items():
+            self._noise_sum[name] = self._noise_sum[name] + noise if name in self._noise_sum else noise
+        for name, batch in self._meter.statistics.items():
+            self.statistics[name] = self.statistics[name] + batch if name in self.statistics else batch
+        self._meter.statistics = {}
+        self.contexts += 1

@@ -1,0 +1,302 @@
+"""The meter: each training forward counts once, nothing else counts, and the caller's backward pass never notices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bayes_kfac.curvature import FISHER_KINDS, Meter, Statistics, find_layers, output_gradients
+from bayes_kfac.curvature.statistics import kronecker_factors
+from bayes_kfac.errors import ArgumentError
+from bayes_kfac.likelihoods import Categorical
+from tests.helpers import assert_same_statistics, randn, record, rng, seeded
+
+CLASSES = 3
+
+
+class Plain(nn.Module):
+    """A model whose output is a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, CLASSES)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu_())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(x)
+
+
+class InDictionary(Plain):
+    """A model whose output is a dictionary, as in many libraries."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.logits(x)}
+
+
+class Partly(Plain):
+    """A model with a layer that runs in training only by chance: here, never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Linear(2, 2)
+
+
+def logits(output: Tensor | dict[str, Tensor]) -> Tensor:
+    return output["logits"] if isinstance(output, dict) else output
+
+
+INPUTS = randn(8, 4, seed=1)
+TARGETS = torch.randint(CLASSES, (8,), generator=rng(2))
+likelihood = Categorical()
+
+#: With these, the root's output is enough; with the others, the call of the likelihood tells.
+SETTINGS = [
+    pytest.param(Plain, "exact", id="tensor-exact"),
+    pytest.param(InDictionary, "exact", id="dictionary-exact"),
+    pytest.param(Plain, "empirical", id="tensor-empirical"),
+    pytest.param(InDictionary, "empirical", id="dictionary-empirical"),
+]
+
+
+def expected(fisher: str, inputs: Tensor = INPUTS, targets: Tensor = TARGETS) -> dict[str, Statistics]:
+    """The statistics of one batch, measured by hand."""
+    model = seeded(Plain())
+    gradients = output_gradients(likelihood, model(inputs), fisher, target=targets, generator=rng(0))
+    return {name: kronecker_factors(rows, "expand") for name, rows in record(model, inputs, gradients).items()}
+
+
+def assert_same(actual: dict[str, Statistics], wanted: dict[str, Statistics]) -> None:
+    assert set(actual) == set(wanted)
+    for name, statistics in wanted.items():
+        assert_same_statistics(actual[name], statistics)
+
+
+MakeMeter = Callable[..., Meter]
+
+
+@pytest.fixture
+def make() -> Iterator[MakeMeter]:
+    """Build and attach a meter; detach it at the end."""
+    meters = []
+
+    def build(model: nn.Module, fisher: str, *, num_data: int = 1000) -> Meter:
+        seeded(model)
+        measure = partial(kronecker_factors, sharing="expand")
+        layers = find_layers(model)[0]
+        meter = Meter(model, likelihood, layers, measure, fisher=fisher, num_data=num_data, generator=rng(0))
+        meter.attach()
+        meters.append(meter)
+        return meter
+
+    yield build
+    for meter in meters:
+        meter.detach()
+
+
+# Once for each training forward
+
+
+@pytest.mark.parametrize("kind", [Plain, InDictionary])
+@pytest.mark.parametrize("fisher", FISHER_KINDS)
+def test_a_training_step_is_measured_once(make, kind, fisher):
+    meter = make(kind(), fisher)
+    likelihood(logits(meter.model(INPUTS)), TARGETS).backward()
+    assert_same(meter.statistics, expected(fisher))
+
+
+def test_a_tensor_output_is_measured_with_any_loss(make):
+    meter = make(Plain(), "exact")
+    nn.functional.cross_entropy(meter.model(INPUTS), TARGETS).backward()
+    assert_same(meter.statistics, expected("exact"))
+
+
+@pytest.mark.parametrize(("kind", "fisher"), SETTINGS)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda output: likelihood(output, TARGETS),
+        lambda output: likelihood(output, target=TARGETS),
+        lambda output: likelihood(output=output, target=TARGETS),
+        lambda output: likelihood(target=TARGETS, output=output),
+    ],
+    ids=["positional", "mixed", "keywords", "keywords reversed"],
+)
+def test_the_likelihood_may_be_called_in_any_style(make, kind, fisher, call):
+    meter = make(kind(), fisher)
+    call(logits(meter.model(INPUTS))).backward()
+    assert_same(meter.statistics, expected(fisher))
+
+
+@pytest.mark.parametrize(("kind", "fisher"), SETTINGS)
+def test_a_second_loss_on_one_forward_does_not_count_again(make, kind, fisher):
+    meter = make(kind(), fisher)
+    output = logits(meter.model(INPUTS))
+    (likelihood(output, TARGETS) + likelihood(output, TARGETS)).backward()
+    assert_same(meter.statistics, expected(fisher))
+
+
+@pytest.mark.parametrize(("kind", "fisher"), SETTINGS)
+def test_every_training_forward_counts(make, kind, fisher):
+    meter = make(kind(), fisher)
+    for _ in range(3):
+        likelihood(logits(meter.model(INPUTS)), TARGETS).backward()
+    assert_same(meter.statistics, {name: one * 3 for name, one in expected(fisher).items()})
+
+
+def test_attaching_starts_from_nothing_and_detaching_keeps_what_was_measured(make):
+    meter = make(Plain(), "exact")
+    meter.model(INPUTS)
+    meter.detach()
+    assert_same(meter.statistics, expected("exact"))
+    meter.model(INPUTS)
+    assert_same(meter.statistics, expected("exact"))
+    meter.attach()
+    assert meter.statistics == {}
+
+
+def test_layers_that_did_not_run_have_no_statistics(make):
+    meter = make(Partly(), "exact")
+    meter.model(INPUTS)
+    assert set(meter.statistics) == {"first", "second"}
+
+
+def test_mc_is_reproducible_through_its_generator(make):
+    first, again = make(Plain(), "mc"), make(Plain(), "mc")
+    for global_seed, meter in enumerate((first, again)):
+        torch.manual_seed(global_seed)
+        meter.model(INPUTS)
+    assert_same(again.statistics, first.statistics)
+
+
+# What never counts
+
+
+@pytest.mark.parametrize(("kind", "fisher"), SETTINGS)
+def test_forwards_in_eval_mode_never_count(make, kind, fisher):
+    meter = make(kind(), fisher)
+    meter.model.eval()
+    likelihood(logits(meter.model(INPUTS)), TARGETS).backward()
+    assert meter.statistics == {}
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(("kind", "fisher"), SETTINGS)
+def test_forwards_without_gradients_never_count(make, kind, fisher, context):
+    meter = make(kind(), fisher)
+    with context():
+        likelihood(logits(meter.model(INPUTS)), TARGETS)
+    assert meter.statistics == {}
+
+
+@pytest.mark.parametrize(("kind", "fisher"), SETTINGS)
+def test_monitoring_between_steps_does_not_count(make, kind, fisher):
+    meter = make(kind(), fisher)
+    with torch.no_grad():
+        likelihood(logits(meter.model(INPUTS + 1)), TARGETS)
+    likelihood(logits(meter.model(INPUTS)), TARGETS).backward()
+    with torch.no_grad():
+        likelihood(logits(meter.model(INPUTS + 2)), TARGETS)
+    meter.model.eval()
+    likelihood(logits(meter.model(INPUTS + 3)), TARGETS).backward()
+    assert_same(meter.statistics, expected(fisher))
+
+
+@pytest.mark.parametrize(("kind", "fisher"), SETTINGS)
+def test_a_forward_that_raised_leaves_nothing_behind(make, kind, fisher):
+    meter = make(kind(), fisher)
+    handle = meter.model.second.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        meter.model(INPUTS + 1)
+    handle.remove()
+    likelihood(logits(meter.model(INPUTS)), TARGETS).backward()
+    assert_same(meter.statistics, expected(fisher))
+
+
+def test_nothing_is_measured_after_detach(make):
+    meter = make(InDictionary(), "exact")
+    output = meter.model(INPUTS)
+    meter.detach()
+    likelihood(output["logits"], TARGETS).backward()
+    assert meter.statistics == {}
+
+
+# Invariances of the training loop
+
+
+@pytest.mark.parametrize(("kind", "fisher"), SETTINGS)
+@pytest.mark.parametrize(
+    "scaled",
+    [lambda loss: loss * 1024.0, lambda loss: loss * len(INPUTS), lambda loss: loss / 4, lambda loss: loss * 0.0],
+    ids=["grad scaler", "reduction sum", "accumulation", "zero"],
+)
+def test_statistics_do_not_depend_on_the_losss_scale(make, kind, fisher, scaled):
+    meter = make(kind(), fisher)
+    scaled(likelihood(logits(meter.model(INPUTS)), TARGETS)).backward()
+    assert_same(meter.statistics, expected(fisher))
+
+
+@pytest.mark.parametrize(("kind", "fisher"), SETTINGS)
+@pytest.mark.parametrize("sizes", [[4, 4], [1, 7], [2, 3, 3]])
+def test_statistics_do_not_depend_on_gradient_accumulation(make, kind, fisher, sizes):
+    meter = make(kind(), fisher)
+    for x, y in zip(INPUTS.split(sizes), TARGETS.split(sizes), strict=True):
+        (likelihood(logits(meter.model(x)), y) / len(sizes)).backward()
+    assert_same(meter.statistics, expected(fisher))
+
+
+# Guest manners
+
+
+@pytest.mark.parametrize("fisher", FISHER_KINDS)
+@pytest.mark.parametrize("kind", [Plain, InDictionary])
+def test_the_users_backward_is_as_without_a_meter(make, kind, fisher):
+    alone = seeded(kind())
+    likelihood(logits(alone(INPUTS)), TARGETS).backward()
+    meter = make(kind(), fisher)
+    output = meter.model(INPUTS)
+    loss = likelihood(logits(output), TARGETS)
+    assert meter.statistics
+    assert all(parameter.grad is None for parameter in meter.model.parameters())
+    loss.backward()
+    for parameter, reference in zip(meter.model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(parameter.grad, reference.grad)
+
+
+def test_gradients_that_are_there_already_are_left_alone(make):
+    meter = make(Plain(), "exact")
+    for parameter in meter.model.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    meter.model(INPUTS)
+    assert all(bool((parameter.grad == 7).all()) for parameter in meter.model.parameters())
+
+
+def test_hooks_are_there_between_attach_and_detach_only(make):
+    meter = make(Plain(), "exact")
+
+    def hooks() -> int:
+        modules = [*meter.model.modules(), likelihood]
+        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
+
+    assert hooks() == 5  # a layer's each, before and after the model, before the likelihood
+    meter.detach()
+    assert hooks() == 0
+
+
+@pytest.mark.parametrize(("kind", "fisher"), SETTINGS)
+def test_a_batch_larger_than_the_data_set_is_an_error(make, kind, fisher):
+    meter = make(kind(), fisher, num_data=7)
+    with pytest.raises(ArgumentError, match=r"num_data=7 is smaller than a batch of 8 .* num_data=len\(train_set\)"):
+        likelihood(logits(meter.model(INPUTS)), TARGETS)
+    likelihood(logits(meter.model(INPUTS[:7])), TARGETS[:7])
+    assert_same(meter.statistics, expected(fisher, INPUTS[:7], TARGETS[:7]))
+
+
+def test_an_unknown_fisher_is_an_error_that_lists_the_known(make):
+    with pytest.raises(ArgumentError, match="'mc', 'exact', 'empirical'"):
+        make(Plain(), "true")

@@ -1,0 +1,375 @@
+"""Regression results against SciPy: closed form and mixtures, moments, densities, quantiles, intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import optimize, stats
+from torch import Tensor
+from torch.distributions import Independent, MixtureSameFamily, MultivariateNormal, Normal
+from torch.testing import assert_close
+
+from bayes_kfac.errors import ArgumentError, TargetError
+from bayes_kfac.likelihoods import FixedNoise, GammaNoise, Gaussian, LearnedNoise
+from bayes_kfac.prediction import (
+    GaussianPrediction,
+    MixturePrediction,
+    Prediction,
+    Source,
+    from_gaussian,
+    from_outputs,
+)
+from bayes_kfac.provenance import Provenance
+from tests.helpers import randn, random_spd, rng
+
+TIGHT = {"rtol": 1e-10, "atol": 1e-11}
+PROVENANCE = Provenance("a test", "kron", "factored", "mc", "expand", temperature=1.0, num_data=20)
+CLOSED, SAMPLED = Source("linearized", None, PROVENANCE), Source("sampling", 7, PROVENANCE)
+EVENTS = [(), (1,), (3,), (2, 2)]
+LEVELS = [0.5, 0.9, 0.95, 0.999]
+
+
+def double(value: object) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def closed_form(*event: int, noise: Tensor | None = None, batch: int = 5) -> GaussianPrediction:
+    size = math.prod(event)
+    noise = double(0.3) if noise is None else noise
+    return GaussianPrediction(randn(batch, *event, seed=0), random_spd(batch, size, seed=1), noise, CLOSED)
+
+
+def fixed(event: tuple[int, ...]) -> Gaussian:
+    return Gaussian(FixedNoise(torch.linspace(0.4, 0.9, math.prod(event), dtype=torch.float64).reshape(event)))
+
+
+def learned(event: tuple[int, ...]) -> Gaussian:
+    return Gaussian(LearnedNoise(torch.linspace(0.4, 0.9, math.prod(event), dtype=torch.float64).reshape(event)))
+
+
+def gamma(event: tuple[int, ...]) -> Gaussian:
+    """A belief with a posterior of its own for each output: Student-t components with 5 to 9 degrees of freedom."""
+    noise = GammaNoise(2.5, 1.0, event).double()
+    with torch.no_grad():
+        steps = torch.linspace(0.0, 0.6, math.prod(event), dtype=torch.float64).reshape(event)
+        noise.log_concentration.add_(steps)
+    return Gaussian(noise)
+
+
+NOISES: dict[str, Callable[[tuple[int, ...]], Gaussian]] = {"fixed": fixed, "learned": learned, "gamma": gamma}
+
+
+def mixture(
+    *event: int, noise: str = "fixed", draws: int = 7, batch: int = 5, spread: float = 1.0
+) -> MixturePrediction:
+    outputs = spread * randn(draws, batch, *event, seed=0)
+    return MixturePrediction(outputs, NOISES[noise](event).requires_grad_(False), SAMPLED)
+
+
+def scipy_components(prediction: MixturePrediction) -> stats.rv_continuous:
+    """The component densities of the likelihood, with the draws as the first dimension, as a frozen SciPy family."""
+    noise = prediction.likelihood.noise
+    if isinstance(noise, GammaNoise):
+        concentration, rate = noise.log_concentration.exp().numpy(), noise.log_rate.exp().numpy()
+        return stats.t(df=2 * concentration, loc=prediction.outputs.numpy(), scale=np.sqrt(rate / concentration))
+    return stats.norm(loc=prediction.outputs.numpy(), scale=noise.variance().sqrt().numpy())
+
+
+PREDICTIONS = [(f"closed-{event}", lambda event=event: closed_form(*event)) for event in EVENTS] + [
+    (f"mixture-{noise}-{event}", lambda event=event, noise=noise: mixture(*event, noise=noise))
+    for event in EVENTS
+    for noise in NOISES
+]
+
+
+@pytest.fixture(params=[make for _, make in PREDICTIONS], ids=[name for name, _ in PREDICTIONS])
+def prediction(request: pytest.FixtureRequest) -> GaussianPrediction | MixturePrediction:
+    return request.param()
+
+
+# What holds for every result
+
+
+def test_variance_is_aleatoric_plus_epistemic(prediction: GaussianPrediction | MixturePrediction) -> None:
+    """Always; and ``stddev`` is its root, the covariance's diagonal is it."""
+    assert_close(prediction.variance, prediction.aleatoric_variance + prediction.epistemic_variance, rtol=0.0, atol=0.0)
+    assert_close(prediction.stddev.square(), prediction.variance, **TIGHT)
+    diagonal = prediction.covariance.diagonal(dim1=-2, dim2=-1)
+    assert_close(diagonal.reshape(prediction.mean.shape), prediction.variance, **TIGHT)
+    epistemic = prediction.epistemic_covariance.diagonal(dim1=-2, dim2=-1)
+    assert_close(epistemic.reshape(prediction.mean.shape), prediction.epistemic_variance, **TIGHT)
+    assert (prediction.aleatoric_variance > 0).all()
+    assert (prediction.epistemic_variance > 0).all()
+
+
+def test_moments_have_the_targets_shape(prediction: GaussianPrediction | MixturePrediction) -> None:
+    shape = prediction.mean.shape
+    size = math.prod(shape[1:])
+    for value in (prediction.variance, prediction.aleatoric_variance, prediction.epistemic_variance, prediction.stddev):
+        assert value.shape == shape
+    assert prediction.covariance.shape == prediction.epistemic_covariance.shape == (5, size, size)
+    assert prediction.log_prob(torch.zeros(shape, dtype=torch.float64)).shape == (5,)
+    assert all(end.shape == shape for end in prediction.interval(0.9))
+
+
+def test_distribution_has_the_same_moments_and_density(prediction: GaussianPrediction | MixturePrediction) -> None:
+    """``distribution`` is the joint predictive: its mean, variance and log-density are the result's."""
+    distribution = prediction.distribution
+    assert_close(distribution.mean.reshape(prediction.mean.shape), prediction.mean, **TIGHT)
+    assert_close(distribution.variance.reshape(prediction.mean.shape), prediction.variance, **TIGHT)
+    target = randn(*prediction.mean.shape, seed=2)
+    value = target.reshape(distribution.mean.shape)
+    assert_close(distribution.log_prob(value).reshape(5), prediction.log_prob(target), **TIGHT)
+
+
+def test_targets_that_do_not_fit_are_refused(prediction: GaussianPrediction | MixturePrediction) -> None:
+    """Column against row, another batch, and integers: errors, never a broadcast."""
+    shape = prediction.mean.shape
+    with pytest.raises(TargetError, match="must be equal"):
+        prediction.log_prob(torch.zeros(*shape, 1, dtype=torch.float64))
+    with pytest.raises(TargetError, match="must be equal"):
+        prediction.log_prob(torch.zeros(1, *shape[1:], dtype=torch.float64))
+    with pytest.raises(TargetError, match="floating point"):
+        prediction.log_prob(torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("level", [0, 1, -0.5, 1.5, 95, math.nan])
+def test_levels_outside_the_unit_interval_are_refused(
+    prediction: GaussianPrediction | MixturePrediction, level: float
+) -> None:
+    with pytest.raises(ArgumentError, match=r"level=.*Allowed: 0 < level < 1"):
+        prediction.interval(level)
+    with pytest.raises(ArgumentError, match=r"probability=.*Allowed: 0 < probability < 1"):
+        prediction.quantile(level)
+
+
+def test_interval_is_central(prediction: GaussianPrediction | MixturePrediction) -> None:
+    """Its ends are the two quantiles that leave the same probability on either side; wider levels contain it."""
+    lower, upper = prediction.interval(0.9)
+    assert_close(lower, prediction.quantile(0.05), **TIGHT)
+    assert_close(upper, prediction.quantile(0.95), **TIGHT)
+    wider = prediction.interval(0.99)
+    assert (wider[0] < lower).all()
+    assert (lower < prediction.quantile(0.5)).all()
+    assert (prediction.quantile(0.5) < upper).all()
+    assert (upper < wider[1]).all()
+
+
+def test_source_says_how_it_was_made(prediction: GaussianPrediction | MixturePrediction) -> None:
+    assert prediction.source in (CLOSED, SAMPLED)
+    assert prediction.source.posterior is PROVENANCE
+
+
+# The closed form
+
+
+@pytest.mark.parametrize("event", [(), (1,)])
+def test_closed_form_of_one_output_is_scipys_normal(event: tuple[int, ...]) -> None:
+    prediction = closed_form(*event)
+    variance = prediction.output_covariance.reshape(prediction.mean.shape) + 0.3
+    reference = stats.norm(prediction.mean.numpy(), variance.sqrt().numpy())
+    target = randn(*prediction.mean.shape, seed=2)
+    assert_close(prediction.log_prob(target), torch.as_tensor(reference.logpdf(target.numpy())).reshape(5), **TIGHT)
+    assert isinstance(prediction.distribution, Normal)
+    for level in LEVELS:
+        for end, expected in zip(prediction.interval(level), reference.interval(level), strict=True):
+            assert_close(end, torch.as_tensor(expected), **TIGHT)
+    for probability in (1e-4, 0.1, 0.5, 0.975):
+        assert_close(prediction.quantile(probability), torch.as_tensor(reference.ppf(probability)), **TIGHT)
+
+
+@pytest.mark.parametrize("event", [(3,), (2, 2)])
+def test_closed_form_of_several_outputs_is_joint(event: tuple[int, ...]) -> None:
+    """One log-density for an example, with the correlation between its outputs: SciPy's multivariate normal."""
+    noise = torch.linspace(0.1, 0.5, math.prod(event), dtype=torch.float64).reshape(event)
+    prediction = closed_form(*event, noise=noise)
+    target = randn(*prediction.mean.shape, seed=2)
+    log_prob = prediction.log_prob(target)
+    marginal = Normal(prediction.mean, prediction.stddev).log_prob(target).flatten(1).sum(1)
+    for n in range(5):
+        covariance = prediction.output_covariance[n].numpy() + np.diag(noise.flatten().numpy())
+        mean = prediction.mean[n].flatten().numpy()
+        expected = stats.multivariate_normal(mean, covariance).logpdf(target[n].flatten().numpy())
+        assert log_prob[n].item() == pytest.approx(expected, rel=1e-10)
+    assert isinstance(prediction.distribution, MultivariateNormal)
+    assert ((log_prob - marginal).abs() > 1e-3).any()
+
+
+@pytest.mark.parametrize("event", [(3,), (2, 2)])
+def test_intervals_of_several_outputs_are_of_each_alone(event: tuple[int, ...]) -> None:
+    prediction = closed_form(*event)
+    expected = stats.norm.interval(0.9, prediction.mean.numpy(), prediction.variance.sqrt().numpy())
+    for end, value in zip(prediction.interval(0.9), expected, strict=True):
+        assert_close(end, torch.as_tensor(value), **TIGHT)
+
+
+def test_noise_broadcasts_against_one_examples_output() -> None:
+    prediction = closed_form(2, 3, noise=double([[0.1], [0.7]]))
+    expected = double([[0.1, 0.1, 0.1], [0.7, 0.7, 0.7]]).expand(5, 2, 3)
+    assert_close(prediction.aleatoric_variance, expected, **TIGHT)
+    flat = prediction.covariance - prediction.output_covariance
+    assert_close(flat, torch.diag_embed(expected.flatten(1)), **TIGHT)
+
+
+def test_from_gaussian_takes_the_expected_variance_of_a_belief() -> None:
+    """The linearised result of a Gamma belief has its expected variance, ``rate / (concentration − 1)``, as noise."""
+    likelihood = Gaussian(GammaNoise(5.0, 2.0)).double()
+    mean, covariance = randn(5, 2, seed=0), random_spd(5, 2, seed=1)
+    result = from_gaussian(likelihood, mean, covariance, CLOSED, num_samples=3, generator=None)
+    assert isinstance(result, GaussianPrediction)
+    assert result.source is CLOSED
+    assert_close(result.aleatoric_variance, torch.full((5, 2), 0.5, dtype=torch.float64), rtol=1e-6, atol=0.0)
+    assert not result.variance.requires_grad
+
+
+# Mixtures
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("event", EVENTS)
+def test_mixture_density_is_the_mean_of_densities(event: tuple[int, ...], noise: str) -> None:
+    """``log (1/S) Σ_s Π_k p(y_k | f_sk)``: joint over an example's outputs, then averaged over draws."""
+    prediction = mixture(*event, noise=noise)
+    target = randn(*prediction.mean.shape, seed=2)
+    joint = np.exp(scipy_components(prediction).logpdf(target.numpy()).reshape(7, 5, -1).sum(-1))
+    assert_close(prediction.log_prob(target), torch.as_tensor(np.log(joint.mean(0))), **TIGHT)
+
+
+def test_mixture_density_is_not_that_of_the_mean() -> None:
+    """The trap: the density at the average output, or of a Gaussian with the mixture's moments, is another one."""
+    outputs = double([[[-3.0]], [[3.0]]])
+    prediction = MixturePrediction(outputs, Gaussian(double(0.5)), SAMPLED)
+    origin = torch.zeros(1, 1, dtype=torch.float64)
+    expected = stats.norm.logpdf(3.0, scale=0.5)
+    assert prediction.log_prob(origin).item() == pytest.approx(expected, rel=1e-12)
+    of_the_mean = prediction.likelihood.distribution(prediction.mean).log_prob(origin).item()
+    assert of_the_mean > expected + 10
+    assert prediction.log_prob(outputs[0]).item() == pytest.approx(
+        math.log(0.5) + stats.norm.logpdf(0.0, scale=0.5), rel=1e-9
+    )
+
+
+@settings(deadline=None, max_examples=30)
+@given(draws=st.integers(1, 9), seed=st.integers(0, 2**31), spread=st.floats(0.0, 50.0))
+def test_mixture_density_is_a_mean_whatever_the_draws(draws: int, seed: int, spread: float) -> None:
+    """Also where every density underflows, and for any number of draws (not a power of two)."""
+    outputs = spread * randn(draws, 3, 2, seed=seed)
+    prediction = MixturePrediction(outputs, Gaussian(double(0.1)), SAMPLED)
+    target = torch.zeros(3, 2, dtype=torch.float64)
+    logs = stats.norm.logpdf(0.0, outputs.numpy(), 0.1).sum(-1)
+    expected = np.logaddexp.reduce(logs, axis=0) - math.log(draws)
+    assert_close(prediction.log_prob(target), torch.as_tensor(expected), rtol=1e-11, atol=1e-10)
+
+
+def test_mixture_of_one_draw_is_the_likelihood() -> None:
+    prediction = mixture(3, draws=1)
+    target = randn(5, 3, seed=2)
+    assert_close(prediction.log_prob(target), -fixed((3,)).negative_log_likelihood(prediction.mean, target), **TIGHT)
+    assert torch.equal(prediction.epistemic_variance, torch.zeros_like(prediction.mean))
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_mixture_moments_are_those_of_the_draws(noise: str) -> None:
+    """NumPy's mean and (population) covariance of the outputs; the noise is the components' own variance."""
+    prediction = mixture(2, 2, noise=noise)
+    outputs = prediction.outputs.numpy().reshape(7, 5, 4)
+    for n in range(5):
+        expected = np.cov(outputs[:, n].T, bias=True)
+        assert_close(prediction.epistemic_covariance[n], torch.as_tensor(expected), **TIGHT)
+    assert_close(prediction.mean, torch.as_tensor(outputs.mean(0)).reshape(5, 2, 2), **TIGHT)
+    component = torch.as_tensor(scipy_components(prediction).var())[0]
+    assert_close(prediction.aleatoric_variance, component, **TIGHT)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("event", EVENTS)
+def test_quantile_has_its_probability(event: tuple[int, ...], noise: str) -> None:
+    """The mixture's distribution function at the quantile, by SciPy, is the probability asked for."""
+    prediction = mixture(*event, noise=noise)
+    reference = scipy_components(prediction)
+    for probability in (1e-5, 0.025, 0.3, 0.5, 0.975, 1 - 1e-5):
+        quantile = prediction.quantile(probability)
+        reached = torch.as_tensor(reference.cdf(quantile.numpy()).mean(0))
+        assert_close(reached, torch.full_like(reached, probability), rtol=0.0, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    probability=st.floats(1e-4, 1 - 1e-4),
+    spread=st.floats(0.0, 100.0),
+    noise=st.sampled_from(sorted(NOISES)),
+    seed=st.integers(0, 2**31),
+)
+def test_quantile_of_any_mixture(probability: float, spread: float, noise: str, seed: int) -> None:
+    """From one lump to well-separated modes, where the quantile lies far from mean and components."""
+    outputs = spread * randn(4, 3, 1, seed=seed)
+    prediction = MixturePrediction(outputs, NOISES[noise]((1,)).requires_grad_(False), SAMPLED)
+    reached = scipy_components(prediction).cdf(prediction.quantile(probability).numpy()).mean(0)
+    assert reached == pytest.approx(np.full((3, 1), probability), abs=1e-6)
+
+
+def test_quantile_is_the_root_that_scipy_finds() -> None:
+    """Independently of distribution functions at the answer: Brent's method on two well-separated modes."""
+    prediction = MixturePrediction(double([[[-3.0]], [[5.0]], [[5.5]]]), Gaussian(double(0.5)), SAMPLED)
+
+    def distance(value: float) -> float:
+        return stats.norm.cdf(value, [-3.0, 5.0, 5.5], 0.5).mean() - 0.9
+
+    expected = optimize.brentq(distance, -20, 20, xtol=1e-13)
+    assert prediction.quantile(0.9).item() == pytest.approx(expected, abs=1e-10)
+
+
+def test_samples_of_the_mixture_fall_into_the_interval() -> None:
+    """80 % of 20 000 samples of the joint distribution lie in the 80 % interval of each output."""
+    prediction = mixture(2, noise="gamma")
+    torch.manual_seed(0)
+    samples = prediction.distribution.sample((20_000,))
+    lower, upper = prediction.interval(0.8)
+    coverage = ((samples > lower) & (samples < upper)).double().mean(0)
+    assert_close(coverage, torch.full_like(coverage, 0.8), rtol=0.0, atol=5 * (0.8 * 0.2 / 20_000) ** 0.5)
+
+
+def test_float32_quantiles_end() -> None:
+    """Bisection stops at the dtype's last digit, also far from zero where neighbours are wide apart."""
+    outputs = (1e6 + randn(4, 3, 1, seed=0)).float()
+    prediction = MixturePrediction(outputs, Gaussian(1.0), SAMPLED)
+    lower, upper = prediction.interval(0.9)
+    assert lower.dtype == torch.float32
+    assert (lower < upper).all()
+
+
+def test_joint_distribution_is_a_mixture_over_outputs() -> None:
+    """One draw of the weights rules all outputs of an example: components are joint, not mixed output by output."""
+    distribution = mixture(3).distribution
+    assert isinstance(distribution, MixtureSameFamily)
+    assert isinstance(distribution.component_distribution, Independent)
+    assert distribution.batch_shape == (5,)
+    assert distribution.event_shape == (3,)
+
+
+def test_from_outputs_keeps_outputs_and_source() -> None:
+    outputs = randn(7, 5, 2, seed=0)
+    result: Prediction = from_outputs(fixed((2,)), outputs, SAMPLED)
+    assert isinstance(result, MixturePrediction)
+    assert result.source is SAMPLED
+    assert torch.equal(result.outputs, outputs)
+
+
+def test_closed_form_and_mixture_agree_on_a_gaussian() -> None:
+    """Draws of a Gaussian output give its closed form, within five standard errors of 20 000 draws."""
+    exact = closed_form(2, noise=double([0.3, 0.8]))
+    root = torch.linalg.cholesky(exact.output_covariance)
+    noise = torch.randn(20_000, 5, 2, generator=rng(3), dtype=torch.float64)
+    outputs = exact.mean + torch.einsum("bij,sbj->sbi", root, noise)
+    sampled = MixturePrediction(outputs, Gaussian(double([0.3, 0.8]).sqrt()), SAMPLED)
+    target = exact.mean + 0.5
+    errors = 5 * (2 / 20_000) ** 0.5 * torch.einsum("bi,bj->bij", exact.stddev, exact.stddev)
+    assert ((sampled.covariance - exact.covariance).abs() <= errors).all()
+    assert_close(sampled.log_prob(target), exact.log_prob(target), rtol=0.0, atol=0.05)
+    assert_close(sampled.quantile(0.9), exact.quantile(0.9), rtol=0.0, atol=0.1)

@@ -1,0 +1,111 @@
+"""Errors: what they derive from, and the checks that raise them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from bayes_kfac import errors
+from bayes_kfac.errors import (
+    ArgumentError,
+    BayesKfacError,
+    BayesKfacWarning,
+    check_choice,
+    check_count,
+    check_fraction,
+    check_positive,
+)
+
+BUILTINS = {
+    "ArgumentError": ValueError,
+    "TargetError": ValueError,
+    "UnsupportedModelError": ValueError,
+    "UsageError": RuntimeError,
+    "NonFiniteError": ArithmeticError,
+    "NotPositiveDefiniteError": ArithmeticError,
+}
+
+
+def test_every_error_is_listed_here() -> None:
+    """A new error has to say, here too, which built-in it is."""
+    defined = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, BayesKfacError) and value is not BayesKfacError
+    }
+    assert defined == set(BUILTINS)
+
+
+@pytest.mark.parametrize(("name", "builtin"), BUILTINS.items())
+def test_errors_are_the_librarys_and_the_builtin(name: str, builtin: type[Exception]) -> None:
+    """``except BayesKfacError`` and ``except ValueError`` both catch."""
+    error = getattr(errors, name)
+    assert issubclass(error, BayesKfacError)
+    assert issubclass(error, builtin)
+    for kind in (BayesKfacError, builtin):
+        with pytest.raises(kind, match="some text"):
+            raise error("some text")
+
+
+def test_the_base_is_no_builtin() -> None:
+    assert BayesKfacError.__bases__ == (Exception,)
+    assert issubclass(BayesKfacWarning, UserWarning)
+
+
+@pytest.mark.parametrize("value", [1, 0.5, 1e300, torch.tensor(2.0), torch.tensor([2.0])])
+def test_positive_numbers_pass(value: Any) -> None:
+    result = check_positive("lr", value)
+    assert type(result) is float
+    assert result == float(value)
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, -1e-30, math.nan, math.inf, -math.inf, None, "many", [1.0], torch.ones(2), torch.tensor(math.nan)]
+)
+def test_other_values_are_named(value: Any) -> None:
+    """The message has the argument's name, its value and what is allowed."""
+    with pytest.raises(ArgumentError) as caught:
+        check_positive("lr", value)
+    message = str(caught.value)
+    assert message.startswith(f"lr={value!r} is")
+    assert "Allowed: a finite number > 0." in message
+
+
+def test_zero_where_it_is_allowed() -> None:
+    assert check_positive("lr", 0, allow_zero=True) == 0.0
+    with pytest.raises(ArgumentError, match="Allowed: a finite number >= 0"):
+        check_positive("lr", -1, allow_zero=True)
+
+
+@pytest.mark.parametrize(("value", "minimum"), [(1, 1), (7, 1), (0, 0), (10**12, 1)])
+def test_counts_pass(value: int, minimum: int) -> None:
+    assert check_count("epochs", value, minimum=minimum) is value
+
+
+@pytest.mark.parametrize("value", [0, -3, 1.0, 2.5, True, None, "3", torch.tensor(3)])
+def test_other_counts_are_named(value: Any) -> None:
+    """``True`` and ``1.0`` are no counts: they are a slip more often than not."""
+    with pytest.raises(ArgumentError) as caught:
+        check_count("epochs", value)
+    assert str(caught.value) == f"epochs={value!r} is not allowed. Allowed: an integer >= 1."
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 0.5, 0.999])
+def test_fractions_pass(value: float) -> None:
+    assert check_fraction("decay", value) == value
+
+
+@pytest.mark.parametrize("value", [1, 1.5, -0.1, math.nan, None, "half"])
+def test_other_fractions_are_named(value: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"^decay=.*Allowed: "):
+        check_fraction("decay", value)
+
+
+def test_choices() -> None:
+    assert check_choice("method", "a", ("a", "b")) == "a"
+    with pytest.raises(ArgumentError) as caught:
+        check_choice("method", "c", ("a", "b"))
+    assert str(caught.value) == "method='c' is unknown. Allowed: 'a', 'b'."

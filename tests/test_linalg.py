@@ -1,0 +1,204 @@
+"""Factorisations: right where plain LAPACK is right, stubborn where it gives up, and clear where nothing helps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from bayes_kfac import linalg
+from bayes_kfac.errors import BayesKfacError, NotPositiveDefiniteError
+from tests.helpers import TIGHT, dense_kron, randn, random_spd, rng
+
+NAN, INF = math.nan, math.inf
+
+
+def rank_deficient(size: int, rank: int) -> torch.Tensor:
+    """A float32 Gram matrix of few examples, as in the first steps of training."""
+    inputs = torch.randn(rank, size, generator=rng(0))
+    return inputs.T @ inputs
+
+
+# Small tools
+
+
+def test_symmetrize_keeps_the_symmetric_part_only():
+    matrix = randn(2, 3, 3, seed=0)
+    assert_close(linalg.symmetrize(matrix), (matrix + matrix.transpose(1, 2)) / 2, **TIGHT)
+
+
+def test_trace_is_of_each_matrix():
+    matrix = randn(2, 3, 3, seed=0)
+    assert_close(linalg.trace(matrix), torch.stack([torch.trace(one) for one in matrix]), **TIGHT)
+
+
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_add_to_diagonal_adds_to_the_diagonal_of_a_copy(stack):
+    matrix = random_spd(*stack, 3, seed=0)
+    before, value = matrix.clone(), randn(*stack, seed=1)
+    result = linalg.add_to_diagonal(matrix, value)
+    assert_close(result, before + value[..., None, None] * torch.eye(3, dtype=torch.float64), **TIGHT)
+    assert torch.equal(matrix, before)
+
+
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_kron_equals_torch_kron_for_rectangular_matrices(stack):
+    left, right = randn(*stack, 2, 3, seed=0), randn(*stack, 4, 5, seed=1)
+    assert_close(linalg.kron(left, right), dense_kron(left, right), **TIGHT)
+
+
+# Cholesky
+
+
+@pytest.mark.parametrize("stack", [(), (1,), (3,), (2, 2)])
+def test_cholesky_of_a_well_conditioned_matrix_is_lapacks(stack):
+    matrix = random_spd(*stack, 4, seed=0)
+    factor = linalg.cholesky(matrix, ["layer"])
+    assert torch.equal(factor, torch.linalg.cholesky(matrix))
+
+
+def test_cholesky_succeeds_where_float32_rounding_makes_plain_cholesky_fail():
+    matrix = rank_deficient(64, 8)
+    assert torch.linalg.cholesky_ex(matrix).info != 0
+    factor = linalg.cholesky(matrix, ["layer"])
+    assert factor.dtype == torch.float32
+    assert torch.equal(factor, factor.tril())
+    assert_close(factor @ factor.T, matrix, rtol=0, atol=1e-4 * float(matrix.trace()))
+
+
+def test_cholesky_goes_to_float64_where_float32_fails_with_jitter_too(monkeypatch):
+    matrix, tried = rank_deficient(64, 8), []
+
+    def only_float64(attempt):
+        tried.append(attempt.dtype)
+        factor, info = plain(attempt)
+        return factor, info if attempt.dtype == torch.float64 else torch.ones_like(info)
+
+    plain = torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", only_float64)
+    factor = linalg.cholesky(matrix, ["layer"])
+    assert tried[:3] == [torch.float32, torch.float32, torch.float64]
+    assert factor.dtype == torch.float32
+    assert_close(factor @ factor.T, matrix, rtol=0, atol=1e-4)
+
+
+def test_cholesky_reads_the_symmetric_part():
+    """Rounding leaves factors slightly asymmetric; neither triangle is preferred."""
+    matrix = random_spd(4, seed=0)
+    skew = 1e-3 * (randn(4, 4, seed=1).triu(1))
+    assert_close(linalg.cholesky(matrix + skew - skew.T, ["layer"]), torch.linalg.cholesky(matrix), **TIGHT)
+
+
+def test_cholesky_does_not_change_its_argument():
+    matrix = rank_deficient(64, 8)
+    before = matrix.clone()
+    linalg.cholesky(matrix, ["layer"])
+    assert torch.equal(matrix, before)
+
+
+def test_the_error_names_the_layers_that_failed_and_only_those():
+    good, bad = random_spd(3, seed=0), -torch.eye(3, dtype=torch.float64)
+    with pytest.raises(NotPositiveDefiniteError, match="not positive definite") as caught:
+        linalg.cholesky(torch.stack([good, bad, good, bad]), ["first", "second", "third", "fourth"])
+    message = str(caught.value)
+    assert "'second', 'fourth'" in message
+    assert "first" not in message
+    assert "third" not in message
+    assert "prior_precision" in message
+    assert "NaN" not in message
+
+
+def test_the_error_names_a_layer_with_stacked_blocks_once():
+    blocks = torch.stack([random_spd(3, seed=0), -torch.eye(3, dtype=torch.float64)])
+    with pytest.raises(NotPositiveDefiniteError, match="for 'conv2' in"):
+        linalg.cholesky(torch.stack([random_spd(2, 3, seed=1), blocks]), ["conv1", "conv2"])
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("where", [(0, 0), (2, 1)])
+@pytest.mark.parametrize("factorise", [linalg.cholesky, linalg.inverse_cholesky, linalg.eigh])
+def test_the_error_says_nan_where_there_is_nan(factorise, value, where):
+    matrix = random_spd(3, seed=0)
+    matrix[where] = value
+    matrix[where[::-1]] = value
+    with pytest.raises(NotPositiveDefiniteError, match=r"'decoder\.0': the matrix holds NaN or infinity"):
+        factorise(matrix.unsqueeze(0), ["decoder.0"])
+
+
+def test_the_error_is_arithmetic_and_the_librarys_own():
+    with pytest.raises(BayesKfacError) as caught:
+        linalg.cholesky(-torch.eye(2)[None], ["layer"])
+    assert isinstance(caught.value, ArithmeticError)
+
+
+# Inverse roots
+
+
+@pytest.mark.parametrize("stack", [(), (1,), (3,), (2, 3)])
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_inverse_cholesky_is_a_lower_root_of_the_inverse(stack, size):
+    precision = random_spd(*stack, size, seed=size)
+    root = linalg.inverse_cholesky(precision, ["layer"])
+    assert torch.equal(root, root.tril())
+    assert bool((root.diagonal(dim1=-2, dim2=-1) > 0).all())
+    assert_close(root @ root.mT, torch.linalg.inv(precision), **TIGHT)
+    assert_close(root, torch.linalg.cholesky(torch.linalg.inv(precision)), **TIGHT)
+
+
+def test_inverse_cholesky_of_an_ill_conditioned_float32_matrix_is_finite():
+    root = linalg.inverse_cholesky(rank_deficient(64, 8), ["layer"])
+    assert root.dtype == torch.float32
+    assert bool(torch.isfinite(root).all())
+
+
+# Eigendecompositions
+
+
+@pytest.mark.parametrize("stack", [(), (3,)])
+def test_eigh_reconstructs_with_eigenvectors_as_columns(stack):
+    matrix = random_spd(*stack, 4, seed=0)
+    values, vectors = linalg.eigh(matrix, ["layer"])
+    assert_close((vectors * values.unsqueeze(-2)) @ vectors.mT, matrix, **TIGHT)
+    assert_close(vectors.mT @ vectors, torch.eye(4, dtype=torch.float64).expand_as(matrix), **TIGHT)
+    assert bool((values.diff(dim=-1) >= 0).all())
+
+
+def test_eigh_clamps_rounding_below_zero():
+    matrix = rank_deficient(64, 8)
+    assert bool((torch.linalg.eigvalsh(matrix) < 0).any())
+    values, vectors = linalg.eigh(matrix, ["layer"])
+    assert values.dtype == vectors.dtype == torch.float32
+    assert bool((values >= 0).all())
+    assert_close((vectors * values) @ vectors.T, matrix, rtol=0, atol=1e-4)
+
+
+# Batching by shape
+
+
+def test_map_by_shape_calls_once_for_each_shape_and_keeps_the_order():
+    shapes = [(2, 2), (3, 3), (2, 2), (2, 3, 3), (3, 3), (2, 2)]
+    matrices = [randn(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    names = list("abcdef")
+    calls = []
+
+    def double_and_name(stack, members):
+        calls.append((tuple(stack.shape), list(members)))
+        return 2 * stack, torch.tensor([ord(member) for member in members])
+
+    results = linalg.map_by_shape(double_and_name, matrices, names)
+    assert calls == [((3, 2, 2), ["a", "c", "f"]), ((2, 3, 3), ["b", "e"]), ((1, 2, 3, 3), ["d"])]
+    for matrix, name, (doubled, letter) in zip(matrices, names, results, strict=True):
+        assert torch.equal(doubled, 2 * matrix)
+        assert letter == ord(name)
+
+
+def test_map_by_shape_keeps_dtypes_apart():
+    matrices = [torch.eye(2), torch.eye(2, dtype=torch.float64), torch.eye(2)]
+    results = linalg.map_by_shape(lambda stack, _: (stack,), matrices, ["a", "b", "c"])
+    assert [result.dtype for (result,) in results] == [torch.float32, torch.float64, torch.float32]
+
+
+def test_map_by_shape_of_nothing_is_nothing():
+    assert linalg.map_by_shape(lambda stack, _: (stack,), [], []) == []

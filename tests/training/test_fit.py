@@ -1,0 +1,156 @@
+"""``fit`` trains on real data, reports the evidence lower bound, and leaves the model as it should."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from sklearn.datasets import load_diabetes, load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import bayes_kfac as bk
+from bayes_kfac.errors import ArgumentError
+
+
+def diabetes():
+    x, y = (torch.as_tensor(array, dtype=torch.float32) for array in load_diabetes(return_X_y=True))
+    return (x - x.mean(0)) / x.std(0), ((y - y.mean()) / y.std()).unsqueeze(1)
+
+
+def loader(x, y, seed=0, batch_size=32):
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(TensorDataset(x, y), batch_size=batch_size, shuffle=True, generator=generator)
+
+
+def regression_net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 1))
+
+
+def test_regression_on_diabetes_beats_the_mean_and_is_calibrated():
+    """The held-out error is that of a good regression, the interval holds about what it should."""
+    x, y = diabetes()
+    states = []
+    posterior = bk.fit(
+        regression_net(),
+        bk.likelihoods.Gaussian("learned"),
+        loader(x[:340], y[:340]),
+        epochs=30,
+        lr=3e-2,
+        progress=False,
+        callbacks=[states.append],
+        generator=torch.Generator().manual_seed(0),
+    )
+    prediction = posterior.predict(x[340:])
+    error = (prediction.mean - y[340:]).square().mean().sqrt()
+    lower, upper = prediction.interval(0.9)
+    inside = ((y[340:] >= lower) & (y[340:] <= upper)).float().mean()
+    assert error < 0.8  # the mean alone has 1.0, least squares about 0.71
+    assert 0.8 < inside < 1.0
+    assert len(states) == 30
+    assert states[-1].elbo > states[0].elbo
+    assert all(math.isfinite(state.elbo) for state in states)
+    assert states[-1].elbo == pytest.approx(-340 * states[-1].nll - states[-1].kl)
+
+
+def test_classification_on_digits_with_a_convolution():
+    x, y = load_digits(return_X_y=True)
+    x, y = torch.as_tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16, torch.as_tensor(y)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 10))
+    posterior = bk.fit(
+        model,
+        bk.likelihoods.Categorical(),
+        loader(x[:1200], y[:1200], batch_size=64),
+        epochs=10,
+        lr=0.1,
+        statistics_every=2,
+        inverse_every=20,
+        statistics_decay=0.98,
+        progress=False,
+        generator=torch.Generator().manual_seed(0),
+    )
+    for method in ("linearized", "sampling"):
+        prediction = posterior.predict(x[1200:], method, generator=torch.Generator().manual_seed(0))
+        assert (prediction.probs.argmax(-1) == y[1200:]).float().mean() > 0.85
+        torch.testing.assert_close(prediction.probs.sum(-1), torch.ones(len(x) - 1200))
+
+
+def test_the_same_seeds_give_the_same_posterior():
+    x, y = diabetes()
+    posteriors = [
+        bk.fit(
+            regression_net(),
+            bk.likelihoods.Gaussian("learned"),
+            loader(x, y, seed=3),
+            epochs=2,
+            progress=False,
+            generator=torch.Generator().manual_seed(5),
+        )
+        for _ in range(2)
+    ]
+    for name, value in posteriors[0].mean.items():
+        assert torch.equal(value, posteriors[1].mean[name])
+
+
+def test_callbacks_can_end_the_training_and_all_of_them_are_called():
+    x, y = diabetes()
+    seen = []
+    bk.fit(
+        regression_net(),
+        bk.likelihoods.Gaussian(1.0),
+        loader(x, y),
+        epochs=10,
+        progress=False,
+        callbacks=[lambda state: state.epoch == 2, lambda state: seen.append(state.epoch)],
+    )
+    assert seen == [1, 2]
+
+
+def test_the_model_is_left_at_the_mean_in_its_own_mode():
+    x, y = diabetes()
+    model = regression_net().eval()
+    posterior = bk.fit(model, bk.likelihoods.Gaussian(1.0), loader(x, y), epochs=1, progress=False)
+    assert not model.training
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, posterior.mean[name])
+
+
+def test_num_data_must_be_known():
+    x, y = diabetes()
+    with pytest.raises(ArgumentError, match="num_data=None"):
+        bk.fit(regression_net(), bk.likelihoods.Gaussian(1.0), [(x[:8], y[:8])], epochs=1, progress=False)
+    posterior = bk.fit(
+        regression_net(), bk.likelihoods.Gaussian(1.0), [(x[:8], y[:8])], epochs=1, num_data=442, progress=False
+    )
+    assert posterior.provenance.num_data == 442
+
+
+def test_an_empty_loader_is_named():
+    with pytest.raises(ArgumentError, match="yielded no batch"):
+        bk.fit(regression_net(), bk.likelihoods.Gaussian(1.0), [], epochs=1, num_data=5, progress=False)
+
+
+def test_another_schedule_can_be_given():
+    x, y = diabetes()
+    rates = []
+    bk.fit(
+        regression_net(),
+        bk.likelihoods.Gaussian(1.0),
+        loader(x, y),
+        epochs=3,
+        lr=0.04,
+        progress=False,
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5),
+        callbacks=[lambda state: rates.append(state.optimizer.param_groups[0]["lr"])],
+    )
+    assert rates == pytest.approx([0.02, 0.01, 0.005])
+
+
+def test_the_progress_bar_shows_the_parts_of_the_bound(capsys):
+    x, y = diabetes()
+    bk.fit(regression_net(), bk.likelihoods.Gaussian(1.0), loader(x, y), epochs=1, progress=True)
+    shown = capsys.readouterr().err
+    assert all(part in shown for part in ("nll=", "kl=", "elbo="))
