@@ -85,7 +85,8 @@ def eigh(matrix: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
             continue
         if bool(torch.isfinite(values).all()):
             return values.clamp(min=0).to(matrix), vectors.to(matrix)
-    failed = torch.ones(matrix.shape[:-2], dtype=torch.bool)
+    non_finite = ~torch.isfinite(matrix).all(-1).all(-1)
+    failed = non_finite if bool(non_finite.any()) else torch.ones_like(non_finite)
     raise NotPositiveDefiniteError(_describe("Eigendecomposition", matrix, failed, names))
 
 

@@ -195,6 +195,18 @@ def test_tied_and_shared_storage(path: Path) -> None:
     assert len(set(pointers)) == len(pointers)
 
 
+def test_blocks_that_share_storage(path: Path) -> None:
+    """Layers of equal shape are factorised in one stack, and two layers may even have the same Gaussian."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    whole = random_posterior(model, Gaussian(0.5))
+    options: dict[str, Any] = {"prior_precision": {"0": 1.3, "2": 1.3}, "provenance": whole.provenance}
+    posterior = Posterior(model, Gaussian(0.5), {"0": whole.blocks["0"], "2": whole.blocks["0"]}, **options)
+    for shared in (whole, posterior):
+        shared.save(path)
+        loaded = Posterior.load(path, model)
+        assert all(same(block.state, loaded.blocks[name].state) for name, block in shared.blocks.items())
+
+
 # Likelihoods of one's own
 
 

@@ -111,7 +111,10 @@ def _sweep(specs: Sequence[BlockSpec], gaussians: Sequence[MatrixNormalGaussian]
     """One flip-flop: the output side given the input side, then the input side given the output side."""
     factors = [_factors(spec) for spec in specs]
     rows = _inverse_roots(
-        [_side(G, A, old.scale_tril_column, gamma) for (A, G, gamma), old in zip(factors, gaussians, strict=True)],
+        [
+            _side(G, A, _of_norm_one(old.scale_tril_column), gamma)
+            for (A, G, gamma), old in zip(factors, gaussians, strict=True)
+        ],
         specs,
     )
     columns = _inverse_roots(
@@ -127,8 +130,14 @@ def _side(own: Tensor, other: Tensor, other_root: Tensor, gamma: Tensor) -> Tens
     """``(tr(other C) own + γ tr(C) I) / dim`` with ``C`` the covariance of the other side, of dimension ``dim``."""
     covariance = other_root @ other_root.mT
     dim = other.shape[-1]
-    weight = (other * covariance).sum((-2, -1)) / dim
+    # a singular factor is indefinite by rounding, and its trace can come out below zero
+    weight = (other * covariance).sum((-2, -1)).clamp(min=0) / dim
     return linalg.add_to_diagonal(own * weight[..., None, None], gamma * linalg.trace(covariance) / dim)
+
+
+def _of_norm_one(root: Tensor) -> Tensor:
+    """The root at a scale of its own: where rounding needs jitter, one side's would grow and the other's shrink."""
+    return root / torch.linalg.matrix_norm(root, keepdim=True)
 
 
 def _inverse_roots(precisions: Sequence[Tensor], specs: Sequence[BlockSpec]) -> list[Tensor]:

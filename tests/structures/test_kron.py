@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -199,7 +200,7 @@ def test_warm_sweeps_approach_the_optimum_from_anywhere_and_never_step_back():
     for _ in range(6):
         gaussian = build("optimal", spec_of(A, G, previous=gaussian))
         distances.append(kl_divergence(gaussian.to_dense(), exact))
-    assert all(later <= earlier + 1e-10 for earlier, later in zip(distances, distances[1:], strict=False))
+    assert all(later <= earlier + 1e-10 for earlier, later in pairwise(distances))
     assert distances[0] > best + 0.1
     assert_close(distances[-1], best, rtol=0, atol=1e-9)
 
@@ -355,11 +356,26 @@ def test_duplicate_features_are_survived_in_float32(damping, gamma):
     assert bool(torch.isfinite(gaussian.solve(samples)).all())
     assert bool(torch.isfinite(gaussian.logdet()))
     assert bool((variance > 0).all())
-    assert bool((variance <= 1.01).all())  # the prior's
+    assert bool((variance <= 1.1).all())  # the prior's is 1
 
 
 @pytest.mark.parametrize("damping", DAMPINGS)
-def test_indefinite_factors_are_an_error_that_names_the_layer(damping):
+@pytest.mark.parametrize("gamma", [1e-6, 1e-8])
+def test_fewer_examples_than_features_are_survived_in_float32(damping, gamma):
+    """Half of the directions have no data, and jitter is above the damping: too tight there, and nothing worse."""
+    inputs = randn(64, 128, seed=0)
+    A, G = (inputs.T @ inputs / 64).float(), random_spd(8, seed=1).float()
+    gaussian = build(damping, spec_of(A, G, 1 / gamma, 1.0))
+    noise = randn(5, 8, 128, seed=2).float()
+    for _ in range(30):  # refreshes of a training run
+        gaussian = build(damping, spec_of(A, G, 1 / gamma, 1.0, previous=gaussian))
+    assert bool(torch.isfinite(gaussian.sample(noise)).all())
+    assert bool((gaussian.marginal_variance() > 0).all())
+    assert bool((gaussian.marginal_variance() <= 1.1).all())
+
+
+@pytest.mark.parametrize("damping", DAMPINGS)
+def test_a_factor_with_nan_is_an_error_that_names_the_layer(damping):
     A, G = random_factors()
     specs = [spec_of(A, G), spec_of(A * math.nan, G, name="encoder.2")]
     with pytest.raises(NotPositiveDefiniteError, match=r"'encoder\.2'.*NaN") as caught:
@@ -372,7 +388,7 @@ def test_indefinite_factors_are_an_error_that_names_the_layer(damping):
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_blending_is_an_average_that_started_at_the_identity(steps):
-    """``blend(debiased average, decay^k)`` is the plain recursion ``F ← decay F + (1 − decay) batch`` from ``F = I``."""
+    """A debiased average of k updates, blended by ``decay^k``, is the biased recursion from ``F = I``."""
     decay, structure = 0.95, kron("factored")
     batches = [spec_of(*random_factors(2, seed=10 * step)).statistics for step in range(steps)]
     debiased = batches[0] * 0.0
@@ -442,16 +458,24 @@ def test_permuting_units_permutes_the_gaussian(out, in_, seed, damping, permutat
 
 
 @given(out=sizes, in_=sizes, seed=seeds, log_prior=log_scales)
-def test_a_matrix_normal_is_never_wider_than_the_prior_and_optimal_never_further_than_factored(
-    out, in_, seed, log_prior
-):
+def test_optimal_is_never_further_than_factored_and_spends_its_variance_exactly(out, in_, seed, log_prior):
+    """At the optimum ``tr(P Σ) = out · in``, as for the exact posterior; factored has less."""
     A, G = random_factors(out=out, in_=in_, seed=seed)
     prior = 10**log_prior
     exact = exact_precision(A, G, 30.0, prior)
-    factored, optimal = (build(damping, spec_of(A, G, 30.0, prior)) for damping in ("factored", "optimal"))
-    for gaussian in (factored, optimal):
-        assert bool((gaussian.marginal_variance() <= (1 + 1e-9) / prior).all())
-    assert kl_divergence(optimal.to_dense(), exact) <= kl_divergence(factored.to_dense(), exact) + 1e-9
+    factored, optimal = (build(damping, spec_of(A, G, 30.0, prior)).to_dense() for damping in ("factored", "optimal"))
+    assert kl_divergence(optimal, exact) <= kl_divergence(factored, exact) + 1e-9
+    assert torch.trace(exact @ torch.linalg.inv(optimal)).item() == pytest.approx(out * in_, rel=1e-9)
+    assert torch.trace(exact @ torch.linalg.inv(factored)).item() < out * in_
+
+
+@given(out=sizes, in_=sizes, seed=seeds, log_prior=log_scales, damping=st.sampled_from(["factored", "exact"]))
+def test_data_only_narrow_the_prior(out, in_, seed, log_prior, damping):
+    """Not so for the optimal matrix normal, which makes up in some weights for what it loses in others."""
+    A, G = random_factors(out=out, in_=in_, seed=seed)
+    prior = 10**log_prior
+    dense = build(damping, spec_of(A, G, 30.0, prior)).to_dense()
+    assert bool((torch.linalg.eigvalsh(dense) >= prior * (1 - 1e-9)).all())
 
 
 @given(blocks=st.integers(1, 3), out=sizes, in_=sizes, seed=seeds, log_prior=log_scales)

@@ -294,7 +294,7 @@ def test_statistics_do_not_depend_on_the_losses_scale() -> None:
 
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_several_samples_average_gradients_statistics_and_prior(antithetic: bool) -> None:
-    """k contexts on one batch equal the averages of what each sample gives."""
+    """Contexts on one batch equal the averages of what each sample gives."""
     x, y = data(1)
     model = two_layer_net()
     options = {"num_samples": 2, "antithetic": antithetic, "warmup": False, "momentum": 0.0, "lr": 1e-2}
@@ -331,8 +331,8 @@ def _closure(optimizer: bk.NoisyKFAC, x: Tensor, y: Tensor) -> Tensor:
 
 def test_closure_and_plain_loop_are_the_same_step() -> None:
     """``step(closure)`` opens the context itself, once for each sample, and returns the mean loss."""
-    results = []
-    for use_closure in (True, False):
+
+    def train(use_closure: bool) -> tuple[dict[str, Tensor], list[float]]:
         model = two_layer_net()
         optimizer = make(model, num_samples=3, generator=torch.Generator().manual_seed(9))
         losses = []
@@ -347,7 +347,9 @@ def test_closure_and_plain_loop_are_the_same_step() -> None:
                         parts.append(_closure(optimizer, x, y).item())
                 optimizer.step()
                 losses.append(sum(parts) / 3)
-        results.append((blocks_of(model), losses))
+        return blocks_of(model), losses
+
+    results = [train(use_closure) for use_closure in (True, False)]
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-12)
     for name in ("0", "2"):
         assert torch.equal(results[0][0][name], results[1][0][name])

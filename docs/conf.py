@@ -1,0 +1,21 @@
+"""Sphinx configuration."""
+
+import bayes_kfac
+
+project = "bayes_kfac"
+author = "The bayes_kfac developers"
+copyright = "2026, the bayes_kfac developers"
+release = bayes_kfac.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+html_theme = "furo"
+html_title = "bayes_kfac"
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+exclude_patterns = ["_build"]
+nitpicky = False
