@@ -1,7 +1,7 @@
 """Noisy K-FAC on real data, beside the same networks trained by Adam: a table and a picture.
 
 ``python examples/demo.py`` trains on scikit-learn's diabetes (regression) and digits (classification) over several
-random splits, prints mean ± standard error over the splits, and writes ``examples/output/demo.png``. Well under a minute
+random splits, prints mean ± standard error over them, and writes ``examples/output/demo.png``. Well under a minute
 on two cores; ``--splits 1`` for a quick look.
 """
 
@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 import bayes_kfac as bk
 
 mpl.use("Agg")
+torch.set_num_threads(1)  # these networks are small: a second thread only waits
 from matplotlib import pyplot as plt
 
 OUTPUT = Path(__file__).resolve().parent / "output"
@@ -81,8 +82,16 @@ def regression(split: int) -> tuple[Row, Row, bk.Posterior]:
         }
 
     model, likelihood = network(10, 50, 1, split), bk.likelihoods.Gaussian("learned")
-    options = {"lr": 0.03, "generator": torch.Generator().manual_seed(split), "progress": False}
-    posterior = bk.fit(model, likelihood, loader(x[train], target[train], split), epochs=40, **options)
+    posterior = bk.fit(
+        model,
+        likelihood,
+        loader(x[train], target[train], split),
+        epochs=40,
+        lr=0.03,
+        prior_precision=10.0,
+        generator=torch.Generator().manual_seed(split),
+        progress=False,
+    )
     prediction = posterior.predict(x[test])
     ours = figures(prediction.mean, prediction.log_prob(target[test]), prediction.interval(0.9))
 
@@ -111,8 +120,18 @@ def classification(split: int) -> tuple[Row, Row, tuple[Tensor, Tensor, Tensor]]
 
     likelihood = bk.likelihoods.Categorical()
     model, generator = network(64, 100, 10, split), torch.Generator().manual_seed(split)
-    options = {"lr": 0.1, "temperature": 0.1, "generator": generator, "progress": False}
-    posterior = bk.fit(model, likelihood, loader(x[train], y[train], split), epochs=60, **options)
+    posterior = bk.fit(
+        model,
+        likelihood,
+        loader(x[train], y[train], split),
+        epochs=60,
+        lr=0.1,
+        temperature=0.1,
+        statistics_every=2,
+        inverse_every=20,
+        generator=generator,
+        progress=False,
+    )
     ours = posterior.predict(x[test], generator=generator).probs
 
     model = network(64, 100, 10, split)

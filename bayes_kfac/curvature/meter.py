@@ -90,8 +90,10 @@ class Meter:
                 "examples in the whole training set: pass num_data=len(train_set)."
             )
         gradients = output_gradients(self.likelihood, output, self.fisher, target=target, generator=self.generator)
-        for name, rows in self.recorder.rows(output, gradients).items():
-            batch = self._measure(rows)
+        recorded = self.recorder.rows(output, gradients)
+        with torch.autocast(output.device.type, enabled=False):  # products in 16 bits are not positive definite
+            measured = {name: self._measure(rows) for name, rows in recorded.items()}
+        for name, batch in measured.items():
             self.statistics[name] = self.statistics[name] + batch if name in self.statistics else batch
         self.recorder.clear()
 
@@ -109,4 +111,5 @@ class Meter:
         if self.recorder.has_calls:
             output = args[0] if args else kwargs["output"]
             target = args[1] if len(args) > 1 else kwargs["target"]
-            self.measure(output, target)
+            if output.requires_grad:  # a detached output is being logged
+                self.measure(output, target)

@@ -103,8 +103,10 @@ class Recorder:
                 continue
             adapter = self.layers[name].adapter
             inputs.setdefault(name, []).append(_by_example(adapter.input_rows(layer_input), output.shape[0], name))
-            by_column = torch.vmap(adapter.gradient_rows) if len(gradient) > 1 else adapter.gradient_rows
-            rows = by_column(gradient) if len(gradient) > 1 else by_column(gradient[0]).unsqueeze(0)
+            if len(gradient) > 1:
+                rows = torch.vmap(adapter.gradient_rows)(gradient)
+            else:  # vmap's overhead would rule on small networks
+                rows = adapter.gradient_rows(gradient[0]).unsqueeze(0)
             gradients.setdefault(name, []).append(_by_example(rows, output.shape[0], name))
         return {name: Rows(_side_by_side(inputs[name]), _side_by_side(gradients[name])) for name in inputs}
 

@@ -232,7 +232,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         for name, batch in self._sampler.statistics.items():
             running = blocks[name].statistics
             decay = self._group(name)["statistics_decay"] ** (self.steps - self._last_measured)
-            updated = batch if running is None else running.moving_average(batch, decay)
+            # from nothing the average is (1 − decay) of the batch, and so is its count: debiased from the first step on
+            updated = batch * (1 - decay) if running is None else running.moving_average(batch, decay)
             identity_weight = blocks[name].identity_weight * decay
             blocks[name] = replace(blocks[name], statistics=updated, identity_weight=identity_weight)
         return blocks

@@ -182,8 +182,9 @@ def test_matrix_and_tensors_are_each_others_inverse(model):
         assert torch.equal(tensors[name], parameter)
 
 
-def test_values_are_a_copy_without_a_graph(model):
-    layer = find_layers(model)[0]["0"]
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_are_a_copy_without_a_graph(bias):
+    layer = find_layers(seeded(nn.Sequential(nn.Linear(3, 2, bias=bias))))[0]["0"]
     values = layer.values()
     before = values.clone()
     assert not values.requires_grad

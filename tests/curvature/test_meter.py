@@ -8,8 +8,10 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
-from bayes_kfac.curvature import FISHER_KINDS, Meter, Statistics, find_layers, output_gradients
+from bayes_kfac.curvature import FISHER_KINDS, Meter, Rows, Statistics, find_layers, output_gradients
 from bayes_kfac.curvature.statistics import kronecker_factors
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.likelihoods import Categorical
@@ -37,6 +39,13 @@ class InDictionary(Plain):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"logits": self.logits(x)}
+
+
+class Checkpointed(Plain):
+    """A model that keeps no activations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.logits, x, use_reentrant=False)
 
 
 class Partly(Plain):
@@ -218,6 +227,38 @@ def test_a_forward_that_raised_leaves_nothing_behind(make, kind, fisher):
     assert_same(meter.statistics, expected(fisher))
 
 
+@pytest.mark.parametrize(("kind", "fisher"), SETTINGS)
+def test_a_validation_pass_after_a_forward_that_raised_does_not_count(make, kind, fisher):
+    meter = make(kind(), fisher)
+    handle = meter.model.second.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        meter.model(INPUTS)
+    handle.remove()
+    with torch.no_grad():
+        likelihood(logits(meter.model(INPUTS)), TARGETS)
+    assert meter.statistics == {}
+
+
+@pytest.mark.parametrize(("kind", "fisher"), SETTINGS)
+def test_logging_the_loss_of_a_detached_output_does_not_count(make, kind, fisher):
+    meter = make(kind(), fisher)
+    output = logits(meter.model(INPUTS))
+    likelihood(output.detach(), TARGETS)
+    likelihood(output, TARGETS).backward()
+    likelihood(output.detach(), TARGETS)
+    assert_same(meter.statistics, expected(fisher))
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_layers_that_checkpointing_runs_again_count_once(make, fisher):
+    """The backward pass repeats their forward pass, hooks and all."""
+    meter = make(Checkpointed(), fisher)
+    output = meter.model(INPUTS)
+    likelihood(output, TARGETS).backward()
+    likelihood(output.detach(), TARGETS)
+    assert_same(meter.statistics, expected(fisher))
+
+
 def test_nothing_is_measured_after_detach(make):
     meter = make(InDictionary(), "exact")
     output = meter.model(INPUTS)
@@ -248,6 +289,29 @@ def test_statistics_do_not_depend_on_gradient_accumulation(make, kind, fisher, s
     for x, y in zip(INPUTS.split(sizes), TARGETS.split(sizes), strict=True):
         (likelihood(logits(meter.model(x)), y) / len(sizes)).backward()
     assert_same(meter.statistics, expected(fisher))
+
+
+def test_statistics_are_single_precision_under_autocast():
+    """The forward pass may be in bfloat16; products in bfloat16 would not be positive definite."""
+    model, seen = seeded(Plain()).float(), []
+
+    def measure(rows: Rows) -> Statistics:
+        seen.append(rows)
+        return kronecker_factors(rows, "expand")
+
+    meter = Meter(model, likelihood, find_layers(model)[0], measure, fisher="exact", num_data=1000)
+    meter.attach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(INPUTS.float())
+    meter.detach()
+    assert output.dtype == torch.bfloat16
+    for statistics, rows in zip(meter.statistics.values(), seen, strict=True):
+        assert_same_statistics(statistics, kronecker_factors(rows, "expand"), rtol=0, atol=0)
+        assert {value.dtype for value in statistics.sums.values()} == {torch.float32}
+    for name, reference in expected("exact").items():
+        for statistic in ("input", "gradient"):
+            close = {"rtol": 0.05, "atol": 0.05 * float(reference.mean(statistic).abs().max())}
+            assert_close(meter.statistics[name].mean(statistic).double(), reference.mean(statistic), **close)
 
 
 # Guest manners

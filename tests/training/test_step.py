@@ -105,16 +105,10 @@ def test_three_steps_equal_the_dense_formulas(damping: str) -> None:
 
         gradient, A, G = by_hand(sample, x, y)
         for name in mean:
-            if name in averages:
-                old_A, old_G, weight = averages[name]
-                averages[name] = (
-                    DECAY * old_A + (1 - DECAY) * A[name],
-                    DECAY * old_G + (1 - DECAY) * G[name],
-                    DECAY * weight + (1 - DECAY),
-                )
-            else:
-                averages[name] = (A[name], G[name], 1.0)
-            A_bar, G_bar, weight = averages[name]
+            old_A, old_G, weight = averages.get(name, (torch.zeros_like(A[name]), torch.zeros_like(G[name]), 0.0))
+            A_bar, G_bar = DECAY * old_A + (1 - DECAY) * A[name], DECAY * old_G + (1 - DECAY) * G[name]
+            weight = DECAY * weight + (1 - DECAY)  # debiased: the weights of all batches sum to one
+            averages[name] = (A_bar, G_bar, weight)
             prior_at_sample = gradient[name] + gamma_in * sample[name]
             momentum[name] = MOMENTUM * momentum[name] + (1 - MOMENTUM) * prior_at_sample
             debiased = momentum[name] / (1 - MOMENTUM ** (step + 1))
@@ -195,6 +189,24 @@ def test_noise_scales_with_the_root_of_temperature_over_num_data() -> None:
         with optimizer.sampled_params():
             noises.append(blocks_of(model)["0"] - mean["0"])
     torch.testing.assert_close(noises[0], 10 * noises[1])
+
+
+def test_warmup_is_the_plain_average_started_at_the_identity_on_every_step() -> None:
+    """What training samples from has the factors of an average that is not debiased and starts at the identity."""
+    model = two_layer_net()
+    optimizer = make(model, statistics_decay=DECAY, damping="exact")
+    A, G = torch.eye(5).double(), torch.eye(2).double()
+    for step in range(4):
+        x, y = data(step)
+        with optimizer.sampled_params():
+            sample = blocks_of(model)
+            optimizer.zero_grad()
+            optimizer.likelihood(model(x), y).backward()
+        optimizer.step()
+        _, batch_A, batch_G = by_hand(sample, x, y)
+        A, G = DECAY * A + (1 - DECAY) * batch_A["2"], DECAY * G + (1 - DECAY) * batch_G["2"]
+        dense = optimizer.blocks["2"].posterior.to_dense()
+        torch.testing.assert_close(dense, N * torch.kron(G, A) + torch.eye(10).double(), rtol=1e-9, atol=1e-9)
 
 
 def test_warmup_blends_towards_the_identity_as_an_average_started_there() -> None:
@@ -315,8 +327,8 @@ def test_several_samples_average_gradients_statistics_and_prior(antithetic: bool
     gradients, A, G = zip(*(by_hand(sample, x, y) for sample in samples), strict=True)
     mean_gradient = (gradients[0]["0"] + gradients[1]["0"]) / 2
     mean_sample = (samples[0]["0"] + samples[1]["0"]) / 2
-    A_bar = decay * old.mean("input") + (1 - decay) * (A[0]["0"] + A[1]["0"]) / 2
-    G_bar = decay * old.mean("gradient") + (1 - decay) * (G[0]["0"] + G[1]["0"]) / 2
+    A_bar = (decay * old.mean("input") + (A[0]["0"] + A[1]["0"]) / 2) / (decay + 1)
+    G_bar = (decay * old.mean("gradient") + (G[0]["0"] + G[1]["0"]) / 2) / (decay + 1)
     matrix = dense_damped(A_bar, G_bar, 1 / N, "exact")
     direction = torch.linalg.solve(matrix, (mean_gradient + mean_sample / N).reshape(-1)).reshape(4, 4)
     torch.testing.assert_close(blocks_of(model)["0"], reference["0"] - 1e-2 * direction, rtol=0, atol=1e-10)
@@ -368,7 +380,8 @@ def test_the_decay_counts_steps_not_measurements() -> None:
             optimizer.likelihood(model(x), y).backward()
         optimizer.step()
         measured[step] = by_hand(sample, x, y)[2]["2"]
-    average = measured[0]
-    for step, keep in ((1, DECAY), (2, DECAY), (4, DECAY**2)):
-        average = keep * average + (1 - keep) * measured[step]
-    torch.testing.assert_close(optimizer.blocks["2"].statistics.mean("gradient"), average, rtol=0, atol=1e-12)
+    average, weight = torch.zeros(2, 2).double(), 0.0
+    for step, keep in ((0, DECAY), (1, DECAY), (2, DECAY), (4, DECAY**2)):
+        average, weight = keep * average + (1 - keep) * measured[step], keep * weight + (1 - keep)
+    statistics = optimizer.blocks["2"].statistics
+    torch.testing.assert_close(statistics.mean("gradient"), average / weight, rtol=0, atol=1e-12)
