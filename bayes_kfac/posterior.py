@@ -87,7 +87,7 @@ class Posterior:
     def predict(
         self,
         inputs: Any,
-        method: str = "linearized",
+        method: str | None = None,
         *,
         num_samples: int = 64,
         draws: Draws | None = None,
@@ -97,18 +97,23 @@ class Posterior:
 
         Args:
             inputs: The model's input: one argument, a tuple of arguments, or a dictionary of keyword arguments.
-            method: ``"linearized"``: the model is taken as affine in its weights, the output's Gaussian is exact then
-                (classes are sampled from it). ``"sampling"``: the model is run under draws of the weights.
+            method: ``"linearized"``, the default: the model is taken as affine in its weights, the output's Gaussian is
+                exact then (classes are sampled from it). ``"sampling"``: the model is run under draws of the weights.
             num_samples: Draws of the weights, or of the linearised output where classes need them.
             draws: Draws from :meth:`sample`, instead of new ones; implies ``method="sampling"``.
             generator: The source of randomness.
 
         Returns:
             The prediction; its kind depends on the likelihood.
+
+        Raises:
+            ArgumentError: If the method is unknown, or draws come with ``method="linearized"``.
         """
-        check_choice("method", method, METHODS)
+        method = check_choice("method", method or ("linearized" if draws is None else "sampling"), METHODS)
+        if draws is not None and method == "linearized":
+            raise ArgumentError("draws= are for method='sampling', but method='linearized'. Leave one of them out.")
         check_count("num_samples", num_samples)
-        if draws is not None or method == "sampling":
+        if method == "sampling":
             draws = draws or self.sample(num_samples, generator=generator)
             outputs = sampled_outputs(self.model, self.mean, draws, inputs)
             return from_outputs(self.likelihood, outputs, Source("sampling", len(draws), self.provenance))

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ def load(posterior_type: type[Posterior], path: Path, model: nn.Module, likeliho
     Raises:
         ArgumentError: If the file is not a saved posterior, or not one of this architecture.
     """
-    header, tensors = _read(path)
+    header, tensors = _read(path, next(model.parameters()).device)
     mean = _under("mean/", tensors)
     _check_architecture(path, mean, model)
     layers, _ = find_layers(model)
@@ -99,11 +100,11 @@ def load(posterior_type: type[Posterior], path: Path, model: nn.Module, likeliho
     return posterior
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise ArgumentError(f"path={str(path)!r} does not exist, or is not a file.")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             # copies: they outlive a change of the file, and torch aligns them, which products to the last bit ask for
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, no dictionary
@@ -111,7 +112,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ArgumentError(f"path={str(path)!r} is not a safetensors file: {error}.") from error
     if "bayes_kfac" not in metadata:
         raise ArgumentError(f"path={str(path)!r} is not a posterior saved by Posterior.save().")
-    header: dict[str, Any] = json.loads(metadata["bayes_kfac"])
+    try:
+        header: dict[str, Any] = json.loads(metadata["bayes_kfac"])
+    except json.JSONDecodeError as error:
+        raise ArgumentError(f"path={str(path)!r} has a damaged header: {error}.") from error
     if header["format"] > FORMAT:
         raise ArgumentError(
             f"path={str(path)!r} has format {header['format']}, newer than {FORMAT}: update bayes_kfac to read it."

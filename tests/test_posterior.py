@@ -266,6 +266,12 @@ def test_outputs_that_are_no_tensor_are_refused(method: str) -> None:
         posterior.predict(randn(5, 3, seed=1), method)
 
 
+def test_draws_with_the_linearized_method_are_refused() -> None:
+    posterior = random_posterior(mlp(), Gaussian(0.5))
+    with pytest.raises(ArgumentError, match="Leave one of them out"):
+        posterior.predict(randn(5, 3, seed=1), "linearized", draws=posterior.sample(2))
+
+
 def test_unknown_method_says_what_there_is() -> None:
     posterior = random_posterior(mlp(), Gaussian(0.5))
     with pytest.raises(ArgumentError, match=r"method='laplace' is unknown. Allowed: 'linearized', 'sampling'"):

@@ -384,3 +384,10 @@ def test_nothing_is_unpickled(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     posterior.save(path)
     loaded = Posterior.load(path, mlp())
     assert same(loaded.kl(), posterior.kl())
+
+
+def test_a_damaged_header_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.safetensors"
+    save_file({"mean/weight": torch.zeros(1)}, path, metadata={"bayes_kfac": "{"})
+    with pytest.raises(ArgumentError, match="damaged header"):
+        Posterior.load(path, nn.Linear(2, 1))

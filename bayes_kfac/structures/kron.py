@@ -13,6 +13,7 @@ itself has its optimum. ``U`` and ``V`` solve ``U⁻¹ = (tr(AV) G + γ tr(V) I)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -54,7 +55,7 @@ def _factored(specs: Sequence[BlockSpec]) -> list[MatrixNormalGaussian]:
     rows, columns = [], []
     for spec in specs:
         A, G, gamma = _factors(spec)
-        pi = _pi(A, G)
+        pi, A, G = _pi(A, G)
         rows.append(linalg.add_to_diagonal(G, gamma.sqrt() / pi))
         columns.append(linalg.add_to_diagonal(A, gamma.sqrt() * pi))
     return [
@@ -69,11 +70,13 @@ def _optimal(specs: Sequence[BlockSpec]) -> list[MatrixNormalGaussian]:
         for _ in range(WARM_SWEEPS):
             previous = _sweep(specs, previous)
         return previous
-    gaussians = _factored(specs)
+    gaussians, last = _factored(specs), math.inf
     for _ in range(COLD_SWEEPS):
         old, gaussians = gaussians, _sweep(specs, gaussians)
-        if max(map(_distance, old, gaussians), default=0.0) < TOLERANCE:
+        moved = max(map(_distance, old, gaussians), default=0.0)
+        if moved < TOLERANCE or moved >= last:  # in float32 rounding may end the progress first
             break
+        last = moved
     return gaussians
 
 
@@ -101,10 +104,14 @@ def _factors(spec: BlockSpec) -> tuple[Tensor, Tensor, Tensor]:
     return A, G, A.new_tensor(spec.prior_precision / spec.data_scale)
 
 
-def _pi(A: Tensor, G: Tensor) -> Tensor:
-    """How the damping splits: the root of the ratio of mean eigenvalues; 1 where a factor is zero."""
+def _pi(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How the damping splits, the root of the ratio of mean eigenvalues, and the factors to damp."""
+    # where one factor is zero (no gradient reaches the layer) the Fisher is too: with both at zero and π = 1 the damped
+    # product is the prior's
     mean_A, mean_G = linalg.trace(A) / A.shape[-1], linalg.trace(G) / G.shape[-1]
-    return torch.where((mean_A > 0) & (mean_G > 0), (mean_A / mean_G).sqrt(), torch.ones_like(mean_A))
+    alive = (mean_A > 0) & (mean_G > 0)
+    pi = torch.where(alive, (mean_A / mean_G).sqrt(), torch.ones_like(mean_A))
+    return pi, A * alive[..., None, None], G * alive[..., None, None]
 
 
 def _sweep(specs: Sequence[BlockSpec], gaussians: Sequence[MatrixNormalGaussian]) -> list[MatrixNormalGaussian]:

@@ -1,0 +1,101 @@
+"""The benchmark's stacked networks are independent networks, and its command runs, keeps results and resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import bayes_kfac as bk
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from replicas import ReplicatedMLP  # noqa: E402
+
+
+def test_a_stack_has_the_statistics_of_its_networks_one_by_one():
+    """Each replica's factors, and its whole step, are those of the same network trained alone."""
+    torch.manual_seed(0)
+    stack = ReplicatedMLP(3, 4, 5, torch.Generator().manual_seed(0)).double()
+    x, y = torch.randn(8, 3, 4).double(), torch.randn(8, 3, 1).double()
+    options = {"num_data": 20, "fisher": "exact", "lr": 0.1, "statistics_every": 1, "kl_clip": None}
+
+    def step(model, inputs, targets):
+        likelihood = bk.likelihoods.Gaussian(0.5).double()
+        optimizer = bk.NoisyKFAC(model, likelihood, **options)
+        with optimizer.sampled_params():
+            likelihood(model(inputs), targets).backward()
+        optimizer.step()
+        return optimizer
+
+    alone = []
+    for index in range(3):
+        model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 1)).double()
+        with torch.no_grad():
+            for layer, source in ((model[0], stack.hidden), (model[2], stack.output)):
+                layer.weight.copy_(source.weight[index])
+                layer.bias.copy_(source.bias[index])
+        alone.append((model, step(model, x[:, index], y[:, index])))
+    together = step(stack, x, y)
+    for index, (model, optimizer) in enumerate(alone):
+        for mine, name in (("hidden", "0"), ("output", "2")):
+            for statistic in ("input", "gradient"):
+                torch.testing.assert_close(
+                    together.blocks[mine].statistics.mean(statistic)[index],
+                    optimizer.blocks[name].statistics.mean(statistic),
+                )
+        torch.testing.assert_close(stack.hidden.weight[index], model[0].weight)
+        torch.testing.assert_close(stack.output.bias[index], model[2].bias)
+
+
+def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / "uci.py"), "--results", str(tmp_path / "results"), *arguments]
+    environment = {**os.environ, "BAYES_KFAC_DATA": str(tmp_path / "data")}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_command_trains_prints_and_keeps_no_quick_result(tmp_path):
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(40, 3))
+    x[:, 2] = 1.0  # a constant column, as naval has
+    folder = tmp_path / "data" / "uci"
+    folder.mkdir(parents=True)
+    order = np.stack([generator.permutation(40) for _ in range(2)])
+    np.savez(folder / "toy.npz", X=x, y=x[:, 0] * 3 + 1, train_idx=order[:, :30], test_idx=order[:, 30:])
+    done = run(tmp_path, "--data", "toy", "--splits", "2", "--epochs", "3")
+    assert done.returncode == 0, done.stderr
+    line = done.stdout.splitlines()[-1]
+    assert line.startswith("toy")
+    assert "±" in line
+    assert "nan" not in line
+    assert not (tmp_path / "results").exists()
+    kept = tmp_path / "results" / "paper"
+    kept.mkdir(parents=True)
+    result = {
+        "rmse": [1.0, 3.0],
+        "log_likelihood": [-1.0, -1.0],
+        "seconds_per_split": 1.0,
+        "milliseconds_per_step": 2.0,
+    }
+    (kept / "toy.json").write_text(json.dumps(result))
+    assert "2.000±0.707" in run(tmp_path, "--data", "toy").stdout
+
+
+def test_missing_data_is_one_clear_sentence(tmp_path):
+    environment = tmp_path / "elsewhere" / "benchmarks"
+    environment.mkdir(parents=True)
+    for name in ("uci.py", "replicas.py"):
+        (environment / name).write_text((BENCHMARKS / name).read_text())
+    variables = {name: value for name, value in os.environ.items() if name != "BAYES_KFAC_DATA"}
+    command = [sys.executable, str(environment / "uci.py"), "--data", "boston"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "set BAYES_KFAC_DATA" in done.stderr
+    assert "Traceback" not in done.stderr
