@@ -21,20 +21,20 @@ PUBLISHED = {
 
 HEAD = """# UCI regression, the paper's recipe
 
-One hidden layer of 50 ReLU units, factored damping, temperature 1, a Gamma(6, 6) posterior over the noise's precision, ten
-weight samples a step, 1000 epochs in batches of ten, the last epoch's result with 100 weight samples; mean ± standard error
-over ten 90/10 splits. `python benchmarks/uci.py --mode paper` gives the second and third columns (Gal's splits 0 to 9);
-`python benchmarks/uci_reference.py` the *plain recipe*: the paper's code written out without the library, on the same
-splits. The paper's figures and those of the re-run of its code are on other random splits, so that they differ from
-ours by the splits as well: compare with the plain recipe first.
+One hidden layer of 50 ReLU units, factored damping, temperature 1, a Gamma(6, 6) posterior over the noise's precision,
+ten weight samples a step, 1000 epochs in batches of ten, the last epoch's result with 100 weight samples; mean ±
+standard error over ten 90/10 splits (Gal's, 0 to 9). `python benchmarks/uci.py --mode paper` gives the column
+*bayes_kfac*; `python benchmarks/uci_reference.py` the *plain recipe*: the paper's code written out without the library,
+on the same splits. The paper's figures and those of the re-run of its code are on other random splits, so that they
+differ from ours by the splits as well: compare with the plain recipe first.
 
 This page is written by `python benchmarks/report.py` from the files in `benchmarks/results/uci`.
 
 """
 
 TAIL = """
-Ten splits train at once, as ten independent blocks of one stacked network (`benchmarks/replicas.py`). Times are for all that
-a split needs, on one core of a shared two-core machine that also ran other work, so that they are upper bounds.
+Ten splits train at once, as ten independent blocks of one stacked network (`benchmarks/replicas.py`). Times are those
+of one core of a two-core machine that also ran other work, so that they are upper bounds.
 """
 
 
@@ -71,9 +71,12 @@ def cost() -> str:
         "| data | seconds a split | milliseconds a step of ten splits × ten samples |",
         "|---|---|---|",
     ]
-    for name in DATA_SETS:
-        if result := read("paper", name):
-            lines.append(f"| {name} | {result['seconds_per_split']:.0f} | {result['milliseconds_per_step']:.1f} |")
+    results = [(name, read("paper", name)) for name in DATA_SETS]
+    lines += [
+        f"| {name} | {result['seconds_per_split']:.0f} | {result['milliseconds_per_step']:.1f} |"
+        for name, result in results
+        if result
+    ]
     return "\n".join(lines) + "\n"
 
 
