@@ -1,7 +1,7 @@
 """Parameter groups: from the arguments of a trainer to what ``torch.optim.Optimizer`` calls ``param_groups``.
 
-A group of kind ``"block"`` holds the weights of curvature blocks with their hyper-parameters; one group of kind
-``"deterministic"`` holds what has no posterior: the likelihood's own parameters, and parameters outside every block.
+A group of kind ``"block"`` holds the weights of curvature blocks with their hyper-parameters; the last group may be of
+kind ``"deterministic"`` (see ``deterministic.py``).
 """
 
 from __future__ import annotations
@@ -92,41 +92,6 @@ def block_groups(
     if home:
         raise ArgumentError(f"groups[{min(home.values())}] holds parameters that belong to no curvature block.")
     return [group for group in made if group["params"]]
-
-
-def deterministic_parameters(
-    model: nn.Module, likelihood: nn.Module, reasons: Mapping[str, str]
-) -> dict[str, nn.Parameter]:
-    """The trainable parameters without a posterior: the model's outside of blocks, and the likelihood's own.
-
-    Args:
-        model: The model.
-        likelihood: The likelihood.
-        reasons: The model's parameters outside of blocks.
-
-    Returns:
-        The parameters by name; those of the likelihood under ``likelihood.``.
-    """
-    named = dict(model.named_parameters())
-    own = {f"likelihood.{name}": parameter for name, parameter in likelihood.named_parameters()}
-    return {
-        **{name: named[name] for name in reasons},
-        **{name: parameter for name, parameter in own.items() if parameter.requires_grad},
-    }
-
-
-def deterministic_group(parameters: Mapping[str, nn.Parameter], lr: float) -> dict[str, Any]:
-    """The group of kind ``"deterministic"``.
-
-    Args:
-        parameters: Its parameters by name.
-        lr: Adam's step size.
-
-    Returns:
-        The group.
-    """
-    lr = check_positive("deterministic_lr", lr, allow_zero=True)
-    return {"params": list(parameters.values()), "kind": "deterministic", "lr": lr}
 
 
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:

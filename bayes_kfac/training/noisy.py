@@ -26,7 +26,8 @@ from bayes_kfac.posterior import Posterior
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import BlockGaussian, BlockSpec
 from bayes_kfac.training.checks import check_finite, check_ready, check_types
-from bayes_kfac.training.groups import block_groups, check_coverage, deterministic_group, deterministic_parameters
+from bayes_kfac.training.deterministic import PointEstimates
+from bayes_kfac.training.groups import block_groups, check_coverage
 from bayes_kfac.training.sampler import Sampler
 from bayes_kfac.training.schedules import Every
 from bayes_kfac.training.state import BlockState, dump_state, restore_state
@@ -123,13 +124,9 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             "statistics_decay": statistics_decay,
         }
         all_groups = block_groups(self.layers, defaults, groups)
-        self._deterministic = deterministic_parameters(model, likelihood, self.reasons)
-        if self._deterministic:
-            all_groups.append(deterministic_group(self._deterministic, deterministic_lr))
+        self._point_estimates = PointEstimates(model, likelihood, self.reasons, deterministic_lr)
+        all_groups += self._point_estimates.group
         super().__init__(all_groups, {})
-        self._adam = (
-            torch.optim.Adam(self._deterministic.values(), lr=deterministic_lr) if self._deterministic else None
-        )
         self._group_index = {
             name: next(i for i, group in enumerate(all_groups) if any(layer.weight is p for p in group["params"]))
             for name, layer in self.layers.items()
@@ -199,8 +196,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
     def _step(self) -> None:
         check_ready(self._sampler, self.layers, measured=self.statistics_schedule.is_due(self.steps))
         gradients = self._gradients()
-        pending = {name: p.grad for name, p in self._deterministic.items() if p.grad is not None}
-        check_finite(self._sampler.statistics, gradients, pending)
+        check_finite(self._sampler.statistics, gradients, self._point_estimates.gradients)
         blocks = self._refreshed(self._measured())
         directions = {}
         for name, gradient in gradients.items():
@@ -215,7 +211,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             tensors = layer.tensors(direction * (-lr * clip))
             for key, parameter in layer.parameters.items():
                 parameter.add_(tensors[key])
-        self._step_deterministic()
+        self._point_estimates.step(self.param_groups[-1]["lr"], self.temperature / self.num_data)
 
     def _gradients(self) -> dict[str, Tensor]:
         """``∇ + γ_in W``: the gradient of the mean objective at the samples, for layers that took part."""
@@ -223,7 +219,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         for name, layer in self.layers.items():
             gradient = layer.gradient()
             if gradient is not None:
-                gradients[name] = gradient + self._intrinsic_damping(name) * self._sampler.mean_sample(name)
+                dtype = torch.promote_types(gradient.dtype, torch.float32)  # the algebra of a bf16 model is in float32
+                gradients[name] = gradient.to(dtype) + self._intrinsic_damping(name) * self._sampler.mean_sample(name)
         return gradients
 
     def _measured(self) -> dict[str, BlockState]:
@@ -263,7 +260,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         specs = [
             BlockSpec(
                 name,
-                self._blended(name, state) if warm else self._statistics(name, state),
+                self._blended(name, state) if warm else state.measured(name),
                 data_scale=self.num_data / self.temperature,
                 prior_precision=self._group(name)["prior_precision"],
                 previous=state.posterior if warm else None,
@@ -295,21 +292,6 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             inner = (momentum * direction).sum() / blocks[name].momentum_weight
             lengths.append(self._group(name)["lr"] ** 2 * inner)
         return (self.kl_clip / torch.stack(lengths).sum()).sqrt().clamp(max=1.0)
-
-    def _step_deterministic(self) -> None:
-        if self._adam is None:
-            return
-        group = self.param_groups[-1]
-        self._adam.param_groups[0]["lr"] = group["lr"]
-        with torch.enable_grad():
-            divergence = self.likelihood.kl() * (self.temperature / self.num_data)
-        if divergence.requires_grad:
-            own = list(self._deterministic.values())
-            pulls = torch.autograd.grad(divergence, own, allow_unused=True)
-            for parameter, pull in zip(own, pulls, strict=True):
-                if pull is not None:
-                    parameter.grad = pull if parameter.grad is None else parameter.grad + pull
-        self._adam.step()
 
     def posterior(self) -> Posterior:
         """The posterior: the current mean, and blocks from the current statistics, as a snapshot.
@@ -373,7 +355,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             "steps": self.steps,
             "last_measured": self._last_measured,
             "blocks": dump_state(self.blocks),
-            "deterministic": None if self._adam is None else self._adam.state_dict(),
+            "point_estimates": self._point_estimates.state_dict(),
             "generator": None if self.generator is None else self.generator.get_state(),
         }
         return state
@@ -395,8 +377,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         self.blocks = blocks
         self.steps = own["steps"]
         self._last_measured = own["last_measured"]
-        if self._adam is not None:
-            self._adam.load_state_dict(own["deterministic"])
+        self._point_estimates.load_state_dict(own["point_estimates"])
         if self.generator is not None and own["generator"] is not None:
             self.generator.set_state(own["generator"])
         self._sampler.forget()
@@ -409,16 +390,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         return self.temperature * prior_precision / self.num_data
 
     def _blended(self, name: str, state: BlockState) -> Statistics:
-        statistics = self._statistics(name, state)
+        statistics = state.measured(name)
         return self.structure.blend_with_identity(statistics, state.identity_weight) if self.warmup else statistics
-
-    def _statistics(self, name: str, state: BlockState) -> Statistics:
-        if state.statistics is None:
-            raise UsageError(
-                f"Layer {name!r} has no curvature statistics yet: no training step ran through it. Train first; if the "
-                "model never uses the layer, freeze it with requires_grad_(False)."
-            )
-        return state.statistics
 
 
 class NoisyKFAC(NoisyNaturalGradient):

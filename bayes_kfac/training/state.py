@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from bayes_kfac.curvature import Layer, Statistics
-from bayes_kfac.errors import ArgumentError
+from bayes_kfac.errors import ArgumentError, UsageError
 from bayes_kfac.structures import BlockGaussian, gaussian_from_state
 
 
@@ -33,6 +33,25 @@ class BlockState:
     preconditioner: BlockGaussian | None = None
     momentum: Tensor | None = None
     momentum_weight: float = 0.0
+
+    def measured(self, name: str) -> Statistics:
+        """The statistics of the layer of this name.
+
+        Args:
+            name: The layer's name, for the message.
+
+        Returns:
+            The statistics.
+
+        Raises:
+            UsageError: If there are none yet.
+        """
+        if self.statistics is None:
+            raise UsageError(
+                f"Layer {name!r} has no curvature statistics yet: no training step ran through it. Train first; if the "
+                "model never uses the layer, freeze it with requires_grad_(False)."
+            )
+        return self.statistics
 
 
 def dump_state(blocks: Mapping[str, BlockState]) -> dict[str, dict[str, Any]]:

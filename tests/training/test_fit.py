@@ -154,3 +154,21 @@ def test_the_progress_bar_shows_the_parts_of_the_bound(capsys):
     bk.fit(regression_net(), bk.likelihoods.Gaussian(1.0), loader(x, y), epochs=1, progress=True)
     shown = capsys.readouterr().err
     assert all(part in shown for part in ("nll=", "kl=", "elbo="))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_other_dtypes_train_with_factors_of_at_least_float32(dtype):
+    x, y = diabetes()
+    model = regression_net().to(dtype)
+    posterior = bk.fit(
+        model,
+        bk.likelihoods.Gaussian(1.0).to(dtype),
+        loader(x.to(dtype), y.to(dtype)),
+        epochs=1,
+        progress=False,
+    )
+    factors = posterior.blocks["0"].state["scale_tril_row"]
+    assert factors.dtype == torch.promote_types(dtype, torch.float32)
+    prediction = posterior.predict(x[:5].to(dtype), "sampling")
+    assert bool(torch.isfinite(prediction.mean).all())
+    assert posterior.mean["0.weight"].dtype == dtype

@@ -1,0 +1,75 @@
+"""What has no posterior: the likelihood's own parameters, and the model's outside every block, trained by Adam."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayes_kfac.errors import check_positive
+from bayes_kfac.likelihoods import Likelihood
+
+
+class PointEstimates:
+    """Parameters that are trained as point estimates; there may be none.
+
+    Args:
+        model: The model.
+        likelihood: The likelihood.
+        reasons: The model's parameters outside of blocks.
+        lr: Adam's step size.
+    """
+
+    def __init__(self, model: nn.Module, likelihood: Likelihood, reasons: Mapping[str, str], lr: float) -> None:
+        self.likelihood = likelihood
+        self.lr = check_positive("deterministic_lr", lr, allow_zero=True)
+        named = dict(model.named_parameters())
+        self.parameters = {name: named[name] for name in reasons}
+        for name, parameter in likelihood.named_parameters():
+            if parameter.requires_grad:
+                self.parameters[f"likelihood.{name}"] = parameter
+        self._adam = torch.optim.Adam(self.parameters.values(), lr=lr) if self.parameters else None
+
+    @property
+    def group(self) -> list[dict[str, Any]]:
+        """The parameter group of kind ``"deterministic"``, or nothing."""
+        if not self.parameters:
+            return []
+        return [{"params": list(self.parameters.values()), "kind": "deterministic", "lr": self.lr}]
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients there are, by name."""
+        return {name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None}
+
+    def step(self, lr: float, kl_weight: float) -> None:
+        """One step of Adam on the loss plus the likelihood's own KL.
+
+        Args:
+            lr: The step size.
+            kl_weight: The weight of the KL in the mean loss of an example, ``temperature / num_data``.
+        """
+        if self._adam is None:
+            return
+        with torch.enable_grad():
+            divergence = self.likelihood.kl() * kl_weight
+        if divergence.requires_grad:
+            parameters = list(self.parameters.values())
+            for parameter, pull in zip(
+                parameters, torch.autograd.grad(divergence, parameters, allow_unused=True), strict=True
+            ):
+                if pull is not None:
+                    parameter.grad = pull if parameter.grad is None else parameter.grad + pull
+        self._adam.param_groups[0]["lr"] = lr
+        self._adam.step()
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Adam's state."""
+        return None if self._adam is None else self._adam.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Take up Adam's state."""
+        if self._adam is not None and state is not None:
+            self._adam.load_state_dict(state)
