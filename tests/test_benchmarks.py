@@ -25,7 +25,7 @@ def test_a_stack_has_the_statistics_of_its_networks_one_by_one():
     torch.manual_seed(0)
     stack = ReplicatedMLP(3, 4, 5, torch.Generator().manual_seed(0)).double()
     x, y = torch.randn(8, 3, 4).double(), torch.randn(8, 3, 1).double()
-    options = {"num_data": 20, "fisher": "exact", "lr": 0.1, "statistics_every": 1, "kl_clip": None}
+    options = {"num_data": 20, "fisher": "exact", "lr": 0.1, "statistics_every": 1, "kl_clip": None, "warmup": False}
 
     def step(model, inputs, targets):
         likelihood = bk.likelihoods.Gaussian(0.5).double()

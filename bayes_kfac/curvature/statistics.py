@@ -50,6 +50,14 @@ class Statistics:
         """One step of an exponential moving average, ``decay · self + (1 − decay) · batch``."""
         return self * decay + batch * (1 - decay)
 
+    def lean(self, other: Statistics, weight: float) -> Statistics:
+        """Statistics whose averages are ``(1 − weight) · self + weight · other``, with the counts of ``self``."""
+        sums = {
+            name: value * (1 - weight) + other.mean(name) * (weight * self.counts[name])
+            for name, value in self.sums.items()
+        }
+        return Statistics(sums, self.counts)
+
     def non_finite(self) -> list[str]:
         """The names of the sums that hold NaN or infinity."""
         return [name for name, value in self.sums.items() if not bool(torch.isfinite(value).all())]

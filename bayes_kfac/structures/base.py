@@ -146,8 +146,8 @@ class Structure(ABC):
         """Turn a batch's rows into the statistics that this structure needs."""
 
     @abstractmethod
-    def blend_with_identity(self, statistics: Statistics, weight: float) -> Statistics:
-        """Statistics whose Fisher leans towards the identity, ``weight`` between 0 and 1, for a young average."""
+    def identity(self, shape: tuple[int, ...], like: Tensor) -> Statistics:
+        """The statistics of a block of this shape whose Fisher is the identity, on ``like``'s device."""
 
     @abstractmethod
     def gaussians(self, specs: Sequence[BlockSpec]) -> list[BlockGaussian]:

@@ -40,12 +40,14 @@ class KroneckerStructure(Structure):
     def measure(self, rows: Rows) -> Statistics:  # noqa: D102
         return kronecker_factors(rows, self.sharing)
 
-    def blend_with_identity(self, statistics: Statistics, weight: float) -> Statistics:  # noqa: D102
-        sums = {}
-        for name, value in statistics.sums.items():
-            diagonal = value.new_tensor(weight * statistics.counts[name]).expand(value.shape[:-2])
-            sums[name] = linalg.add_to_diagonal(value * (1 - weight), diagonal)
-        return Statistics(sums, statistics.counts)
+    def identity(self, shape: tuple[int, ...], like: Tensor) -> Statistics:  # noqa: D102
+        *blocks, out_features, in_features = shape
+        dtype = torch.promote_types(like.dtype, torch.float32)
+
+        def eye(size: int) -> Tensor:
+            return torch.eye(size, dtype=dtype, device=like.device).expand(*blocks, size, size)
+
+        return Statistics({"input": eye(in_features), "gradient": eye(out_features)}, {"input": 1.0, "gradient": 1.0})
 
     def gaussians(self, specs: Sequence[BlockSpec]) -> list[BlockGaussian]:  # noqa: D102
         return list(_BUILDERS[self.damping](specs))

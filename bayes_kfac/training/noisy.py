@@ -158,12 +158,15 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
 
         Entered several times before a step, gradients add up as in any accumulation over micro-batches; with
         ``num_samples=k`` each context counts ``1/k``, so that ``k`` contexts on one batch average over samples.
-        ``zero_grad()`` inside clears this context's gradient only. Until the first statistics are in, the sample is the
-        mean itself.
+        ``zero_grad()`` inside clears this context's gradient only. Before the first statistics are in, the warm-up's
+        identity is what is sampled from; without warm-up the first sample is the mean itself.
 
         Returns:
             The context; entering one inside another raises ``UsageError``.
         """
+        if self.warmup and any(state.posterior is None for state in self.blocks.values()):
+            with torch.no_grad():
+                self.blocks = self._with_posteriors(self.blocks)
         gaussians = {name: state.posterior for name, state in self.blocks.items() if state.posterior is not None}
         return self._sampler.sample(gaussians, measure=self.statistics_schedule.is_due(self.steps))
 
@@ -239,8 +242,9 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         """The blocks with their Gaussians rebuilt from their statistics, if that is due."""
         if not self.inverse_schedule.is_due(self.steps):
             return blocks
-        for name, gaussian in self._build_posteriors(blocks, warm=True).items():
-            blocks[name] = replace(blocks[name], posterior=gaussian)
+        for name, state in blocks.items():
+            state.measured(name)  # a layer that never ran has nothing to go by
+        blocks = self._with_posteriors(blocks)
         damped = [name for name in blocks if self._group(name)["extrinsic_damping"] > 0]
         specs = [
             BlockSpec(
@@ -255,6 +259,11 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         for name, gaussian in zip(damped, self.structure.gaussians(specs), strict=True):
             blocks[name] = replace(blocks[name], preconditioner=gaussian)
         return blocks
+
+    def _with_posteriors(self, blocks: Mapping[str, BlockState]) -> dict[str, BlockState]:
+        """The blocks with fresh Gaussians to sample from."""
+        gaussians = self._build_posteriors(blocks, warm=True)
+        return {name: replace(state, posterior=gaussians[name]) for name, state in blocks.items()}
 
     def _build_posteriors(self, blocks: Mapping[str, BlockState], *, warm: bool) -> dict[str, BlockGaussian]:
         specs = [
@@ -390,8 +399,12 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         return self.temperature * prior_precision / self.num_data
 
     def _blended(self, name: str, state: BlockState) -> Statistics:
-        statistics = state.measured(name)
-        return self.structure.blend_with_identity(statistics, state.identity_weight) if self.warmup else statistics
+        """The statistics that training goes by: with warm-up, as if the average had started at the identity."""
+        if not self.warmup:
+            return state.measured(name)
+        layer = self.layers[name]
+        identity = self.structure.identity(layer.shape, layer.weight)
+        return identity if state.statistics is None else state.statistics.lean(identity, state.identity_weight)
 
 
 class NoisyKFAC(NoisyNaturalGradient):

@@ -246,7 +246,6 @@ def test_building_does_not_change_the_statistics(structure, blocks):
     (again,) = structure.gaussians([spec])
     assert torch.equal(first.to_dense(), again.to_dense())
     structure.gaussians([replace(spec, previous=first)])
-    structure.blend_with_identity(spec.statistics, 0.5)
     for name, value in before.items():
         assert torch.equal(spec.statistics.sums[name], value)
 
@@ -293,20 +292,17 @@ def test_building_nothing_gives_nothing(structure):
     assert structure.gaussians([]) == []
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_blending_with_the_identity_leaves_the_counts_and_a_young_average_leans(structure, blocks, weight):
-    """Weight 0 changes nothing; weight 1 forgets the data."""
-    statistics = spec_for(structure, blocks).statistics
-    blended = structure.blend_with_identity(statistics, weight)
-    assert dict(blended.counts) == dict(statistics.counts)
-    one, other = (
-        structure.blend_with_identity(spec_for(structure, blocks, seed=seed).statistics, 1.0) for seed in (0, 5)
-    )
-    for name, value in statistics.sums.items():
-        if weight == 0:
-            assert_close(blended.sums[name], value, **TIGHT)
-        assert_close(one.sums[name], other.sums[name], **TIGHT)
-        assert_close(blended.sums[name], weight * one.sums[name] + (1 - weight) * value, **TIGHT)
+def test_the_identitys_gaussian_is_isotropic(structure, blocks):
+    """Its precision is that of a Fisher of one: ``data_scale + prior_precision``, up to the damping's cross terms."""
+    shape = (*blocks, OUT, IN)
+    statistics = structure.identity(shape, torch.zeros((), dtype=torch.float64))
+    (gaussian,) = structure.gaussians([BlockSpec("layer", statistics, DATA_SCALE, PRIOR_PRECISION)])
+    assert gaussian.shape == shape
+    dense = gaussian.to_dense()
+    eye = torch.eye(OUT * IN, dtype=torch.float64).expand_as(dense)
+    assert_close(dense, dense[..., :1, :1] * eye, **TIGHT)
+    if structure.damping != "factored":
+        assert_close(dense, (DATA_SCALE + PRIOR_PRECISION) * eye, **TIGHT)
 
 
 @pytest.mark.parametrize("sharing", SHARING_KINDS)

@@ -390,7 +390,9 @@ def test_blending_is_an_average_that_started_at_the_identity(steps):
         debiased = debiased.moving_average(batch, decay)
         A = decay * A + (1 - decay) * batch.mean("input")
         G = decay * G + (1 - decay) * batch.mean("gradient")
-    blended = structure.blend_with_identity(debiased, decay**steps)
+    identity = structure.identity((2, OUT, IN), torch.zeros((), dtype=torch.float64))
+    blended = debiased.lean(identity, decay**steps)
+    assert blended.counts == debiased.counts
     assert_close(blended.mean("input"), A, **TIGHT)
     assert_close(blended.mean("gradient"), G, **TIGHT)
 

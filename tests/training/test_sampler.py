@@ -150,8 +150,8 @@ def test_training_in_eval_mode_is_named():
 
 
 def test_no_grad_and_eval_forwards_inside_are_not_counted():
-    model, likelihood, optimizer = make()
-    twin, twin_likelihood, twin_optimizer = make()
+    model, likelihood, optimizer = make(warmup=False)
+    twin, twin_likelihood, twin_optimizer = make(warmup=False)
     with optimizer.sampled_params():
         with torch.no_grad():
             model(X * 100)
@@ -180,8 +180,8 @@ def test_wrong_number_of_contexts_is_named():
 
 def test_gradients_cleared_between_contexts_begin_the_step_anew():
     """A loop that gives up a batch and clears the gradients does not carry its samples into the next step."""
-    model, likelihood, optimizer = make(fisher="exact")
-    twin, twin_likelihood, twin_optimizer = make(fisher="exact")
+    model, likelihood, optimizer = make(fisher="exact", warmup=False)
+    twin, twin_likelihood, twin_optimizer = make(fisher="exact", warmup=False)
     with optimizer.sampled_params():
         likelihood(model(X * 50), Y).backward()
     optimizer.zero_grad()

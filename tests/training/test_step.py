@@ -214,8 +214,10 @@ def test_warmup_blends_towards_the_identity_as_an_average_started_there() -> Non
     model = two_layer_net()
     optimizer = make(model, warmup=True, statistics_decay=DECAY, lr=0.0, damping="exact")
     x, y = data(0)
-    _, A, G = by_hand(blocks_of(model), x, y)
-    run_step(optimizer, x, y)
+    with optimizer.sampled_params():
+        _, A, G = by_hand(blocks_of(model), x, y)
+        optimizer.likelihood(model(x), y).backward()
+    optimizer.step()
     started_there = [DECAY * torch.eye(4).double() + (1 - DECAY) * factor["0"] for factor in (G, A)]
     posterior = optimizer.blocks["0"].posterior
     assert posterior is not None
@@ -255,7 +257,7 @@ def test_statistics_and_step_do_not_depend_on_how_the_batch_is_split() -> None:
     """Two halves, each in its own context with half the loss, equal the whole batch in one."""
     x, y = data(0, 8)
     whole, halves = two_layer_net(), two_layer_net()
-    optimizer_whole, optimizer_halves = make(whole), make(halves)
+    optimizer_whole, optimizer_halves = make(whole, warmup=False), make(halves, warmup=False)
     run_step(optimizer_whole, x, y)
     optimizer_halves.zero_grad()
     for part in (slice(0, 4), slice(4, 8)):
@@ -277,7 +279,7 @@ def test_accumulation_inside_one_context_equals_the_whole_batch() -> None:
     """Several backward passes inside one context add up, gradients and statistics alike."""
     x, y = data(0, 8)
     whole, parts = two_layer_net(), two_layer_net()
-    optimizer_whole, optimizer_parts = make(whole), make(parts)
+    optimizer_whole, optimizer_parts = make(whole, warmup=False), make(parts, warmup=False)
     run_step(optimizer_whole, x, y)
     with optimizer_parts.sampled_params():
         for part in (slice(0, 2), slice(2, 8)):
@@ -293,7 +295,7 @@ def test_statistics_do_not_depend_on_the_losses_scale() -> None:
     statistics = []
     for scale in (1.0, 1000.0):
         model = two_layer_net()
-        optimizer = make(model)
+        optimizer = make(model, warmup=False)
         with optimizer.sampled_params():
             (scale * optimizer.likelihood(model(x), y)).backward()
         for parameter in model.parameters():
@@ -385,3 +387,16 @@ def test_the_decay_counts_steps_not_measurements() -> None:
         average, weight = keep * average + (1 - keep) * measured[step], keep * weight + (1 - keep)
     statistics = optimizer.blocks["2"].statistics
     torch.testing.assert_close(statistics.mean("gradient"), average / weight, rtol=0, atol=1e-12)
+
+
+def test_with_warmup_the_first_sample_is_that_of_the_identity() -> None:
+    """Before any data the factors are the identity's: noise of scale ``1/sqrt(N + δ)``, not the prior's."""
+    model = two_layer_net()
+    optimizer = make(model, damping="exact", generator=torch.Generator().manual_seed(1))
+    twin = torch.Generator().manual_seed(1)
+    mean = blocks_of(model)
+    with optimizer.sampled_params():
+        sample = blocks_of(model)
+    for name in mean:
+        noise = torch.randn(mean[name].shape, dtype=torch.float64, generator=twin)
+        torch.testing.assert_close(sample[name] - mean[name], noise / math.sqrt(N + 1.0))
