@@ -1,5 +1,5 @@
 # Each target sets itself up from a bare Python >= 3.11: a virtual environment in .venv, pinned by constraints.txt.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready

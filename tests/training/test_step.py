@@ -381,11 +381,11 @@ def test_the_decay_counts_steps_not_measurements() -> None:
             optimizer.zero_grad()
             optimizer.likelihood(model(x), y).backward()
         optimizer.step()
-        measured[step] = by_hand(sample, x, y)[2]["2"]
-    average, weight = torch.zeros(2, 2).double(), 0.0
+        measured[step] = by_hand(sample, x, y)[2]["0"]
+    average, weight = torch.zeros(4, 4).double(), 0.0
     for step, keep in ((0, DECAY), (1, DECAY), (2, DECAY), (4, DECAY**2)):
         average, weight = keep * average + (1 - keep) * measured[step], keep * weight + (1 - keep)
-    statistics = optimizer.blocks["2"].statistics
+    statistics = optimizer.blocks["0"].statistics
     torch.testing.assert_close(statistics.mean("gradient"), average / weight, rtol=0, atol=1e-12)
 
 
