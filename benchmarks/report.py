@@ -85,6 +85,12 @@ def cost() -> str:
     return "\n".join(lines) + "\n"
 
 
+def notes() -> str:
+    """What is to be known of single results."""
+    found = [(name, read("paper", name)) for name in DATA_SETS]
+    return "".join(f"\n{name}: {result['note']}.\n" for name, result in found if result and "note" in result)
+
+
 def profile() -> str:
     """Where a step goes, for one split and for ten."""
     path = HERE / "results" / "uci" / "profile.json"
@@ -103,4 +109,4 @@ def profile() -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(HEAD + table(0) + table(1) + cost() + TAIL + profile())
+    PAGE.write_text(HEAD + table(0) + table(1) + cost() + TAIL + notes() + profile())

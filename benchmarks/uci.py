@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -186,6 +187,14 @@ def summary(values: list[float]) -> str:
     return f"{array.mean():.3f}±{array.std() / math.sqrt(len(array)):.3f}"
 
 
+def commit() -> str | None:
+    """The commit that the code is at, marked if it was changed since; ``None`` outside a checkout."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None
+
+
 def main() -> None:
     """Run what is asked for and not yet there; print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -219,6 +228,7 @@ def main() -> None:
                 "splits": arguments.splits,
                 "seed": arguments.seed,
                 **figures,
+                "commit": commit(),
                 "versions": {
                     "bayes_kfac": bk.__version__,
                     "torch": torch.__version__,
