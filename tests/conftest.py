@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from hypothesis import settings
 
 # The tests are many small problems: threads only get in each other's way, and pytest-xdist runs several workers.
 torch.set_num_threads(1)
 
-settings.register_profile("bayes_kfac", deadline=None, max_examples=30)
+# Where a change is judged the examples are always the same; elsewhere new ones are looked for.
+settings.register_profile("bayes_kfac", deadline=None, max_examples=30, derandomize="CI" in os.environ)
 settings.load_profile("bayes_kfac")
