@@ -19,7 +19,7 @@ from bayes_kfac.errors import ArgumentError, check_choice, check_count
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.prediction import Draws, Prediction, Source, from_gaussian, from_outputs, linearize, sampled_outputs
 from bayes_kfac.provenance import Provenance
-from bayes_kfac.structures import BlockGaussian, standard_normal
+from bayes_kfac.structures import BlockGaussian, MatrixNormalGaussian, standard_normal
 
 if TYPE_CHECKING:
     from bayes_kfac.distributions import MatrixNormal
@@ -146,14 +146,14 @@ class Posterior:
         check_choice("layer", layer, tuple(self.blocks))
         from bayes_kfac.distributions import MatrixNormal
 
-        state = self.blocks[layer].state
-        if "scale_tril_row" not in state:
+        block = self.blocks[layer]
+        if not isinstance(block, MatrixNormalGaussian):
             raise ArgumentError(
                 f"The Gaussian of layer {layer!r} (damping={self.provenance.damping!r}) is not a matrix normal. Fit "
                 "with damping='factored' or 'optimal'."
             )
-        mean = self.layers[layer].matrix(self.mean).to(state["scale_tril_row"])
-        return MatrixNormal(mean, state["scale_tril_row"], state["scale_tril_column"])
+        mean = self.layers[layer].matrix(self.mean).to(block.scale_tril_row)
+        return MatrixNormal(mean, block.scale_tril_row, block.scale_tril_column)
 
     def summary(self) -> Summary:
         """For each parameter: its block, structure, shape, and why where it has none."""

@@ -25,8 +25,9 @@ One hidden layer of 50 ReLU units, factored damping, temperature 1, a Gamma(6, 6
 ten weight samples a step, 1000 epochs in batches of ten, the last epoch's result with 100 weight samples; mean ±
 standard error over ten 90/10 splits (Gal's, 0 to 9). `python benchmarks/uci.py --mode paper` gives the column
 *bayes_kfac*; `python benchmarks/uci_reference.py` the *plain recipe*: the paper's code written out without the library,
-on the same splits. The paper's figures and those of the re-run of its code are on other random splits, so that they
-differ from ours by the splits as well: compare with the plain recipe first.
+on the same splits. The *re-run* is an earlier one of the same recipe on splits of its own; the paper's figures are
+quoted from memory and were not checked against it. Both differ from ours by the splits as well: compare with the plain
+recipe first.
 
 This page is written by `python benchmarks/report.py` from the files in `benchmarks/results/uci`.
 
@@ -60,7 +61,7 @@ def table(column: int) -> str:
     """One table: root mean squared errors (0) or log-likelihoods (1)."""
     lines = [
         f"## {('Root mean squared error', 'Log-likelihood')[column]}\n",
-        "| data | bayes_kfac | plain recipe, same splits | re-run of the paper's code | paper |",
+        "| data | bayes_kfac | plain recipe, same splits | re-run, other splits | paper, as recalled |",
         "|---|---|---|---|---|",
     ]
     for name in DATA_SETS:

@@ -167,30 +167,16 @@ def _gaussian_draws(mean: Tensor, covariance: Tensor, num_samples: int, generato
 
 @from_gaussian.register
 def _(
-    likelihood: likelihoods.Categorical,
+    likelihood: likelihoods.Categorical | likelihoods.Bernoulli,
     mean: Tensor,
     covariance: Tensor,
     source: Source,
     *,
     num_samples: int,
     generator: torch.Generator | None,
-) -> CategoricalPrediction:
+) -> Prediction:
     logits = _gaussian_draws(mean, covariance, num_samples, generator)
-    return CategoricalPrediction(logits, replace(source, num_samples=num_samples))
-
-
-@from_gaussian.register
-def _(
-    likelihood: likelihoods.Bernoulli,
-    mean: Tensor,
-    covariance: Tensor,
-    source: Source,
-    *,
-    num_samples: int,
-    generator: torch.Generator | None,
-) -> BernoulliPrediction:
-    logits = _gaussian_draws(mean, covariance, num_samples, generator)
-    return BernoulliPrediction(logits, replace(source, num_samples=num_samples))
+    return from_outputs(likelihood, logits, replace(source, num_samples=num_samples))
 
 
 @from_outputs.register
