@@ -4,6 +4,9 @@ All functions speak stacks of square matrices, ``[..., n, n]``. Kronecker factor
 often nearly singular, so a factorisation that fails is tried again: with a jitter at rounding level, in float64, and
 on the CPU; then it is an error that names whose matrix it was. Matrices of many layers are stacked by shape
 (:func:`map_by_shape`), because one batched call on a GPU costs what a single small one does.
+
+A factor that is diagonal is one row, ``[..., 1, n]``, wherever a function says *factor*: a vocabulary of 50,000 words
+has no dense one.
 """
 
 from __future__ import annotations
@@ -24,14 +27,51 @@ def symmetrize(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
-def trace(matrix: Tensor) -> Tensor:
-    """Return the trace of each matrix of a stack, ``[..., n, n] -> [...]``."""
-    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+def is_diagonal(factor: Tensor) -> bool:
+    """Whether a factor is kept as its diagonal ``[..., 1, n]``; for ``n = 1`` the two forms are one."""
+    return factor.shape[-2] != factor.shape[-1]
 
 
-def add_to_diagonal(matrix: Tensor, value: Tensor) -> Tensor:
-    """Return ``M + value I`` as a new tensor; ``value`` has the stack's shape ``[...]``."""
-    result = matrix.clone()
+def left_product(factor: Tensor, value: Tensor) -> Tensor:
+    """Return ``F V`` for a factor ``F``."""
+    return factor.mT * value if is_diagonal(factor) else factor @ value
+
+
+def right_product(value: Tensor, factor: Tensor) -> Tensor:
+    """Return ``V F`` for a factor ``F``."""
+    return value * factor if is_diagonal(factor) else value @ factor
+
+
+def transpose(factor: Tensor) -> Tensor:
+    """Return the transpose of a factor."""
+    return factor if is_diagonal(factor) else factor.mT
+
+
+def gram(root: Tensor) -> Tensor:
+    """Return ``R Rᵀ`` for a factor ``R``."""
+    return root.square() if is_diagonal(root) else root @ root.mT
+
+
+def diagonal(factor: Tensor) -> Tensor:
+    """Return the diagonal of each factor of a stack, ``[..., n]``."""
+    return factor.squeeze(-2) if is_diagonal(factor) else factor.diagonal(dim1=-2, dim2=-1)
+
+
+def dense(factor: Tensor) -> Tensor:
+    """Return a factor as matrices ``[..., n, n]``."""
+    return torch.diag_embed(factor.squeeze(-2)) if is_diagonal(factor) else factor
+
+
+def trace(factor: Tensor) -> Tensor:
+    """Return the trace of each factor of a stack, ``[...]``."""
+    return diagonal(factor).sum(-1)
+
+
+def add_to_diagonal(factor: Tensor, value: Tensor) -> Tensor:
+    """Return ``F + value I`` as a new tensor; ``value`` has the stack's shape ``[...]``."""
+    if is_diagonal(factor):
+        return factor + value[..., None, None]
+    result = factor.clone()
     result.diagonal(dim1=-2, dim2=-1).add_(value.unsqueeze(-1))
     return result
 
@@ -66,18 +106,23 @@ def cholesky(matrix: Tensor, names: Sequence[str]) -> Tensor:
 
 
 def eigh(matrix: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, clamped at zero, and eigenvectors of symmetric positive semi-definite matrices, with retries.
+    """Eigenvalues, clamped at zero, and eigenvectors of symmetric positive semi-definite factors, with retries.
 
     Args:
-        matrix: Symmetric matrices, ``[..., n, n]``.
+        matrix: Symmetric factors, ``[..., n, n]`` or ``[..., 1, n]``.
         names: As for :func:`cholesky`.
 
     Returns:
-        Eigenvalues ``[..., n]``, ascending, and eigenvectors ``[..., n, n]`` as columns.
+        Eigenvalues ``[..., n]``, ascending, and eigenvectors ``[..., n, n]`` as columns; of a diagonal factor its
+        elements as they stand, and ones ``[..., 1, n]``.
 
     Raises:
         NotPositiveDefiniteError: If no attempt converges to finite numbers.
     """
+    if is_diagonal(matrix):
+        if not bool(torch.isfinite(matrix).all()):
+            raise NotPositiveDefiniteError(_describe("Eigendecomposition", matrix, _non_finite(matrix), names))
+        return diagonal(matrix).clamp(min=0), torch.ones_like(matrix)
     for attempt in _attempts(matrix):
         try:
             values, vectors = torch.linalg.eigh(attempt)
@@ -85,7 +130,7 @@ def eigh(matrix: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
             continue
         if bool(torch.isfinite(values).all()):
             return values.clamp(min=0).to(matrix), vectors.to(matrix)
-    non_finite = ~torch.isfinite(matrix).all(-1).all(-1)
+    non_finite = _non_finite(matrix)
     failed = non_finite if bool(non_finite.any()) else torch.ones_like(non_finite)
     raise NotPositiveDefiniteError(_describe("Eigendecomposition", matrix, failed, names))
 
@@ -97,12 +142,20 @@ def inverse_cholesky(precision: Tensor, names: Sequence[str]) -> Tensor:
     ``T Tᵀ = precision``, whose inverse transpose is lower triangular.
 
     Args:
-        precision: Symmetric positive definite matrices, ``[..., n, n]``.
+        precision: Symmetric positive definite factors, ``[..., n, n]`` or ``[..., 1, n]``.
         names: As for :func:`cholesky`.
 
     Returns:
-        ``L``, ``[..., n, n]``.
+        ``L``, of the same shape.
+
+    Raises:
+        NotPositiveDefiniteError: If a factor is not positive definite.
     """
+    if is_diagonal(precision):
+        failed = ~((precision > 0) & torch.isfinite(precision)).all(-1).all(-1)
+        if bool(failed.any()):
+            raise NotPositiveDefiniteError(_describe("Inversion", precision, failed, names))
+        return precision.rsqrt()
     upper = cholesky(precision.flip(-2, -1), names).flip(-2, -1)
     identity = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
     return torch.linalg.solve_triangular(upper.mT, identity.expand_as(upper), upper=False)
@@ -136,6 +189,10 @@ def map_by_shape(
     return [results[index] for index in range(len(matrices))]
 
 
+def _non_finite(matrix: Tensor) -> Tensor:
+    return ~torch.isfinite(matrix).all(-1).all(-1)
+
+
 def _attempts(matrix: Tensor) -> Iterator[Tensor]:
     """The same matrices, each time easier to factorise."""
     symmetric = symmetrize(matrix)
@@ -160,5 +217,5 @@ def _describe(what: str, matrix: Tensor, failed: Tensor, names: Sequence[str]) -
     return (
         f"{what} failed for {culprits} in {matrix.dtype}, with jitter, and in float64: the matrix of shape "
         f"{tuple(matrix.shape)} is not positive definite (its smallest diagonal element is "
-        f"{matrix.diagonal(dim1=-2, dim2=-1).min().item():.3g}). Raise prior_precision or extrinsic_damping."
+        f"{diagonal(matrix).min().item():.3g}). Raise prior_precision or extrinsic_damping."
     )

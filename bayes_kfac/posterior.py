@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bayes_kfac.curvature import Summary, find_layers, summarize
+from bayes_kfac import linalg, structures
+from bayes_kfac.curvature import Layer, Summary, find_layers, summarize
 from bayes_kfac.errors import ArgumentError, check_choice, check_count
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.prediction import Draws, Prediction, Source, from_gaussian, from_outputs, linearize, sampled_outputs
@@ -36,6 +37,7 @@ class Posterior:
         blocks: The zero-mean Gaussian of each layer, by the layer's name.
         prior_precision: The prior's precision of each layer, by the same names.
         provenance: How the posterior was made.
+        layers: The layers; by default those of the model's parameters that are not frozen.
     """
 
     def __init__(
@@ -46,12 +48,15 @@ class Posterior:
         *,
         prior_precision: Mapping[str, float],
         provenance: Provenance,
+        layers: Mapping[str, Layer] | None = None,
     ) -> None:
-        layers, self.reasons = find_layers(model)
+        found, self.reasons = find_layers(model)
         self.model = model
-        self.layers = {name: layers[name] for name in blocks}
-        for name in layers.keys() - blocks.keys():
-            self.reasons.update(dict.fromkeys(layers[name].parameters, "its layer has no block in this posterior"))
+        self.layers = {name: (layers or found)[name] for name in blocks}
+        covered = {parameter for layer in self.layers.values() for parameter in layer.parameters}
+        for layer in found.values():
+            missing = [parameter for parameter in layer.parameters if parameter not in covered]
+            self.reasons.update(dict.fromkeys(missing, "it has no block in this posterior"))
         self.likelihood = copy.deepcopy(likelihood).requires_grad_(False)
         # contiguous, as they come back from a file: in another layout products may differ in the last bit
         self.blocks = {name: _contiguous(block) for name, block in blocks.items()}
@@ -153,13 +158,15 @@ class Posterior:
                 "with damping='factored' or 'optimal'."
             )
         mean = self.layers[layer].matrix(self.mean).to(block.scale_tril_row)
-        return MatrixNormal(mean, block.scale_tril_row, block.scale_tril_column)
+        return MatrixNormal(mean, linalg.dense(block.scale_tril_row), linalg.dense(block.scale_tril_column))
 
     def summary(self) -> Summary:
         """For each parameter: its block, structure, shape, and why where it has none."""
-        return summarize(
-            self.model, self.layers, self.reasons, f"{self.provenance.structure}/{self.provenance.damping}"
-        )
+        made = self.provenance
+        structure = structures.get(made.structure, damping=made.damping, sharing=made.sharing)
+        own = {name: structure.for_layer(layer) for name, layer in self.layers.items()}
+        names = {name: f"{kind.name}/{kind.damping}" for name, kind in own.items()}
+        return summarize(self.model, self.layers, self.reasons, names)
 
     def to(self, target: torch.device | torch.dtype | str) -> Posterior:
         """The same posterior on another device or in another dtype; the model is moved too, as in ``nn.Module.to``.
@@ -211,7 +218,7 @@ class Posterior:
 
 
 def _contiguous(block: BlockGaussian) -> BlockGaussian:
-    return type(block)(**{name: value.contiguous() for name, value in block.state.items()})
+    return block.map(Tensor.contiguous)
 
 
 def _named_state(model: nn.Module) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ def save(posterior: Posterior, path: Path) -> None:
         "format": FORMAT,
         "provenance": asdict(posterior.provenance),
         "prior_precision": posterior.prior_precision,
+        "parameters": {name: list(layer.parameters) for name, layer in posterior.layers.items()},
         "kinds": {layer: block.kind for layer, block in posterior.blocks.items()},
         "likelihood": {"name": type(posterior.likelihood).__name__, "config": posterior.likelihood.config()},
     }
@@ -73,7 +74,7 @@ def load(posterior_type: type[Posterior], path: Path, model: nn.Module, likeliho
     header, tensors = _read(path, next(model.parameters()).device)
     mean = _under("mean/", tensors)
     _check_architecture(path, mean, model)
-    layers, _ = find_layers(model)
+    layers, _ = find_layers(model, _parameters(header, model), rest="diagonal")
     blocks = {
         layer: gaussian_from_state(kind, _under(f"block/{layer}/", tensors)) for layer, kind in header["kinds"].items()
     }
@@ -95,6 +96,7 @@ def load(posterior_type: type[Posterior], path: Path, model: nn.Module, likeliho
         blocks,
         prior_precision=header["prior_precision"],
         provenance=Provenance(**header["provenance"]),
+        layers=layers,
     )
     posterior.mean = mean
     return posterior
@@ -121,6 +123,14 @@ def _read(path: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, T
             f"path={str(path)!r} has format {header['format']}, newer than {FORMAT}: update bayes_kfac to read it."
         )
     return header, tensors
+
+
+def _parameters(header: Mapping[str, Any], model: nn.Module) -> list[nn.Parameter] | None:
+    """The parameters that have a block; a file that does not say has one for all that are trainable."""
+    if "parameters" not in header:
+        return None
+    named = dict(model.named_parameters())
+    return [named[name] for names in header["parameters"].values() for name in names]
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

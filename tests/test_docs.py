@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/loops.md", "docs/modules.md"])
 def test_python_blocks_run_one_after_another(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -20,8 +20,8 @@ def test_python_blocks_run_one_after_another(page, tmp_path, monkeypatch, capsys
     namespace: dict = {}
     for block in blocks:
         exec(compile(block, page, "exec"), namespace)
-    assert "tensor" in capsys.readouterr().out
-    assert (tmp_path / "posterior.safetensors").exists()
+    assert capsys.readouterr().out
+    assert (tmp_path / "posterior.safetensors").exists() == any(".save(" in block for block in blocks)
 
 
 def test_links_between_pages_lead_somewhere():

@@ -3,24 +3,29 @@
 from bayes_kfac.curvature.fisher import FISHER_KINDS, output_gradients
 from bayes_kfac.curvature.layers import Layer, find_layers
 from bayes_kfac.curvature.meter import Meter
-from bayes_kfac.curvature.modules import ModuleAdapter, register
-from bayes_kfac.curvature.recorder import Recorder, Rows
-from bayes_kfac.curvature.statistics import SHARING_KINDS, Statistics
+from bayes_kfac.curvature.modules import CompositeAdapter, ModuleAdapter, register, register_like
+from bayes_kfac.curvature.recorder import Recorder
+from bayes_kfac.curvature.rows import Rows, SparseRows
+from bayes_kfac.curvature.statistics import SHARING_KINDS, Statistics, kronecker_factors
 from bayes_kfac.curvature.summary import Summary, SummaryRow, summarize
 
 __all__ = [
     "FISHER_KINDS",
     "SHARING_KINDS",
+    "CompositeAdapter",
     "Layer",
     "Meter",
     "ModuleAdapter",
     "Recorder",
     "Rows",
+    "SparseRows",
     "Statistics",
     "Summary",
     "SummaryRow",
     "find_layers",
+    "kronecker_factors",
     "output_gradients",
     "register",
+    "register_like",
     "summarize",
 ]

@@ -23,6 +23,7 @@ def output_gradients(
     fisher: str,
     *,
     target: Tensor | None = None,
+    mask: Tensor | None = None,
     num_samples: int = 1,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -33,6 +34,7 @@ def output_gradients(
         output: The model's output, ``[batch, ...]``.
         fisher: ``"mc"``, ``"exact"`` or ``"empirical"``.
         target: The targets; needed for ``"empirical"`` only.
+        mask: Which elements of the output weigh, ``[batch, *leading dimensions]``; the others have no gradient.
         num_samples: How many targets to sample for ``"mc"``.
         generator: The source of randomness for ``"mc"``.
 
@@ -45,9 +47,14 @@ def output_gradients(
     check_choice("fisher", fisher, FISHER_KINDS)
     output = output.detach()
     if fisher == "exact":
-        return likelihood.fisher_root(output)
-    if fisher == "mc":
-        return likelihood.sample_gradient(output, num_samples, generator) / num_samples**0.5
-    if target is None:
+        gradients = likelihood.fisher_root(output)
+    elif fisher == "mc":
+        gradients = likelihood.sample_gradient(output, num_samples, generator) / num_samples**0.5
+    elif target is None:
         raise UsageError("fisher='empirical' needs the targets: call likelihood(output, target) in the loop.")
-    return likelihood.target_gradient(output, target).unsqueeze(0)
+    else:
+        gradients = likelihood.target_gradient(output, target, mask).unsqueeze(0)
+    if mask is None:
+        return gradients
+    weighs = mask.reshape(*mask.shape, *[1] * (output.ndim - mask.ndim))
+    return torch.where(weighs, gradients, torch.zeros_like(gradients))

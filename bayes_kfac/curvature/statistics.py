@@ -7,13 +7,13 @@ average is the batch's. Sums are in float32 whatever the model's dtype (float64 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from bayes_kfac.curvature.recorder import Rows
+from bayes_kfac.curvature.rows import Rows, SparseRows
 
 SHARING_KINDS = ("expand", "reduce")
 
@@ -31,8 +31,8 @@ class Statistics:
     counts: Mapping[str, float]
 
     def mean(self, name: str) -> Tensor:
-        """The average of one statistic."""
-        return self.sums[name] / self.counts[name]
+        """The average of one statistic; zero where nothing was counted."""
+        return self.sums[name] / (self.counts[name] or 1.0)
 
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics(
@@ -49,6 +49,10 @@ class Statistics:
     def moving_average(self, batch: Statistics, decay: float) -> Statistics:
         """One step of an exponential moving average, ``decay · self + (1 − decay) · batch``."""
         return self * decay + batch * (1 - decay)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Statistics:
+        """The statistics with a function applied to every sum: a move to another device or dtype."""
+        return Statistics({name: function(value) for name, value in self.sums.items()}, self.counts)
 
     def lean(self, other: Statistics, weight: float) -> Statistics:
         """Statistics whose averages are ``(1 − weight) · self + weight · other``, with the counts of ``self``."""
@@ -67,23 +71,43 @@ def kronecker_factors(rows: Rows, sharing: str) -> Statistics:
     """Sums for the two Kronecker factors of a layer's Fisher, ``F ≈ G ⊗ A`` for one example.
 
     ``expand``: ``A`` averages ``a aᵀ`` over examples and positions, ``G`` averages ``Σ_t g gᵀ`` over examples.
-    ``reduce``: the same with ``mean_t a`` for ``a`` and ``Σ_t g`` for ``g``. Source: Eschenhagen et al. 2023.
+    ``reduce``: the same with ``mean_t a`` for ``a`` and ``Σ_t g`` for ``g``. Source: Eschenhagen et al. 2023. Positions
+    outside of a mask do not count. Where inputs are sparse, the factor of their side is diagonal.
 
     Args:
         rows: What a batch shows of the layer.
         sharing: ``"expand"`` or ``"reduce"``.
 
     Returns:
-        ``input``: the sum for ``A``, ``[*blocks, in, in]``; ``gradient``: the sum for ``G``, ``[*blocks, out, out]``.
+        ``input``: the sum for ``A``, ``[*blocks, in, in]``; ``gradient``: the sum for ``G``, ``[*blocks, out, out]``;
+        diagonal factors are ``[*blocks, 1, size]``. Where the block is used transposed too, ``transposed_input`` and
+        ``transposed_gradient`` are the same for these uses, on the other sides.
     """
-    dtype = torch.promote_types(rows.inputs.dtype, torch.float32)
-    inputs, gradients = rows.inputs.to(dtype), rows.gradients.to(dtype)
-    if sharing == "reduce" and inputs.shape[-2] > 1:
-        inputs, gradients = inputs.mean(-2, keepdim=True), gradients.sum(-2, keepdim=True)
-    by_block = gradients.movedim(0, -4) if gradients.shape[0] > 1 else gradients[0]
-    by_block = by_block.flatten(inputs.ndim - 3, -2)
-    flat = inputs.flatten(-3, -2)
+    other = rows.transposed
+    if other is None:
+        return _factors(rows, sharing, diagonal_gradients=False)
+    own = _factors(rows, sharing, diagonal_gradients=isinstance(other.inputs, SparseRows))
+    tied = _factors(other, sharing, diagonal_gradients=isinstance(rows.inputs, SparseRows))
     return Statistics(
-        {"input": flat.mT @ flat, "gradient": by_block.mT @ by_block},
-        {"input": float(flat.shape[-2]), "gradient": float(rows.num_examples)},
+        {**own.sums, **{f"transposed_{name}": value for name, value in tied.sums.items()}},
+        {**own.counts, **{f"transposed_{name}": value for name, value in tied.counts.items()}},
+    )
+
+
+def _factors(rows: Rows, sharing: str, *, diagonal_gradients: bool) -> Statistics:
+    rows = replace(rows, transposed=None).to(torch.promote_types(rows.gradients.dtype, torch.float32))
+    if sharing == "reduce" and rows.inputs.shape[-2] > 1:
+        rows = rows.pooled()
+    inputs, gradients = rows.inputs, rows.gradients
+    by_block = gradients.movedim(0, -4) if gradients.shape[0] > 1 else gradients[0]
+    by_block = by_block.flatten(len(inputs.shape) - 3, -2)
+    if isinstance(inputs, SparseRows):
+        input_sum = inputs.second_moment(scale=rows.mask)
+    else:
+        flat = inputs.flatten(-3, -2)
+        weighted = flat if rows.mask is None else flat * rows.mask.flatten().unsqueeze(-1)
+        input_sum = weighted.mT @ flat
+    gradient_sum = by_block.square().sum(-2, keepdim=True) if diagonal_gradients else by_block.mT @ by_block
+    return Statistics(
+        {"input": input_sum, "gradient": gradient_sum}, {"input": rows.num_rows, "gradient": rows.num_examples}
     )

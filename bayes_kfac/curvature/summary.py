@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass, fields
 from torch import nn
 
 from bayes_kfac.curvature.layers import Layer
+from bayes_kfac.curvature.modules import ParameterAdapter
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class SummaryRow:
         shape: Its shape.
         block: The layer whose posterior block holds it, or ``-``.
         structure: The block's structure and shape, or how the parameter is treated.
-        why: The reason where it has no block.
+        why: The reason where it has no block, and what is special about one.
     """
 
     parameter: str
@@ -48,14 +49,16 @@ class Summary:
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def summarize(model: nn.Module, layers: Mapping[str, Layer], reasons: Mapping[str, str], structure: str) -> Summary:
+def summarize(
+    model: nn.Module, layers: Mapping[str, Layer], reasons: Mapping[str, str], structures: Mapping[str, str]
+) -> Summary:
     """Say for each parameter what becomes of it.
 
     Args:
         model: The model.
         layers: The layers with a block.
         reasons: Why each trainable parameter outside of them has none.
-        structure: The structure of the blocks, for display.
+        structures: The structure of each block, for display.
 
     Returns:
         The table.
@@ -66,9 +69,24 @@ def summarize(model: nn.Module, layers: Mapping[str, Layer], reasons: Mapping[st
         shape = "×".join(map(str, parameter.shape)) or "scalar"
         if layer := home.get(name):
             block_shape = "×".join(map(str, layer.shape))
-            rows.append(SummaryRow(name, shape, layer.name, f"{structure} {block_shape}", ""))
+            rows.append(SummaryRow(name, shape, layer.name, f"{structures[layer.name]} {block_shape}", _why(layer)))
         elif name in reasons:
             rows.append(SummaryRow(name, shape, "-", "deterministic", reasons[name]))
         else:
-            rows.append(SummaryRow(name, shape, "-", "constant", "frozen (requires_grad=False)"))
+            why = "not among params=" if parameter.requires_grad else "frozen (requires_grad=False)"
+            rows.append(SummaryRow(name, shape, "-", "constant", why))
     return Summary(tuple(rows))
+
+
+def _why(layer: Layer) -> str:
+    """What there is to say of a block: which modules share it, which of its sides are diagonal."""
+    notes = []
+    if len(layer.uses) > 1:
+        kinds = ", ".join(type(use.adapter.module).__name__ for use in layer.uses)
+        notes.append(f"tied between {len(layer.uses)} modules ({kinds})")
+    if layer.sparse_sides:
+        sides = {"input": "input", "gradient": "output"}
+        notes.append(f"diagonal {', '.join(sides[side] for side in sorted(layer.sparse_sides))} factor")
+    if isinstance(layer.adapter, ParameterAdapter):
+        notes.append("no module multiplies it with an input")
+    return "; ".join(notes)

@@ -24,29 +24,42 @@ _REGISTRY: dict[str, type[Likelihood]] = {}
 class Likelihood(nn.Module, ABC):
     """What a model's output says about the target; a criterion, and the Fisher of its output."""
 
-    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+    def forward(self, output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean over the batch of the negative log-likelihood, in nats.
 
         Args:
             output: The model's output, ``[batch, ...]``.
             target: The targets.
+            mask: Which targets there are, boolean, ``[batch]`` or with further leading dimensions of the target:
+                padded steps, unlabelled nodes. What the others hold does not matter. Examples without any are not in
+                the mean.
 
         Returns:
             A scalar.
         """
-        return self.negative_log_likelihood(output, target).mean()
+        losses = self.negative_log_likelihood(output, target, mask)
+        if mask is None:
+            return losses.mean()
+        return losses.sum() / mask.reshape(len(mask), -1).any(1).sum().clamp(min=1)
 
-    def negative_log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
-        """The negative log-likelihood of each example, ``[batch]``."""
+    def negative_log_likelihood(self, output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The negative log-likelihood of each example, ``[batch]``; masked targets add nothing."""
         self.check(output, target)
+        if mask is not None:
+            check_mask(mask, target)
+            # zeros in their place: what their losses are does not matter, but NaN would get into the gradient
+            target = torch.where(_widened(mask, target), target, torch.zeros_like(target))
+            output = torch.where(_widened(mask, output), output, torch.zeros_like(output))
         losses = self._elementwise(output, target)
+        if mask is not None:
+            losses = torch.where(_widened(mask, losses), losses, torch.zeros_like(losses))
         return losses.flatten(1).sum(1) if losses.ndim > 1 else losses
 
-    def target_gradient(self, output: Tensor, target: Tensor) -> Tensor:
+    def target_gradient(self, output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """The gradient of each example's negative log-likelihood with respect to its output, shaped like ``output``."""
         with torch.enable_grad():
             leaf = output.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.negative_log_likelihood(leaf, target).sum(), leaf)
+            (gradient,) = torch.autograd.grad(self.negative_log_likelihood(leaf, target, mask).sum(), leaf)
         return gradient
 
     @abstractmethod
@@ -113,6 +126,29 @@ def from_config(name: str, config: Mapping[str, Any]) -> Likelihood:
     check_choice("likelihood", name, available())
     build: Callable[..., Likelihood] = _REGISTRY[name]
     return build(**config)
+
+
+def check_mask(mask: Tensor, target: Tensor) -> None:
+    """Refuse masks that do not say of each target whether it is there.
+
+    Args:
+        mask: The mask.
+        target: The targets.
+
+    Raises:
+        TargetError: If the mask is not boolean, or its shape is not that of the target's leading dimensions.
+    """
+    if mask.dtype != torch.bool:
+        raise TargetError(f"mask of dtype {mask.dtype} must be boolean, True for the targets that count: mask.bool().")
+    if mask.ndim == 0 or mask.shape != target.shape[: mask.ndim]:
+        raise TargetError(
+            f"mask of shape {tuple(mask.shape)} must have the leading dimensions of the target's shape "
+            f"{tuple(target.shape)}: [batch], [batch, time], ..."
+        )
+
+
+def _widened(mask: Tensor, tensor: Tensor) -> Tensor:
+    return mask.reshape(*mask.shape, *[1] * (tensor.ndim - mask.ndim))
 
 
 def check_same_shape(output: Tensor, target: Tensor) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bayes_kfac.errors import ArgumentError
+from bayes_kfac import batches
+from bayes_kfac.batches import expect_output_tensor
 
 
 @contextmanager
@@ -35,22 +36,19 @@ def call(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Tensor:
     Args:
         model: The model.
         state: Parameters and buffers by name; those that are missing are the model's own.
-        inputs: One argument, a tuple of arguments, or a dictionary of keyword arguments.
+        inputs: One argument, a tuple of arguments, or a mapping of keyword arguments.
 
     Returns:
-        The model's output.
+        The model's output: a tensor, or the one that stands out in what it returned.
 
     Raises:
-        ArgumentError: If the output is no tensor with a batch dimension.
+        ArgumentError: If there is no such tensor with a batch dimension.
     """
-    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     # buffers are copied: a forward pass may change them in place, and the state is not its to change
     buffers = dict(model.named_buffers())
     own = {name: value.clone() if name in buffers else value for name, value in (buffers | dict(state)).items()}
-    output = functional_call(model, own, args, kwargs)
-    if not isinstance(output, Tensor) or output.ndim == 0:
-        raise ArgumentError(
-            f"The model returned {type(output).__name__}, but predictions need a tensor whose first dimension is the "
-            "batch. Wrap the model in a module whose forward returns that tensor."
-        )
-    return output
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(model, own, args, kwargs)
+
+    return expect_output_tensor(batches.call(function, inputs))

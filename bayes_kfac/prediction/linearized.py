@@ -54,17 +54,17 @@ def linearize(
             output = call(model, attached, tree_map_only(Tensor, differentiable, inputs))
             size = output[0].numel()
             basis = torch.eye(size, dtype=output.dtype, device=output.device).reshape(size, 1, *output.shape[1:])
-            if blocks and not recorder.has_calls:
+            rows = recorder.rows(output, basis.expand(size, *output.shape), parameters=attached)
+            if blocks and not rows:
                 raise UsageError(
                     "No layer with a posterior was seen by autograd, so the linearised model has no variance. Does its "
                     "forward run under torch.no_grad(), or use none of these layers? method='sampling' needs no graph."
                 )
-            rows = recorder.rows(output, basis.expand(size, *output.shape))
     finally:
         recorder.detach()
     covariance = output.new_zeros(output.shape[0], size, size)
     with torch.autocast(output.device.type, enabled=False):  # a covariance in 16 bits is not symmetric
         for name, layer_rows in rows.items():
             dtype = next(iter(blocks[name].state.values())).dtype
-            covariance = covariance + blocks[name].quad(layer_rows.inputs.to(dtype), layer_rows.gradients.to(dtype))
+            covariance = covariance + blocks[name].quad_rows(layer_rows.to(dtype))
     return output.detach(), covariance

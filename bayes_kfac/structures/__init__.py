@@ -12,6 +12,8 @@ from bayes_kfac.structures.base import (
     register_gaussian,
     standard_normal,
 )
+from bayes_kfac.structures.dense import DenseGaussian, DenseStructure
+from bayes_kfac.structures.diagonal import DiagonalGaussian, DiagonalStructure
 from bayes_kfac.structures.kron import KroneckerStructure
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
@@ -20,6 +22,10 @@ __all__ = [
     "DAMPING_KINDS",
     "BlockGaussian",
     "BlockSpec",
+    "DenseGaussian",
+    "DenseStructure",
+    "DiagonalGaussian",
+    "DiagonalStructure",
     "KroneckerEigenGaussian",
     "KroneckerStructure",
     "MatrixNormalGaussian",

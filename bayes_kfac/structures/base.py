@@ -20,8 +20,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from bayes_kfac.curvature.recorder import Rows
-from bayes_kfac.curvature.statistics import SHARING_KINDS, Statistics
+from bayes_kfac.curvature import SHARING_KINDS, Layer, Rows, SparseRows, Statistics
 from bayes_kfac.errors import check_choice
 
 DAMPING_KINDS = ("factored", "optimal", "exact")
@@ -54,11 +53,11 @@ class BlockGaussian(ABC):
         """``log det P``, ``[*blocks]``."""
 
     @abstractmethod
-    def quad(self, inputs: Tensor, gradients: Tensor) -> Tensor:
+    def quad(self, inputs: Tensor | SparseRows, gradients: Tensor) -> Tensor:
         """``J_c P⁻¹ J_dᵀ`` for the Jacobians ``J_c = Σ_t g_ct a_tᵀ``, from rows.
 
         Args:
-            inputs: ``a``, ``[*blocks, batch, shared, in]``.
+            inputs: ``a``, ``[*blocks, batch, shared, in]``; sparse where the block's input side is.
             gradients: ``g``, ``[columns, *blocks, batch, shared, out]``.
 
         Returns:
@@ -78,6 +77,22 @@ class BlockGaussian(ABC):
     def state(self) -> dict[str, Tensor]:
         """Plain tensors from which the class rebuilds the Gaussian as keyword arguments."""
 
+    def quad_rows(self, rows: Rows) -> Tensor:
+        """:meth:`quad` for all uses of a block.
+
+        Uses as it is and transposed have no rows in common, so that the Jacobians themselves are formed.
+
+        Args:
+            rows: The rows of a forward pass.
+
+        Returns:
+            ``[batch, columns, columns]``, summed over blocks.
+        """
+        if rows.transposed is None:
+            return self.quad(rows.inputs, rows.gradients)
+        jacobians = rows.jacobians()
+        return torch.einsum("cnoi,dnoi->ncd", jacobians, self.solve(jacobians))
+
     def trace_covariance(self) -> Tensor:
         """``tr P⁻¹``, ``[*blocks]``."""
         return self.marginal_variance().sum((-2, -1))
@@ -96,15 +111,22 @@ class BlockGaussian(ABC):
         quadratic = prior_precision * (self.trace_covariance() + mean.square().sum((-2, -1)))
         return 0.5 * (quadratic - size + self.logdet() - size * math.log(prior_precision))
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> BlockGaussian:
+        """The Gaussian with a function applied to every tensor of its state: a move to another device or dtype."""
+        return type(self)(**{name: function(tensor) for name, tensor in self.state.items()})
+
     def to(self, target: torch.device | torch.dtype | str) -> BlockGaussian:
         """The same Gaussian on another device or in another dtype."""
-        return type(self)(**{name: tensor.to(target) for name, tensor in self.state.items()})
+        return self.map(lambda tensor: tensor.to(target))
 
 
 def standard_normal(gaussian: BlockGaussian, generator: torch.Generator | None, count: tuple[int, ...] = ()) -> Tensor:
     """Standard normal noise for a block, ``[*count, *blocks, out, in]``, like its state."""
     like = next(iter(gaussian.state.values()))
-    return torch.randn((*count, *gaussian.shape), dtype=like.dtype, device=like.device, generator=generator)
+    # a generator draws on its own device only: one of the CPU serves a model anywhere, the same numbers everywhere
+    device = like.device if generator is None else generator.device
+    noise = torch.randn((*count, *gaussian.shape), dtype=like.dtype, device=device, generator=generator)
+    return noise.to(like.device)
 
 
 @dataclass(frozen=True)
@@ -141,13 +163,30 @@ class Structure(ABC):
         self.damping = check_choice("damping", damping, DAMPING_KINDS)
         self.sharing = check_choice("sharing", sharing, SHARING_KINDS)
 
+    def for_layer(self, layer: Layer) -> Structure:
+        """The structure of one layer's block: this one, unless the layer's kind has one of its own."""
+        own = layer.adapter.structure
+        return self if own is None else get(own, damping=self.damping, sharing=self.sharing)
+
     @abstractmethod
     def measure(self, rows: Rows) -> Statistics:
         """Turn a batch's rows into the statistics that this structure needs."""
 
     @abstractmethod
-    def identity(self, shape: tuple[int, ...], like: Tensor) -> Statistics:
-        """The statistics of a block of this shape whose Fisher is the identity, on ``like``'s device."""
+    def identity(
+        self, shape: tuple[int, ...], like: Tensor, *, sparse_sides: frozenset[str] = frozenset(), tied: bool = False
+    ) -> Statistics:
+        """The statistics of a block whose Fisher is the identity.
+
+        Args:
+            shape: The block's shape, ``(*blocks, out, in)``.
+            like: A tensor of the block's dtype and device.
+            sparse_sides: The sides that are diagonal because of sparse inputs, of ``"input"`` and ``"gradient"``.
+            tied: Whether the block is used transposed too.
+
+        Returns:
+            The statistics, under the names and in the shapes that :meth:`measure` gives.
+        """
 
     @abstractmethod
     def gaussians(self, specs: Sequence[BlockSpec]) -> list[BlockGaussian]:

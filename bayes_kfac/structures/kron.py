@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from bayes_kfac import linalg
-from bayes_kfac.curvature.recorder import Rows
-from bayes_kfac.curvature.statistics import Statistics, kronecker_factors
+from bayes_kfac.curvature import Rows, Statistics, kronecker_factors
 from bayes_kfac.structures.base import BlockGaussian, BlockSpec, Structure, register
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
@@ -40,14 +39,21 @@ class KroneckerStructure(Structure):
     def measure(self, rows: Rows) -> Statistics:  # noqa: D102
         return kronecker_factors(rows, self.sharing)
 
-    def identity(self, shape: tuple[int, ...], like: Tensor) -> Statistics:  # noqa: D102
+    def identity(  # noqa: D102
+        self, shape: tuple[int, ...], like: Tensor, *, sparse_sides: frozenset[str] = frozenset(), tied: bool = False
+    ) -> Statistics:
         *blocks, out_features, in_features = shape
         dtype = torch.promote_types(like.dtype, torch.float32)
-
-        def eye(size: int) -> Tensor:
-            return torch.eye(size, dtype=dtype, device=like.device).expand(*blocks, size, size)
-
-        return Statistics({"input": eye(in_features), "gradient": eye(out_features)}, {"input": 1.0, "gradient": 1.0})
+        sizes = {"input": in_features, "gradient": out_features}
+        sums = {}
+        for side, size in sizes.items():
+            factor = torch.eye(size, dtype=dtype, device=like.device)
+            factor = factor.new_ones(1, size) if side in sparse_sides else factor
+            sums[side] = factor.expand(*blocks, *factor.shape)
+        if tied:  # the transposed uses add nothing
+            sums["transposed_input"] = torch.zeros_like(sums["gradient"])
+            sums["transposed_gradient"] = torch.zeros_like(sums["input"])
+        return Statistics(sums, dict.fromkeys(sums, 1.0))
 
     def gaussians(self, specs: Sequence[BlockSpec]) -> list[BlockGaussian]:  # noqa: D102
         return list(_BUILDERS[self.damping](specs))
@@ -103,7 +109,31 @@ _BUILDERS: dict[str, Callable[[Sequence[BlockSpec]], Sequence[BlockGaussian]]] =
 def _factors(spec: BlockSpec) -> tuple[Tensor, Tensor, Tensor]:
     """``A``, ``G`` and ``γ`` of a block."""
     A, G = spec.statistics.mean("input"), spec.statistics.mean("gradient")
+    if "transposed_input" in spec.statistics.sums:
+        B, H = spec.statistics.mean("transposed_gradient"), spec.statistics.mean("transposed_input")
+        A, G = _sum_of_products(A, G, B, H)
     return A, G, A.new_tensor(spec.prior_precision / spec.data_scale)
+
+
+def _sum_of_products(A: Tensor, G: Tensor, B: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+    """One Kronecker product for ``G ⊗ A + H ⊗ B``: the product of its partial traces over its trace.
+
+    It has the sum's trace and is the sum itself where the two are proportional on one side; one step of the power
+    iteration for the nearest Kronecker product, from the identity (TKFAC: Gao et al. 2021).
+
+    Args:
+        A: The input factor of the first product.
+        G: Its gradient factor.
+        B: The factor of the second on the side of ``A``.
+        H: The factor of the second on the side of ``G``.
+
+    Returns:
+        The two factors, on the sides of ``A`` and ``G``.
+    """
+    tr_A, tr_G, tr_B, tr_H = (linalg.trace(factor)[..., None, None] for factor in (A, G, B, H))
+    total = tr_A * tr_G + tr_B * tr_H
+    total = torch.where(total > 0, total, torch.ones_like(total))
+    return (tr_G * A + tr_H * B) / total, tr_A * G + tr_B * H
 
 
 def _pi(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +167,7 @@ def _sweep(specs: Sequence[BlockSpec], gaussians: Sequence[MatrixNormalGaussian]
 
 def _side(own: Tensor, other: Tensor, other_root: Tensor, gamma: Tensor) -> Tensor:
     """``(tr(other C) own + γ tr(C) I) / dim`` with ``C`` the covariance of the other side, of dimension ``dim``."""
-    covariance = other_root @ other_root.mT
+    covariance = linalg.gram(other_root)
     dim = other.shape[-1]
     # a singular factor is indefinite by rounding, and its trace can come out below zero
     weight = (other * covariance).sum((-2, -1)).clamp(min=0) / dim

@@ -1,7 +1,8 @@
 """The matrix normal block: ``W ~ MN(0, U, V)`` with ``cov(vec W) = U ⊗ V``, kept as two triangular square roots.
 
 ``U`` (out×out) is on the output side, ``V`` (in×in) on the input side; ``U = L_U L_Uᵀ`` and ``V = L_V L_Vᵀ`` are the
-arguments of :class:`bayes_kfac.distributions.MatrixNormal`. Sampling and solving are products with the roots.
+arguments of :class:`bayes_kfac.distributions.MatrixNormal`. Sampling and solving are products with the roots. The root
+of a diagonal side is its diagonal, ``[*blocks, 1, size]``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bayes_kfac import linalg
+from bayes_kfac.curvature import SparseRows
 from bayes_kfac.structures.base import BlockGaussian, register_gaussian
 
 
@@ -18,8 +20,8 @@ class MatrixNormalGaussian(BlockGaussian):
     """A zero-mean matrix normal.
 
     Args:
-        scale_tril_row: ``L_U``, lower triangular, ``[*blocks, out, out]``.
-        scale_tril_column: ``L_V``, lower triangular, ``[*blocks, in, in]``.
+        scale_tril_row: ``L_U``, lower triangular, ``[*blocks, out, out]`` or ``[*blocks, 1, out]``.
+        scale_tril_column: ``L_V``, lower triangular, ``[*blocks, in, in]`` or ``[*blocks, 1, in]``.
     """
 
     def __init__(self, scale_tril_row: Tensor, scale_tril_column: Tensor) -> None:
@@ -28,47 +30,62 @@ class MatrixNormalGaussian(BlockGaussian):
 
     @property
     def shape(self) -> tuple[int, ...]:  # noqa: D102
-        return (*self.scale_tril_row.shape[:-1], self.scale_tril_column.shape[-1])
+        blocks = self.scale_tril_row.shape[:-2]
+        return (*blocks, self.scale_tril_row.shape[-1], self.scale_tril_column.shape[-1])
 
     def sample(self, noise: Tensor) -> Tensor:  # noqa: D102
-        return self.scale_tril_row @ noise @ self.scale_tril_column.mT
+        product = linalg.left_product(self.scale_tril_row, noise)
+        return linalg.right_product(product, linalg.transpose(self.scale_tril_column))
 
     def solve(self, value: Tensor) -> Tensor:  # noqa: D102
-        whitened = self.scale_tril_row.mT @ value @ self.scale_tril_column
-        return self.sample(whitened)
+        product = linalg.left_product(linalg.transpose(self.scale_tril_row), value)
+        return self.sample(linalg.right_product(product, self.scale_tril_column))
 
     def logdet(self) -> Tensor:  # noqa: D102
         out_features, in_features = self.shape[-2:]
-        log_u = 2 * self.scale_tril_row.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        log_v = 2 * self.scale_tril_column.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_u = 2 * linalg.diagonal(self.scale_tril_row).log().sum(-1)
+        log_v = 2 * linalg.diagonal(self.scale_tril_column).log().sum(-1)
         return -(in_features * log_u + out_features * log_v)
 
-    def quad(self, inputs: Tensor, gradients: Tensor) -> Tensor:  # noqa: D102
+    def quad(self, inputs: Tensor | SparseRows, gradients: Tensor) -> Tensor:  # noqa: D102
         # [*blocks, 1, ...]: one root for all examples of a block
-        whitened_inputs = inputs @ self.scale_tril_column.unsqueeze(-3)
-        whitened_gradients = gradients @ self.scale_tril_row.unsqueeze(-3)
+        whitened_gradients = linalg.right_product(gradients, self.scale_tril_row.unsqueeze(-3))
+        if isinstance(inputs, SparseRows):
+            kernel = inputs.gram(self.scale_tril_column.flatten().square())
+            return _from_kernel(whitened_gradients, kernel)
+        whitened_inputs = linalg.right_product(inputs, self.scale_tril_column.unsqueeze(-3))
         (columns, shared), (out_features, in_features) = (gradients.shape[0], inputs.shape[-2]), self.shape[-2:]
         # the Gram costs columns²·shared²·(out + in) operations, the Jacobians columns·out·in·(shared + columns)
         gram_cost = columns**2 * shared**2 + shared**2 * in_features + columns**2 * shared**2 * out_features
         if gram_cost <= columns * out_features * in_features * (shared + columns):
             kernel = torch.einsum("...nti,...nui->...ntu", whitened_inputs, whitened_inputs)
-            left = torch.einsum("c...nto,...ntu->c...nuo", whitened_gradients, kernel)
-            return torch.einsum("c...nuo,d...nuo->ncd", left, whitened_gradients)
+            return _from_kernel(whitened_gradients, kernel)
         jacobians = torch.einsum("c...nto,...nti->c...noi", whitened_gradients, whitened_inputs)
         return torch.einsum("c...noi,d...noi->ncd", jacobians, jacobians)
 
     def marginal_variance(self) -> Tensor:  # noqa: D102
-        variance_row = self.scale_tril_row.square().sum(-1)
-        variance_column = self.scale_tril_column.square().sum(-1)
+        variance_row, variance_column = _variances(self.scale_tril_row), _variances(self.scale_tril_column)
         return variance_row.unsqueeze(-1) * variance_column.unsqueeze(-2)
 
     def trace_covariance(self) -> Tensor:  # noqa: D102
         return self.scale_tril_row.square().sum((-2, -1)) * self.scale_tril_column.square().sum((-2, -1))
 
     def to_dense(self) -> Tensor:  # noqa: D102
-        root = linalg.kron(self.scale_tril_row, self.scale_tril_column)
+        root = linalg.kron(linalg.dense(self.scale_tril_row), linalg.dense(self.scale_tril_column))
         return torch.cholesky_inverse(root)
 
     @property
     def state(self) -> dict[str, Tensor]:  # noqa: D102
         return {"scale_tril_row": self.scale_tril_row, "scale_tril_column": self.scale_tril_column}
+
+
+def _from_kernel(gradients: Tensor, kernel: Tensor) -> Tensor:
+    """``Σ_tu (a_t·a_u)(g_ct·g_du)`` from the Gram ``[*blocks, batch, shared, shared]`` of whitened inputs."""
+    left = torch.einsum("c...nto,...ntu->c...nuo", gradients, kernel)
+    return torch.einsum("c...nuo,d...nuo->ncd", left, gradients)
+
+
+def _variances(root: Tensor) -> Tensor:
+    """The diagonal of ``R Rᵀ``, ``[*blocks, size]``."""
+    squares = root.square()
+    return linalg.diagonal(squares) if linalg.is_diagonal(root) else squares.sum(-1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kfac.curvature import Layer, Statistics
-from bayes_kfac.errors import ArgumentError, NonFiniteError, UsageError
+from bayes_kfac.errors import ArgumentError, NonFiniteError, UnsupportedModelError, UsageError
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.training.sampler import Sampler
 
@@ -29,6 +29,33 @@ def check_types(model: nn.Module, likelihood: Likelihood) -> None:
         raise ArgumentError(
             f"likelihood={likelihood!r} must be one of bayes_kfac.likelihoods, such as Gaussian() or Categorical()."
         )
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, bool]:
+    """The user's own module inside what wraps it, so that its layers have the names that the user gave them.
+
+    Args:
+        model: The model, maybe compiled or wrapped in ``DistributedDataParallel``.
+
+    Returns:
+        The module, and whether it is trained by several processes.
+
+    Raises:
+        UnsupportedModelError: If the model is wrapped in ``DataParallel``, whose replicas no hook sees.
+    """
+    is_parallel = False
+    while True:
+        if isinstance(model, nn.DataParallel):
+            raise UnsupportedModelError(
+                "DataParallel runs replicas of the model, in which no layer can be watched. Wrap the model in "
+                "DistributedDataParallel, one process for each device."
+            )
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model, is_parallel = model.module, True
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # what torch.compile(model) returns
+            model = inner
+        else:
+            return model, is_parallel
 
 
 def check_ready(sampler: Sampler, layers: Mapping[str, Layer], *, measured: bool) -> None:

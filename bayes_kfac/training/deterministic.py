@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayes_kfac.distributed import mean_over_processes
 from bayes_kfac.errors import check_positive
 from bayes_kfac.likelihoods import Likelihood
+
+_PREFIX = "likelihood."
 
 
 class PointEstimates:
@@ -29,7 +32,7 @@ class PointEstimates:
         self.parameters = {name: named[name] for name in reasons}
         for name, parameter in likelihood.named_parameters():
             if parameter.requires_grad:
-                self.parameters[f"likelihood.{name}"] = parameter
+                self.parameters[f"{_PREFIX}{name}"] = parameter
         self._adam = torch.optim.Adam(self.parameters.values(), lr=lr) if self.parameters else None
 
     @property
@@ -39,10 +42,41 @@ class PointEstimates:
             return []
         return [{"params": list(self.parameters.values()), "kind": "deterministic", "lr": self.lr}]
 
+    def take_up(self, model: nn.Module, reasons: Mapping[str, str], param_groups: list[dict[str, Any]]) -> None:
+        """Train the model's parameters that are outside of blocks by now, too.
+
+        Args:
+            model: The model.
+            reasons: Its parameters outside of blocks.
+            param_groups: The trainer's groups; the one of kind ``"deterministic"`` is extended, or made.
+        """
+        named = dict(model.named_parameters())
+        new = {name: named[name] for name in reasons if name not in self.parameters}
+        if not new:
+            return
+        self.parameters |= new
+        if self._adam is None:
+            self._adam = torch.optim.Adam(self.parameters.values(), lr=self.lr)
+            param_groups += self.group
+        else:
+            self._adam.param_groups[0]["params"] += new.values()
+            _own(param_groups)["params"] += new.values()
+
+    def lr_in(self, param_groups: list[dict[str, Any]]) -> float:
+        """The step size as the trainer's groups have it by now, which a schedule may change."""
+        lr: float = _own(param_groups)["lr"] if self.parameters else self.lr
+        return lr
+
     @property
     def gradients(self) -> dict[str, Tensor]:
         """The gradients there are, by name."""
         return {name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None}
+
+    def share_gradients(self) -> None:
+        """Average the gradients of the likelihood's parameters over processes, as is done for the model's own."""
+        own = {name: p.grad for name, p in self.parameters.items() if name.startswith(_PREFIX) and p.grad is not None}
+        for name, gradient in mean_over_processes(own).items():
+            self.parameters[name].grad = gradient
 
     def step(self, lr: float, kl_weight: float) -> None:
         """One step of Adam on the loss plus the likelihood's own KL.
@@ -73,3 +107,7 @@ class PointEstimates:
         """Take up Adam's state."""
         if self._adam is not None and state is not None:
             self._adam.load_state_dict(state)
+
+
+def _own(param_groups: list[dict[str, Any]]) -> dict[str, Any]:
+    return next(group for group in param_groups if group["kind"] == "deterministic")

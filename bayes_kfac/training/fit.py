@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from bayes_kfac.batches import Batch, call, count_examples, expect_output_tensor, unpack
 from bayes_kfac.errors import ArgumentError, check_count
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
@@ -59,7 +60,9 @@ def fit(
     Args:
         model: The model; trained in place, it ends at the posterior's mean, in the mode it came in.
         likelihood: What its output means.
-        loader: Yields ``(input, target)`` batches; gone through once an epoch.
+        loader: Yields batches, gone through once an epoch: ``(inputs, target)``, ``(inputs, target, mask)``, or
+            mappings or dataclasses with a field ``target`` or ``labels``, maybe a ``mask``, and the model's keyword
+            arguments.
         epochs: How often.
         num_data: The number of training examples; by default the length of ``loader.dataset``.
         structure: The family of the posterior's blocks.
@@ -110,18 +113,20 @@ def _train_epoch(
     """One pass over the data; returns the mean negative log-likelihood per example."""
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
-    count = 0
-    for inputs, target in loader:
-        x, y = inputs.to(device), target.to(device)
+    count = 0.0
+    for raw in loader:
+        batch = unpack(raw).to(device)
 
-        def closure(x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
+        def closure(batch: Batch = batch) -> torch.Tensor:
             optimizer.zero_grad()
-            loss = likelihood(model(x), y)
+            output = expect_output_tensor(call(model, batch.inputs))
+            loss = likelihood(output, batch.target, batch.mask)
             loss.backward()
             return loss.detach()
 
-        total += optimizer.step(closure) * len(x)
-        count += len(x)
+        examples = len(batch.target) if batch.mask is None else count_examples(batch.mask)
+        total += optimizer.step(closure) * examples
+        count += examples
     if not count:
         raise ArgumentError(
             f"loader={loader!r} yielded no batch. An iterator is used up after one epoch: pass a DataLoader or a list."

@@ -23,7 +23,7 @@ HYPERPARAMETERS: dict[str, Callable[[str, Any], float]] = {
     "statistics_decay": check_fraction,
 }
 
-OTHERS = ("error", "deterministic")
+OTHERS = ("error", "diagonal", "deterministic")
 
 
 def check_coverage(layers: Mapping[str, Layer], reasons: Mapping[str, str], others: str) -> None:
@@ -32,7 +32,7 @@ def check_coverage(layers: Mapping[str, Layer], reasons: Mapping[str, str], othe
     Args:
         layers: The layers that were found.
         reasons: Why each trainable parameter outside of them is no block.
-        others: ``"error"`` or ``"deterministic"``.
+        others: ``"error"``, ``"diagonal"`` or ``"deterministic"``.
 
     Raises:
         UnsupportedModelError: If there is no block, or a parameter is not covered and ``others="error"``.
@@ -41,14 +41,13 @@ def check_coverage(layers: Mapping[str, Layer], reasons: Mapping[str, str], othe
     listing = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
     if not layers:
         raise UnsupportedModelError(
-            "The model has no layer with a curvature block: it needs a trainable Linear or convolution. "
-            f"Its trainable parameters:{listing or ' none'}"
+            f"The model has no layer with a curvature block. Its trainable parameters:{listing or ' none'}"
         )
     if reasons and others == "error":
         raise UnsupportedModelError(
-            f"No curvature block covers these parameters:{listing}\nPass others='deterministic' to train them as point "
-            "estimates beside the posterior, freeze them with requires_grad_(False), or register an adapter with "
-            "bayes_kfac.curvature.register."
+            f"No curvature block covers these parameters:{listing}\nPass others='diagonal' to give each an independent "
+            "Gaussian, others='deterministic' to train them as point estimates beside the posterior, freeze them with "
+            "requires_grad_(False), or register an adapter with bayes_kfac.curvature.register."
         )
 
 
@@ -83,7 +82,7 @@ def block_groups(
                 raise ArgumentError(f"groups[{index}] holds a parameter that groups[{home[parameter]}] holds too.")
             home[parameter] = index
         made.append(_checked({**defaults, **options}))
-    made.append(_checked(defaults))
+    made.append({**_checked(defaults), "is_default": True})
     for layer in layers.values():
         indices = {home.pop(parameter, len(made) - 1) for parameter in layer.parameters.values()}
         if len(indices) > 1:
@@ -92,6 +91,24 @@ def block_groups(
     if home:
         raise ArgumentError(f"groups[{min(home.values())}] holds parameters that belong to no curvature block.")
     return [group for group in made if group["params"]]
+
+
+def default_group(param_groups: list[dict[str, Any]], defaults: Mapping[str, float]) -> dict[str, Any]:
+    """The group of what no group of the user's claims; made where there is none yet.
+
+    Args:
+        param_groups: The trainer's groups.
+        defaults: The hyper-parameters of a new one.
+
+    Returns:
+        The group, which is one of ``param_groups``.
+    """
+    for group in param_groups:
+        if group.get("is_default"):
+            return group
+    made = {**_checked(defaults), "is_default": True}
+    param_groups.append(made)
+    return made
 
 
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,24 +10,24 @@ paper's own code is listed in ``docs/noisy_kfac.md``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bayes_kfac import structures
-from bayes_kfac.curvature import Meter, Statistics, Summary, find_layers, summarize
+from bayes_kfac.curvature import Layer, Meter, Summary, find_layers, summarize
+from bayes_kfac.distributed import mean_over_processes, sum_over_processes
 from bayes_kfac.errors import ArgumentError, UsageError, check_count, check_positive
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.provenance import Provenance
-from bayes_kfac.structures import BlockGaussian, BlockSpec
-from bayes_kfac.training.checks import check_finite, check_ready, check_types
+from bayes_kfac.training.blocks import Blocks, States
+from bayes_kfac.training.checks import check_finite, check_ready, check_types, unwrapped
 from bayes_kfac.training.deterministic import PointEstimates
-from bayes_kfac.training.groups import block_groups, check_coverage
+from bayes_kfac.training.groups import block_groups, check_coverage, default_group
 from bayes_kfac.training.sampler import Sampler
 from bayes_kfac.training.schedules import Every
 from bayes_kfac.training.state import BlockState, dump_state, restore_state
@@ -42,7 +42,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
     and then ``optimizer.step()``; or ``optimizer.step(closure)``, which opens the context itself.
 
     Args:
-        model: The model; its output's first dimension is the batch.
+        model: The model; its output's first dimension is the batch. It may be compiled, or wrapped in
+            ``DistributedDataParallel``.
         likelihood: What the output means; its mean negative log-likelihood is the loss.
         num_data: The number of examples in the training set. The scale between data and prior comes from here alone.
         lr: The step size.
@@ -65,8 +66,9 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             start at the identity would still have (the paper's code). Noise and steps then start small and grow as
             data come in; :meth:`posterior` never has the blend.
         kl_clip: The largest ``lr² · dᵀ F̄ d`` of a step, or ``None`` for no limit.
-        others: What to do with parameters that no block covers: ``"error"``, or ``"deterministic"`` to train them as
-            point estimates.
+        params: The parameters to train, by default all that are not frozen; the rest is left to another optimizer.
+        others: What to do with parameters that no block covers: ``"error"``, ``"diagonal"`` to give each an independent
+            Gaussian, or ``"deterministic"`` to train them as point estimates.
         deterministic_lr: Adam's step size for these and for the likelihood's own parameters.
         groups: Options for parts of the model: ``[{"params": parameters, "prior_precision": 10.0, "lr": 1e-3}]``.
         generator: The source of randomness for weight samples and sampled targets.
@@ -98,13 +100,14 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         antithetic: bool = False,
         warmup: bool = True,
         kl_clip: float | None = 1e-3,
+        params: Iterable[nn.Parameter] | None = None,
         others: str = "error",
         deterministic_lr: float = 1e-2,
         groups: Sequence[Mapping[str, Any]] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         check_types(model, likelihood)
-        self.model = model
+        self.model, self._is_parallel = unwrapped(model)
         self.likelihood = likelihood
         self.num_data = check_count("num_data", num_data)
         self.temperature = check_positive("temperature", temperature)
@@ -114,44 +117,47 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         self.inverse_schedule = Every(check_count("inverse_every", inverse_every))
         self.generator = generator
         self.structure = structures.get(structure, damping=damping, sharing=sharing)
-        self.layers, self.reasons = find_layers(model)
-        check_coverage(self.layers, self.reasons, others)
-        defaults = {
+        self._others = others
+        self._params = None if params is None else list(params)
+        self.steps = 0
+        self._last_measured = -1
+        self._blocks = Blocks(
+            self.structure, self._group, num_data=num_data, temperature=self.temperature, warmup=warmup
+        )
+        self._trainable, layers = self._trainable_now(), self._sort()
+        self._defaults = {
             "lr": lr,
             "prior_precision": prior_precision,
             "extrinsic_damping": extrinsic_damping,
             "momentum": momentum,
             "statistics_decay": statistics_decay,
         }
-        all_groups = block_groups(self.layers, defaults, groups)
-        self._point_estimates = PointEstimates(model, likelihood, self.reasons, deterministic_lr)
-        all_groups += self._point_estimates.group
-        super().__init__(all_groups, {})
-        self._group_index = {
-            name: next(i for i, group in enumerate(all_groups) if any(layer.weight is p for p in group["params"]))
-            for name, layer in self.layers.items()
-        }
-        self.steps = 0
-        self._last_measured = -1
-        self.blocks = {name: BlockState() for name in self.layers}
+        all_groups = block_groups(layers, self._defaults, groups)
+        self._point_estimates = PointEstimates(self.model, likelihood, self.reasons, deterministic_lr)
+        super().__init__(all_groups + self._point_estimates.group, {})
+        self._take_up(layers)
         meter = Meter(
-            model,
+            self.model,
             likelihood,
-            self.layers,
-            self.structure.measure,
+            layers,
+            self._blocks.measure,
             fisher=fisher,
             num_data=num_data,
             generator=generator,
         )
         self.fisher = meter.fisher
-        self._sampler = Sampler(
-            self.layers,
-            [parameter for group in all_groups for parameter in group["params"]],
-            meter,
-            num_samples=num_samples,
-            antithetic=antithetic,
-            generator=generator,
-        )
+        self._sampler = Sampler(meter, num_samples=num_samples, antithetic=antithetic, generator=generator)
+        self._sampler.watch(layers, self._parameters())
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """The layers that have a posterior, by name."""
+        return self._blocks.layers
+
+    @property
+    def blocks(self) -> Mapping[str, BlockState]:
+        """The state of each layer's block."""
+        return self._blocks.states
 
     def sampled_params(self) -> AbstractContextManager[None]:
         """Put a sample of the weights into the model; take the gradient inside. The mean is back afterwards, always.
@@ -164,11 +170,31 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         Returns:
             The context; entering one inside another raises ``UsageError``.
         """
-        if self.warmup and any(state.posterior is None for state in self.blocks.values()):
+        if not self._sampler.is_open:
+            self._follow_model()
+        states = self._blocks.states
+        if self.warmup and any(state.posterior is None for state in states.values()):
             with torch.no_grad():
-                self.blocks = self._with_posteriors(self.blocks)
-        gaussians = {name: state.posterior for name, state in self.blocks.items() if state.posterior is not None}
-        return self._sampler.sample(gaussians, measure=self.statistics_schedule.is_due(self.steps))
+                states = self._blocks.states = self._blocks.with_posteriors(states)
+        gaussians = {name: state.posterior for name, state in states.items() if state.posterior is not None}
+        return self._sampler.sample(gaussians, measure=self.is_measuring)
+
+    @property
+    def is_measuring(self) -> bool:
+        """Whether forward passes of :meth:`sampled_params` are measured on this step.
+
+        Forward passes whose output is in no loss are measured too: unlabelled data may enter the Fisher by
+        ``if optimizer.is_measuring: model(unlabelled)`` inside of the context.
+        """
+        return self.statistics_schedule.is_due(self.steps) or self._has_new_layers
+
+    def unmeasured(self) -> AbstractContextManager[None]:
+        """Let forward passes inside go by unmeasured: the batch of the gradient need not be that of the Fisher.
+
+        Returns:
+            The context, for use inside :meth:`sampled_params`.
+        """
+        return self._sampler.unmeasured()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -197,15 +223,21 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         return sum(losses) / len(losses) if losses else None
 
     def _step(self) -> None:
-        check_ready(self._sampler, self.layers, measured=self.statistics_schedule.is_due(self.steps))
+        check_ready(self._sampler, self.layers, measured=self.is_measuring)
+        if self._is_parallel:
+            self._sampler.statistics = sum_over_processes(self._sampler.statistics)
+            self._sampler.noise_sum = mean_over_processes(self._sampler.noise_sum)
+            self._point_estimates.share_gradients()
         gradients = self._gradients()
         check_finite(self._sampler.statistics, gradients, self._point_estimates.gradients)
-        blocks = self._refreshed(self._measured())
+        states = self._blocks.averaged(self.blocks, self._sampler.statistics, self.steps - self._last_measured)
+        if self.inverse_schedule.is_due(self.steps) or self._has_new_layers:
+            states = self._blocks.refreshed(states)
         directions = {}
         for name, gradient in gradients.items():
-            blocks[name], directions[name] = self._direction(name, blocks[name], gradient)
-        clip = self._clip(blocks, directions)
-        self.blocks = blocks
+            states[name], directions[name] = self._blocks.direction(name, states[name], gradient)
+        clip = self._clip(states, directions)
+        self._blocks.states = states
         if self._sampler.statistics:
             self._last_measured = self.steps
         self.steps += 1
@@ -214,7 +246,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             tensors = layer.tensors(direction * (-lr * clip))
             for key, parameter in layer.parameters.items():
                 parameter.add_(tensors[key])
-        self._point_estimates.step(self.param_groups[-1]["lr"], self.temperature / self.num_data)
+        self._point_estimates.step(self._point_estimates.lr_in(self.param_groups), self.temperature / self.num_data)
 
     def _gradients(self) -> dict[str, Tensor]:
         """``∇ + γ_in W``: the gradient of the mean objective at the samples, for layers that took part."""
@@ -223,82 +255,19 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             gradient = layer.gradient()
             if gradient is not None:
                 dtype = torch.promote_types(gradient.dtype, torch.float32)  # the algebra of a bf16 model is in float32
-                gradients[name] = gradient.to(dtype) + self._intrinsic_damping(name) * self._sampler.mean_sample(name)
+                damping = self._blocks.intrinsic_damping(name)
+                gradients[name] = gradient.to(dtype) + damping * self._sampler.mean_sample(name)
         return gradients
 
-    def _measured(self) -> dict[str, BlockState]:
-        """The blocks with this step's statistics averaged in."""
-        blocks = dict(self.blocks)
-        for name, batch in self._sampler.statistics.items():
-            running = blocks[name].statistics
-            decay = self._group(name)["statistics_decay"] ** (self.steps - self._last_measured)
-            # from nothing the average is (1 − decay) of the batch, and so is its count: debiased from the first step on
-            updated = batch * (1 - decay) if running is None else running.moving_average(batch, decay)
-            identity_weight = blocks[name].identity_weight * decay
-            blocks[name] = replace(blocks[name], statistics=updated, identity_weight=identity_weight)
-        return blocks
-
-    def _refreshed(self, blocks: dict[str, BlockState]) -> dict[str, BlockState]:
-        """The blocks with their Gaussians rebuilt from their statistics, if that is due."""
-        if not self.inverse_schedule.is_due(self.steps):
-            return blocks
-        for name, state in blocks.items():
-            state.measured(name)  # a layer that never ran has nothing to go by
-        blocks = self._with_posteriors(blocks)
-        damped = [name for name in blocks if self._group(name)["extrinsic_damping"] > 0]
-        specs = [
-            BlockSpec(
-                name,
-                self._blended(name, blocks[name]),
-                data_scale=1.0,
-                prior_precision=self._intrinsic_damping(name) + self._group(name)["extrinsic_damping"],
-                previous=blocks[name].preconditioner,
-            )
-            for name in damped
-        ]
-        for name, gaussian in zip(damped, self.structure.gaussians(specs), strict=True):
-            blocks[name] = replace(blocks[name], preconditioner=gaussian)
-        return blocks
-
-    def _with_posteriors(self, blocks: Mapping[str, BlockState]) -> dict[str, BlockState]:
-        """The blocks with fresh Gaussians to sample from."""
-        gaussians = self._build_posteriors(blocks, warm=True)
-        return {name: replace(state, posterior=gaussians[name]) for name, state in blocks.items()}
-
-    def _build_posteriors(self, blocks: Mapping[str, BlockState], *, warm: bool) -> dict[str, BlockGaussian]:
-        specs = [
-            BlockSpec(
-                name,
-                self._blended(name, state) if warm else state.measured(name),
-                data_scale=self.num_data / self.temperature,
-                prior_precision=self._group(name)["prior_precision"],
-                previous=state.posterior if warm else None,
-            )
-            for name, state in blocks.items()
-        ]
-        return dict(zip(blocks, self.structure.gaussians(specs), strict=True))
-
-    def _direction(self, name: str, state: BlockState, gradient: Tensor) -> tuple[BlockState, Tensor]:
-        """Average the gradient over steps and precondition it: ``(F̄ + γ I)⁻¹ m``."""
-        decay = self._group(name)["momentum"]
-        weight = decay * state.momentum_weight + (1 - decay)
-        average = (1 - decay) * gradient if state.momentum is None else decay * state.momentum + (1 - decay) * gradient
-        state = replace(state, momentum=average, momentum_weight=weight)
-        debiased = average / weight
-        if state.preconditioner is not None and self._group(name)["extrinsic_damping"] > 0:
-            return state, state.preconditioner.solve(debiased)
-        assert state.posterior is not None
-        return state, state.posterior.solve(debiased) * (self.num_data / self.temperature)
-
-    def _clip(self, blocks: Mapping[str, BlockState], directions: Mapping[str, Tensor]) -> Tensor | float:
+    def _clip(self, states: States, directions: Mapping[str, Tensor]) -> Tensor | float:
         """``min(1, sqrt(κ / (lr² Σ dᵀ F̄ d)))``, without reading a number back from the device."""
         if self.kl_clip is None:
             return 1.0
         lengths = []
         for name, direction in directions.items():
-            momentum = blocks[name].momentum
+            momentum = states[name].momentum
             assert momentum is not None
-            inner = (momentum * direction).sum() / blocks[name].momentum_weight
+            inner = (momentum * direction).sum() / states[name].momentum_weight
             lengths.append(self._group(name)["lr"] ** 2 * inner)
         return (self.kl_clip / torch.stack(lengths).sum()).sqrt().clamp(max=1.0)
 
@@ -314,11 +283,12 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         if self._sampler.is_open:
             raise UsageError("posterior() was called inside sampled_params(). Leave the context first.")
         with torch.no_grad():
-            blocks = self._build_posteriors(self.blocks, warm=False)
+            blocks = self._blocks.posteriors(self.blocks, in_training=False)
         return Posterior(
             self.model,
             self.likelihood,
             blocks,
+            layers=self.layers,
             prior_precision={name: self._group(name)["prior_precision"] for name in self.layers},
             provenance=Provenance(
                 method="noisy natural gradient",
@@ -342,7 +312,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
 
     def summary(self) -> Summary:
         """For each parameter: its block, structure, shape, and why where it has none."""
-        return summarize(self.model, self.layers, self.reasons, f"{self.structure.name}/{self.structure.damping}")
+        return summarize(self.model, self.layers, self.reasons, self._blocks.describe())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: a layer's block is set up with its group.
@@ -353,7 +323,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         Raises:
             ArgumentError: Always, once the optimizer is built.
         """
-        if hasattr(self, "blocks"):
+        if hasattr(self, "_sampler"):
             raise ArgumentError("add_param_group() is not supported. Pass groups= when the optimizer is made.")
         super().add_param_group(param_group)
 
@@ -381,9 +351,10 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         if _STATE_KEY not in state_dict:
             raise ArgumentError("state_dict is not from a noisy natural gradient optimizer of bayes_kfac.")
         own = state_dict[_STATE_KEY]
-        blocks = restore_state(own["blocks"], self.layers)
+        self._follow_model()
+        states = restore_state(own["blocks"], self.layers)
         super().load_state_dict({name: value for name, value in state_dict.items() if name != _STATE_KEY})
-        self.blocks = blocks
+        self._blocks.states = states
         self.steps = own["steps"]
         self._last_measured = own["last_measured"]
         self._point_estimates.load_state_dict(own["point_estimates"])
@@ -391,20 +362,55 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             self.generator.set_state(own["generator"])
         self._sampler.forget()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything, the model included: a copy trains a copy of the model."""
+        # torch's own hooks and the wrapper that a learning rate schedule puts around step() stay behind, as in torch
+        return {name: value for name, value in self.__dict__.items() if name != "step" and name[:10] != "_optimizer"}
+
     def _group(self, name: str) -> dict[str, Any]:
         return self.param_groups[self._group_index[name]]
 
-    def _intrinsic_damping(self, name: str) -> float:
-        prior_precision: float = self._group(name)["prior_precision"]
-        return self.temperature * prior_precision / self.num_data
+    @property
+    def _has_new_layers(self) -> bool:
+        return any(state.statistics is None for state in self.blocks.values())
 
-    def _blended(self, name: str, state: BlockState) -> Statistics:
-        """The statistics that training goes by: with warm-up, as if the average had started at the identity."""
-        if not self.warmup:
-            return state.measured(name)
-        layer = self.layers[name]
-        identity = self.structure.identity(layer.shape, layer.weight)
-        return identity if state.statistics is None else state.statistics.lean(identity, state.identity_weight)
+    def _parameters(self) -> list[nn.Parameter]:
+        """The parameters whose gradients a step uses."""
+        blocks = [parameter for layer in self.layers.values() for parameter in layer.parameters.values()]
+        return blocks + list(self._point_estimates.parameters.values())
+
+    def _trainable_now(self) -> list[nn.Parameter]:
+        """What is to be trained as things stand."""
+        candidates = self.model.parameters() if self._params is None else self._params
+        return [parameter for parameter in candidates if parameter.requires_grad]
+
+    def _sort(self) -> dict[str, Layer]:
+        layers, self.reasons = find_layers(
+            self.model, self._trainable_now(), rest="diagonal" if self._others == "diagonal" else "none"
+        )
+        check_coverage(layers, self.reasons, self._others)
+        return layers
+
+    def _take_up(self, layers: Mapping[str, Layer]) -> None:
+        group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        self._group_index = {name: group_of[layer.like] for name, layer in layers.items()}
+        self._blocks.take_up(layers)
+
+    def _follow_model(self) -> None:
+        """Take note of what was frozen, unfrozen or moved since the last step."""
+        trainable = self._trainable_now()
+        if len(trainable) != len(self._trainable) or any(
+            new is not old for new, old in zip(trainable, self._trainable, strict=True)
+        ):
+            layers = self._sort()
+            self._trainable = trainable
+            known = {parameter for group in self.param_groups for parameter in group["params"]}
+            new = [p for layer in layers.values() for p in layer.parameters.values() if p not in known]
+            default_group(self.param_groups, self._defaults)["params"].extend(new)
+            self._point_estimates.take_up(self.model, self.reasons, self.param_groups)
+            self._take_up(layers)
+            self._sampler.watch(layers, self._parameters())
+        self._blocks.follow_devices()
 
 
 class NoisyKFAC(NoisyNaturalGradient):

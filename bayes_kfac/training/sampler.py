@@ -6,8 +6,8 @@ after the mean is back fails instead of using the wrong weights. Noise is one ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,6 @@ class Sampler:
     """Opens the contexts of a step, and gathers gradients, noise and statistics over them.
 
     Args:
-        layers: The layers that have a posterior, by name.
-        parameters: All parameters whose gradients the step uses.
         meter: Measures the statistics.
         num_samples: Contexts on one batch; each counts ``1/num_samples``.
         antithetic: Whether every second sample mirrors the one before.
@@ -31,41 +29,47 @@ class Sampler:
     Attributes:
         contexts: How many contexts of this step were left without an exception.
         statistics: What was measured in them, by layer.
+        noise_sum: The sum of their noise, by layer.
     """
 
-    def __init__(
-        self,
-        layers: Mapping[str, Layer],
-        parameters: Sequence[nn.Parameter],
-        meter: Meter,
-        *,
-        num_samples: int,
-        antithetic: bool,
-        generator: torch.Generator | None,
-    ) -> None:
+    def __init__(self, meter: Meter, *, num_samples: int, antithetic: bool, generator: torch.Generator | None) -> None:
         self.num_samples = check_count("num_samples", num_samples)
         if antithetic and num_samples % 2:
             raise ArgumentError(f"num_samples={num_samples} must be even where antithetic=True pairs the samples.")
         self.antithetic = antithetic
         self.generator = generator
         self.is_open = False
-        self._layers = layers
-        self._parameters = parameters
         self._meter = meter
         self._noise: dict[str, Tensor] = {}
         self._means: list[tuple[nn.Parameter, Tensor]] = []
+        self.watch({}, [])
+
+    def watch(self, layers: Mapping[str, Layer], parameters: Sequence[nn.Parameter]) -> None:
+        """Sample and measure these layers from now on; a step that was begun is forgotten.
+
+        Args:
+            layers: The layers that have a posterior, by name.
+            parameters: All parameters whose gradients the step uses.
+        """
+        self._layers = layers
+        self._parameters = parameters
+        self._meter.watch(layers)
         self.forget()
+
+    def unmeasured(self) -> AbstractContextManager[None]:
+        """Let forward passes go by unmeasured."""
+        return self._meter.paused()
 
     def forget(self) -> None:
         """Start a new step."""
         self.contexts = 0
         self.statistics: dict[str, Statistics] = {}
-        self._noise_sum: dict[str, Tensor] = {}
+        self.noise_sum: dict[str, Tensor] = {}
 
     def mean_sample(self, name: str) -> Tensor:
         """The mean over this step's samples of a layer's ``[weight, bias]``, ``[*blocks, out, in]``."""
         mean = self._layers[name].values()
-        return mean + self._noise_sum[name] / self.contexts if name in self._noise_sum else mean
+        return mean + self.noise_sum[name] / self.contexts if name in self.noise_sum else mean
 
     @contextmanager
     def sample(self, gaussians: Mapping[str, BlockGaussian], *, measure: bool) -> Iterator[None]:
@@ -116,21 +120,25 @@ class Sampler:
             for key, parameter in layer.parameters.items():
                 self._means.append((parameter, parameter.clone()))
                 parameter.add_(tensors[key])
+        torch.clear_autocast_cache()  # it holds casts of the weights as they were
 
     @torch.no_grad()
     def _restore(self) -> None:
         for parameter, mean in self._means:
             parameter.copy_(mean)
         self._means.clear()
+        torch.clear_autocast_cache()
 
     def _set_gradients_aside(self) -> dict[nn.Parameter, Tensor]:
         """The gradients of this step's earlier samples, so that ``zero_grad()`` inside does not lose them."""
         if self.contexts == 0:
             return {}
         gradients = {parameter: parameter.grad for parameter in self._parameters if parameter.grad is not None}
-        if not gradients:
-            self.forget()  # cleared by the user: the step begins anew
-        for parameter in gradients:
+        if not gradients or not _are_finite(gradients.values()):
+            # cleared by the user, or in a step that a gradient scaler refused: the step begins anew
+            self.forget()
+            gradients = {}
+        for parameter in self._parameters:
             parameter.grad = None
         return gradients
 
@@ -145,8 +153,11 @@ class Sampler:
 
     def _gather(self) -> None:
         for name, noise in self._noise.items():
-            self._noise_sum[name] = self._noise_sum[name] + noise if name in self._noise_sum else noise
-        for name, batch in self._meter.statistics.items():
+            self.noise_sum[name] = self.noise_sum[name] + noise if name in self.noise_sum else noise
+        for name, batch in self._meter.take().items():
             self.statistics[name] = self.statistics[name] + batch if name in self.statistics else batch
-        self._meter.statistics = {}
         self.contexts += 1
+
+
+def _are_finite(gradients: Iterable[Tensor]) -> bool:
+    return bool(torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all())

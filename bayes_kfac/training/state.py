@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bayes_kfac.curvature import Layer, Statistics
@@ -33,6 +34,27 @@ class BlockState:
     preconditioner: BlockGaussian | None = None
     momentum: Tensor | None = None
     momentum_weight: float = 0.0
+
+    def like(self, tensor: Tensor) -> BlockState:
+        """The same state on a tensor's device, in its dtype or float32 if that is wider; itself if it is already."""
+        if self.statistics is None and self.posterior is None:
+            return self
+        own = next(iter((self.statistics.sums if self.statistics else self.posterior.state).values()))  # type: ignore[union-attr]
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        if own.dtype == dtype and own.device == tensor.device:
+            return self
+
+        def move(value: Tensor) -> Tensor:
+            return value.to(tensor.device, dtype)
+
+        statistics = self.statistics
+        return replace(
+            self,
+            statistics=None if statistics is None else statistics.map(move),
+            posterior=None if self.posterior is None else self.posterior.map(move),
+            preconditioner=None if self.preconditioner is None else self.preconditioner.map(move),
+            momentum=None if self.momentum is None else move(self.momentum),
+        )
 
     def measured(self, name: str) -> Statistics:
         """The statistics of the layer of this name.
@@ -89,7 +111,7 @@ def restore_state(dumped: Mapping[str, Mapping[str, Any]], layers: Mapping[str, 
         )
     states = {}
     for name, entry in dumped.items():
-        device = layers[name].weight.device
+        device = layers[name].like.device
         posterior = _restore_gaussian(entry["posterior"], device)
         if posterior is not None and posterior.shape != layers[name].shape:
             raise ArgumentError(

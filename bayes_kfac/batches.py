@@ -1,0 +1,144 @@
+"""What batches, inputs and outputs may look like: tensors, and the collections that people pass around.
+
+A batch is ``(inputs, target)`` or ``(inputs, target, mask)``, or a mapping or dataclass with a field for the target.
+Inputs are one argument of the model, a tuple of arguments, or a mapping of keyword arguments. An output is a tensor
+``[batch, ...]``, or a collection in which one tensor stands out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from bayes_kfac.errors import ArgumentError
+
+#: The fields of an output that are it by their name, in this order.
+OUTPUT_NAMES = ("logits", "output")
+#: The fields of a batch that are its target by their name.
+TARGET_NAMES = ("target", "targets", "label", "labels")
+
+
+class Batch(NamedTuple):
+    """A batch taken apart.
+
+    Attributes:
+        inputs: What the model is called with.
+        target: The targets.
+        mask: Which of them there are; ``None`` for all.
+    """
+
+    inputs: Any
+    target: Tensor
+    mask: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        return Batch(*tree_map(lambda value: value.to(device) if hasattr(value, "to") else value, tuple(self)))
+
+
+def unpack(batch: Any) -> Batch:
+    """Take a batch of a loader apart.
+
+    Args:
+        batch: ``(inputs, target)``, ``(inputs, target, mask)``, or a mapping or dataclass with one field of the names
+            ``target``, ``targets``, ``label`` or ``labels``, maybe one named ``mask``, and the model's keyword
+            arguments.
+
+    Returns:
+        The batch.
+
+    Raises:
+        ArgumentError: If it is none of these.
+    """
+    if isinstance(batch, tuple | list) and len(batch) in (2, 3):
+        return Batch(*batch)
+    named = _named(batch) if isinstance(batch, Mapping) or is_dataclass(batch) else {}
+    found = [name for name in TARGET_NAMES if name in named]
+    if len(found) != 1:
+        what = f"the fields {sorted(map(str, named))}" if named else f"a {type(batch).__name__}"
+        raise ArgumentError(
+            f"loader yielded {what}. Allowed: (inputs, target), (inputs, target, mask), or a mapping or dataclass with "
+            f"exactly one of the fields {', '.join(TARGET_NAMES)}."
+        )
+    target, mask = named.pop(found[0]), named.pop("mask", None)
+    return Batch(named, target, mask)
+
+
+def count_examples(mask: Tensor) -> float:
+    """How many examples of a batch have anything that weighs, for a mask ``[batch, ...]``."""
+    return float(mask.reshape(len(mask), -1).any(1).sum())
+
+
+def call(function: Callable[..., Any], inputs: Any) -> Any:
+    """Call a model with its inputs.
+
+    Args:
+        function: The model.
+        inputs: One argument, a tuple of arguments, or a mapping of keyword arguments.
+
+    Returns:
+        What it returns.
+    """
+    if isinstance(inputs, Mapping):
+        return function(**inputs)
+    return function(*inputs) if isinstance(inputs, tuple) else function(inputs)
+
+
+def output_tensor(output: Any) -> Tensor | None:
+    """Find the output among what a model returned.
+
+    A tensor is itself. Of a mapping, a dataclass or a named tuple (and their likes, such as ``ModelOutput``) it is the
+    field ``logits`` or ``output``; of any collection the only floating-point tensor with a batch dimension.
+
+    Args:
+        output: What the model returned.
+
+    Returns:
+        The tensor, or ``None`` where none stands out.
+    """
+    if isinstance(output, Tensor):
+        return output if output.ndim else None
+    named = _named(output)
+    for name in OUTPUT_NAMES:
+        value = named.get(name)
+        if isinstance(value, Tensor):
+            return value
+    tensors = [v for v in named.values() if isinstance(v, Tensor) and v.ndim and v.is_floating_point()]
+    return tensors[0] if len(tensors) == 1 else None
+
+
+def expect_output_tensor(output: Any) -> Tensor:
+    """:func:`output_tensor`, or an error that says what to do.
+
+    Args:
+        output: What the model returned.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        ArgumentError: If none stands out.
+    """
+    tensor = output_tensor(output)
+    if tensor is None:
+        raise ArgumentError(
+            f"The model returned {type(output).__name__}. Allowed: a tensor whose first dimension is the batch, or a "
+            f"collection with one such tensor or with one named {' or '.join(map(repr, OUTPUT_NAMES))}. Wrap the model "
+            "in a module whose forward returns that tensor."
+        )
+    return tensor
+
+
+def _named(collection: Any) -> dict[Any, Any]:
+    if isinstance(collection, Mapping):
+        return dict(collection)
+    if is_dataclass(collection):
+        return {field.name: getattr(collection, field.name) for field in fields(collection)}
+    if isinstance(collection, tuple | list):
+        return dict(zip(getattr(collection, "_fields", range(len(collection))), collection, strict=True))
+    return {}
