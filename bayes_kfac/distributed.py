@@ -46,11 +46,11 @@ def _is_shared() -> bool:
 
 
 def _summed(statistics: Statistics) -> Statistics:
-    like = next(iter(statistics.sums.values()))
-    counts = _sum(torch.tensor(list(statistics.counts.values()), dtype=torch.float64, device=like.device))
+    names = sorted(statistics.sums)
+    device = statistics.sums[names[0]].device
+    counts = _sum(torch.tensor([statistics.counts[name] for name in names], dtype=torch.float64, device=device))
     return Statistics(
-        {name: _sum(value) for name, value in statistics.sums.items()},
-        dict(zip(statistics.counts, counts.tolist(), strict=True)),
+        {name: _sum(statistics.sums[name]) for name in names}, dict(zip(names, counts.tolist(), strict=True))
     )
 
 

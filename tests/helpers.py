@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import functional_call, jacrev
 from torch.testing import assert_close
 
+from bayes_kfac.batches import call
 from bayes_kfac.curvature import Layer, Recorder, Rows, find_layers
+from bayes_kfac.curvature.pullback import PullBack
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -38,15 +42,23 @@ def seeded(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def record(model: nn.Module, inputs: Tensor, gradients: Tensor | None = None) -> dict[str, Rows]:
-    """The rows of every layer of a model, for given output gradients or else for each element of the output."""
+def pull_back(model: nn.Module, inputs: Any, **options: Any) -> PullBack:
+    """One forward pass of a model, recorded."""
     recorder = Recorder(find_layers(model)[0])
     recorder.attach()
     try:
-        output = model(inputs)
-        return recorder.rows(output, unit_gradients(output) if gradients is None else gradients)
+        output = call(model, inputs)
+        return PullBack(recorder.layers, list(recorder.calls), output, **options)
     finally:
         recorder.detach()
+
+
+def record(
+    model: nn.Module, inputs: Any, gradients: Tensor | None = None, *, mask: Tensor | None = None, **options: Any
+) -> dict[str, Rows]:
+    """The rows of every layer of a model, for given output gradients or else for each element of the output."""
+    passed = pull_back(model, inputs, **options)
+    return passed.rows(unit_gradients(passed.output) if gradients is None else gradients, mask)
 
 
 def unit_gradients(output: Tensor) -> Tensor:
@@ -59,7 +71,7 @@ def unit_gradients(output: Tensor) -> Tensor:
 def block(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
     """Tensors ``[..., *parameter]`` by parameter name as ``[..., *blocks, out, in]``, written out by hand."""
     weight = tensors[layer.weight_name]
-    leading = weight.shape[: weight.ndim - layer.weight.ndim]
+    leading = weight.shape[: weight.ndim - layer.like.ndim]
     matrix = weight.flatten(len(leading) + 1)
     groups = getattr(layer.module, "groups", 1)
     if groups > 1:
@@ -70,24 +82,59 @@ def block(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([matrix, bias], dim=-1)
 
 
-def jacobians(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+def parameter_jacobians(model: nn.Module, inputs: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Derivatives of each example's flattened output by each parameter, ``[batch, outputs, *parameter]``.
+
+    They are taken at the model's own parameters and buffers, or at those in ``state``.
+    """
+    names = {name for name, _ in model.named_parameters()}
+    state = state or {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+    def function(parameters: dict[str, Tensor]) -> Tensor:
+        values = {**state, **parameters}
+        output = call(lambda *args, **kwargs: functional_call(model, values, args, kwargs), inputs)
+        return output.reshape(len(output), -1)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        return jacrev(function)({name: state[name].detach() for name in names})
+
+
+def in_block(layer: Layer, derivatives: Mapping[str, Tensor]) -> Tensor:
+    """Derivatives by parameters as derivatives by the elements of their block, ``[batch, outputs, *blocks, out, in]``.
+
+    The derivative by an element is the one in the direction in which it moves the parameters.
+    """
+    size = torch.Size(layer.shape).numel()
+    directions = layer.tensors(torch.eye(size, dtype=torch.float64).reshape(size, *layer.shape))
+    parts = [
+        derivatives[name].reshape(*derivatives[name].shape[:2], -1) @ direction.reshape(size, -1).mT
+        for name, direction in directions.items()
+    ]
+    return sum(parts[1:], parts[0]).unflatten(-1, layer.shape)
+
+
+def jacobians(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
     """Jacobians of each example's output by each layer's block, ``[batch, outputs, *blocks, out, in]``."""
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-    def function(values: dict[str, Tensor], example: Tensor) -> Tensor:
-        return functional_call(model, values, example.unsqueeze(0)).flatten()
-
-    derivatives = vmap(jacrev(function), in_dims=(None, 0))(parameters, inputs)
-    return {name: block(layer, derivatives) for name, layer in find_layers(model)[0].items()}
+    derivatives = parameter_jacobians(model, inputs)
+    return {name: in_block(layer, derivatives) for name, layer in find_layers(model)[0].items()}
 
 
-def block_fishers(model: nn.Module, inputs: Tensor, output_fishers: Tensor) -> dict[str, Tensor]:
+def assert_rows_are_jacobians(model: nn.Module, inputs: Any) -> None:
+    """The Jacobians of a model's rows are torch.func's of each example, by every parameter of a layer."""
+    expected, rows, layers = parameter_jacobians(model, inputs), record(model, inputs), find_layers(model)[0]
+    for name, one in rows.items():
+        for key, jacobian in layers[name].tensors(one.jacobians().movedim(-3, 0)).items():
+            assert_close(jacobian, expected[key], **TIGHT)
+
+
+def block_fishers(model: nn.Module, inputs: Any, output_fishers: Tensor) -> dict[str, Tensor]:
     """The dense Fisher of one example for each layer, averaged over the batch, ``[*blocks, out·in, out·in]``.
 
     ``output_fishers`` are those of each example's flattened output, ``[batch, outputs, outputs]``.
     """
     return {
-        name: torch.einsum("nc...i,ncd,nd...j->...ij", J.flatten(-2), output_fishers, J.flatten(-2)) / len(inputs)
+        name: torch.einsum("nc...i,ncd,nd...j->...ij", J.flatten(-2), output_fishers, J.flatten(-2)) / len(J)
         for name, J in jacobians(model, inputs).items()
     }
 

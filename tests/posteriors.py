@@ -2,51 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev
+from torch.func import functional_call
 
 from bayes_kfac import Posterior, structures
-from bayes_kfac.curvature import Statistics, find_layers
+from bayes_kfac.batches import call
+from bayes_kfac.curvature import Layer, Rows, find_layers
 from bayes_kfac.likelihoods import Likelihood
+from bayes_kfac.prediction.forward import evaluating
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import DAMPING_KINDS, BlockSpec
-from tests.helpers import block, random_spd
+from tests.helpers import in_block, parameter_jacobians, randn
 
-__all__ = ["DAMPING_KINDS", "dense_covariances", "dense_output_covariance", "random_posterior"]
+__all__ = ["DAMPING_KINDS", "STRUCTURES", "dense_covariances", "dense_output_covariance", "random_posterior"]
+
+#: Every structure with every damping that makes a difference to it.
+STRUCTURES = sorted(
+    {
+        (name, structures.get(name, damping=damping, sharing="expand").damping)
+        for name in structures.available()
+        for damping in DAMPING_KINDS
+    }
+)
 
 
 def random_posterior(
     model: nn.Module,
     likelihood: Likelihood,
     *,
+    structure: str = "kron",
     damping: str = "factored",
     num_data: int = 20,
     prior_precision: float = 1.3,
+    rows: Mapping[str, Rows] | None = None,
     seed: int = 0,
 ) -> Posterior:
-    """A posterior around the model's weights, its blocks built from random curvature factors."""
+    """A posterior around the model's weights, its blocks built from random rows or from those that are given."""
     layers, _ = find_layers(model)
-    dtype = next(model.parameters()).dtype
-    specs = []
+    whole = structures.get(structure, damping=damping, sharing="expand")
+    blocks = {}
     for index, (name, layer) in enumerate(layers.items()):
-        *blocks, rows, columns = layer.shape
-        factors = {
-            "input": random_spd(*blocks, columns, seed=seed + 2 * index).to(dtype),
-            "gradient": random_spd(*blocks, rows, seed=seed + 2 * index + 1).to(dtype),
-        }
-        statistics = Statistics(factors, dict.fromkeys(factors, 1.0))
-        specs.append(BlockSpec(name, statistics, data_scale=float(num_data), prior_precision=prior_precision))
-    gaussians = structures.get("kron", damping=damping, sharing="expand").gaussians(specs)
+        own = whole.for_layer(layer)
+        statistics = own.measure(random_rows(layer, seed=seed + 2 * index) if rows is None else rows[name])
+        (blocks[name],) = own.gaussians([BlockSpec(name, statistics, float(num_data), prior_precision)])
     return Posterior(
         model,
         likelihood,
-        dict(zip(layers, gaussians, strict=True)),
+        blocks,
         prior_precision=dict.fromkeys(layers, prior_precision),
-        provenance=Provenance("a test", "kron", damping, "mc", "expand", temperature=1.0, num_data=num_data),
+        provenance=Provenance("a test", structure, damping, "mc", "expand", temperature=1.0, num_data=num_data),
     )
+
+
+def random_rows(layer: Layer, *, seed: int) -> Rows:
+    """Rows of thirty examples and one column, of a layer whose inputs are not sparse."""
+    *blocks, out, in_ = layer.shape
+    rows = Rows(randn(*blocks, 30, 1, in_, seed=seed), randn(1, *blocks, 30, 1, out, seed=seed + 1))
+    return rows.to(layer.like.dtype)
 
 
 def dense_covariances(posterior: Posterior) -> dict[str, Tensor]:
@@ -56,30 +72,15 @@ def dense_covariances(posterior: Posterior) -> dict[str, Tensor]:
 
 def dense_output_covariance(posterior: Posterior, inputs: Any) -> tuple[Tensor, Tensor]:
     """The linearised model's mean ``[batch, ...]`` and ``J P⁻¹ Jᵀ``, ``[batch, outputs, outputs]``, by torch.func."""
-    names = {name for layer in posterior.layers.values() for name in layer.parameters}
-    weights = {name: value for name, value in posterior.mean.items() if name in names}
-    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
 
-    def function(values: dict[str, Tensor]) -> Tensor:
-        return functional_call(posterior.model, {**posterior.mean, **values}, args, kwargs)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(posterior.model, posterior.mean, args, kwargs)
 
-    modes = {module: module.training for module in posterior.model.modules()}
-    posterior.model.eval()
-    try:
-        mean, derivatives = function(weights), jacrev(function)(weights)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(posterior.model):
+        mean = call(function, inputs)
+        derivatives = parameter_jacobians(posterior.model, inputs, posterior.mean)
     total = mean.new_zeros(len(mean), mean[0].numel(), mean[0].numel())
     for name, covariance in dense_covariances(posterior).items():
-        layer = posterior.layers[name]
-        flat = {}
-        for key in layer.parameters:
-            parameter_shape = weights[key].shape
-            flat[key] = derivatives[key].reshape(len(mean), -1, *parameter_shape)
-        J = block(layer, flat).flatten(-2)
-        by_block = J.reshape(*J.shape[:2], -1, J.shape[-1])
-        total = total + torch.einsum(
-            "bcgi,gij,bdgj->bcd", by_block, covariance.reshape(-1, *covariance.shape[-2:]), by_block
-        )
+        J = in_block(posterior.layers[name], derivatives).flatten(-2)
+        total = total + torch.einsum("nc...i,...ij,nd...j->ncd", J, covariance, J)
     return mean, total

@@ -49,6 +49,84 @@ def test_kron_equals_torch_kron_for_rectangular_matrices(stack):
     assert_close(linalg.kron(left, right), dense_kron(left, right), **TIGHT)
 
 
+# Diagonal factors, kept as one row
+
+
+def pair(*stack: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A positive diagonal factor of size 3 as it is kept, ``[*stack, 1, 3]``, and as matrices."""
+    row = 0.1 + randn(*stack, 1, 3, seed=seed).square()
+    return row, torch.diag_embed(row.squeeze(-2))
+
+
+@pytest.mark.parametrize("stack", [(), (2,), (2, 4)])
+def test_every_function_of_a_factor_takes_a_diagonal_one(stack):
+    """What comes out is the same function of the matrix, diagonal where that is."""
+    row, matrix = pair(*stack)
+    value = randn(*stack, 3, 3, seed=1)
+    scalar = randn(*stack, seed=2).square()
+    assert linalg.is_diagonal(row)
+    assert not linalg.is_diagonal(matrix)
+    assert_close(linalg.left_product(row, value), matrix @ value, **TIGHT)
+    assert_close(linalg.right_product(value, row), value @ matrix, **TIGHT)
+    assert torch.equal(linalg.dense(row), matrix)
+    assert torch.equal(linalg.dense(linalg.transpose(row)), matrix.mT)
+    assert_close(linalg.dense(linalg.gram(row)), matrix @ matrix.mT, **TIGHT)
+    assert torch.equal(linalg.diagonal(row), matrix.diagonal(dim1=-2, dim2=-1))
+    assert_close(linalg.trace(row), linalg.trace(matrix), **TIGHT)
+    assert_close(linalg.dense(linalg.add_to_diagonal(row, scalar)), linalg.add_to_diagonal(matrix, scalar), **TIGHT)
+    assert_close(linalg.dense(linalg.inverse_cholesky(row, ["words"])), torch.linalg.inv(matrix).sqrt(), **TIGHT)
+    values, vectors = linalg.eigh(row, ["words"])
+    assert torch.equal(values, matrix.diagonal(dim1=-2, dim2=-1))
+    assert torch.equal(linalg.dense(vectors), torch.eye(3, dtype=torch.float64).expand_as(matrix))
+
+
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_the_same_functions_of_a_dense_factor_are_those_of_matrices(stack):
+    factor, value = randn(*stack, 3, 3, seed=0), randn(*stack, 3, 3, seed=1)
+    assert torch.equal(linalg.left_product(factor, value), factor @ value)
+    assert torch.equal(linalg.right_product(value, factor), value @ factor)
+    assert torch.equal(linalg.transpose(factor), factor.mT)
+    assert torch.equal(linalg.gram(factor), factor @ factor.mT)
+    assert torch.equal(linalg.diagonal(factor), factor.diagonal(dim1=-2, dim2=-1))
+    assert linalg.dense(factor) is factor
+
+
+def test_of_size_one_both_forms_of_a_factor_are_one():
+    factor, value = torch.tensor([[4.0]]), torch.tensor([[3.0]])
+    assert not linalg.is_diagonal(factor)
+    assert linalg.left_product(factor, value).item() == linalg.right_product(value, factor).item() == 12
+    assert linalg.inverse_cholesky(factor, ["word"]).item() == 0.5
+
+
+def test_a_diagonal_factor_is_not_changed():
+    row, _ = pair(2)
+    before = row.clone()
+    linalg.add_to_diagonal(row, torch.ones(2).double())
+    linalg.inverse_cholesky(row, ["words"])
+    linalg.eigh(row, ["words"])
+    assert torch.equal(row, before)
+
+
+def test_eigh_clamps_the_elements_of_a_diagonal_factor_at_zero():
+    values, _ = linalg.eigh(torch.tensor([[-1e-9, 2.0, 1.0]]), ["words"])
+    assert torch.equal(values, torch.tensor([0.0, 2.0, 1.0]))
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("factorise", [linalg.inverse_cholesky, linalg.eigh])
+def test_a_diagonal_factor_with_nan_is_an_error_that_names_its_layer(factorise, value):
+    rows = torch.ones(2, 1, 3)
+    rows[1, 0, 2] = value
+    with pytest.raises(NotPositiveDefiniteError, match=r"for 'words': the matrix holds NaN or infinity"):
+        factorise(rows, ["first", "words"])
+
+
+def test_a_diagonal_factor_that_is_not_positive_is_an_error_that_names_its_layer():
+    rows = torch.tensor([[[1.0, 2.0]], [[1.0, 0.0]]])
+    with pytest.raises(NotPositiveDefiniteError, match=r"for 'words'.*smallest diagonal element is 0.*prior_precision"):
+        linalg.inverse_cholesky(rows, ["first", "words"])
+
+
 # Cholesky
 
 

@@ -255,15 +255,26 @@ class Wrapped(nn.Module):
         super().__init__()
         self.last = nn.Linear(3, 2)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.last(x)}
+    def forward(self, x: Tensor, name: str = "logits") -> dict[str, Tensor]:
+        output = self.last(x)
+        return {name: output, "hidden": x.tanh()}
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_outputs_that_are_no_tensor_are_refused(method: str) -> None:
+def test_an_output_is_found_in_a_dictionary_by_its_name(method: str) -> None:
+    model = seeded(Wrapped())
+    x = randn(5, 3, seed=1)
+    alone = random_posterior(model.last, Gaussian(0.5)).predict(x, method, num_samples=4, generator=rng(0))
+    wrapped = random_posterior(model, Gaussian(0.5)).predict(x, method, num_samples=4, generator=rng(0))
+    assert torch.equal(wrapped.mean, alone.mean)
+    assert torch.equal(wrapped.covariance, alone.covariance)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_outputs_of_which_none_stands_out_are_refused(method: str) -> None:
     posterior = random_posterior(seeded(Wrapped()), Gaussian(0.5))
     with pytest.raises(ArgumentError, match=r"returned dict.*Wrap the model"):
-        posterior.predict(randn(5, 3, seed=1), method)
+        posterior.predict({"x": randn(5, 3, seed=1), "name": "first"}, method)
 
 
 def test_draws_with_the_linearized_method_are_refused() -> None:
@@ -294,8 +305,10 @@ def test_number_of_samples_is_checked(num_samples: Any) -> None:
 
 def test_summary_says_what_becomes_of_each_parameter() -> None:
     """One row each: its block and structure, or that it is deterministic or frozen, and why."""
-    model = seeded(nn.Sequential(nn.Conv1d(2, 4, 2, groups=2), nn.LayerNorm(3), nn.Flatten(), nn.Linear(12, 2)))
-    model[3].bias.requires_grad_(False)
+    model = seeded(
+        nn.Sequential(nn.Conv1d(2, 4, 2, groups=2), nn.PReLU(), nn.LayerNorm(3), nn.Flatten(), nn.Linear(12, 2))
+    )
+    model[4].bias.requires_grad_(False)
     summary = random_posterior(model, Gaussian(0.5), damping="optimal").summary()
     rows = {row.parameter: row for row in summary.rows}
     assert list(rows) == [name for name, _ in model.named_parameters()]
@@ -303,9 +316,10 @@ def test_summary_says_what_becomes_of_each_parameter() -> None:
     assert (rows["0.bias"].block, rows["0.bias"].shape) == ("0", "4")
     assert rows["1.weight"].block == "-"
     assert rows["1.weight"].structure == "deterministic"
-    assert "LayerNorm has no adapter" in rows["1.weight"].why
-    assert rows["3.weight"].structure == "kron/optimal 2×12"
-    assert "frozen" in rows["3.bias"].why
+    assert "PReLU has no adapter" in rows["1.weight"].why
+    assert (rows["2.bias"].block, rows["2.bias"].structure) == ("2", "dense/exact 3×1×2")
+    assert rows["4.weight"].structure == "kron/optimal 2×12"
+    assert "frozen" in rows["4.bias"].why
     text = str(summary)
     assert len(text.splitlines()) == 2 + len(rows)
     for word in (

@@ -18,8 +18,9 @@ from torch.distributions import Distribution, Laplace
 from bayes_kfac import Posterior
 from bayes_kfac.errors import ArgumentError, BayesKfacError
 from bayes_kfac.likelihoods import Bernoulli, Categorical, GammaNoise, Gaussian, LearnedNoise, Likelihood
-from tests.helpers import randn, rng, seeded
-from tests.posteriors import DAMPING_KINDS, random_posterior
+from tests.curvature.modules.cases import CASES
+from tests.helpers import randn, record, rng, seeded
+from tests.posteriors import DAMPING_KINDS, STRUCTURES, random_posterior
 
 
 def mlp() -> nn.Module:
@@ -27,11 +28,11 @@ def mlp() -> nn.Module:
 
 
 def cnn() -> nn.Module:
-    """Groups, a parameter without a block, floating-point and integer buffers, a frozen weight."""
+    """Groups, a normalisation, a parameter without a block, floating-point and integer buffers, a frozen weight."""
     model = nn.Sequential(
         nn.Conv1d(2, 4, 3, groups=2, padding=1),
         nn.BatchNorm1d(4),
-        nn.Tanh(),
+        nn.PReLU(4),
         nn.Flatten(),
         nn.Linear(20, 6),
         nn.Linear(6, 2),
@@ -99,7 +100,7 @@ def test_how_it_was_made_comes_back(damping: str, path: Path) -> None:
     model = cnn()
     loaded = Posterior.load(path, model)
     assert loaded.provenance == posterior.provenance
-    assert loaded.prior_precision == posterior.prior_precision == dict.fromkeys(("0", "5"), 0.1 + 0.2)
+    assert loaded.prior_precision == posterior.prior_precision == dict.fromkeys(("0", "1", "5"), 0.1 + 0.2)
     assert [type(block) for block in loaded.blocks.values()] == [type(block) for block in posterior.blocks.values()]
     assert list(loaded.blocks) == list(posterior.blocks)
     assert str(loaded.summary()) == str(posterior.summary())
@@ -289,13 +290,80 @@ def test_other_architectures_are_refused(make: Callable[[], nn.Module], details:
     assert_refused(saved(path), make(), f"(?s)posterior of another architecture.*{details}")
 
 
-@pytest.mark.parametrize(("frozen", "layer"), [("0.weight", "0"), ("0.bias", "0"), ("4", "4")])
-def test_other_frozen_parameters_are_refused(frozen: str, layer: str, path: Path) -> None:
-    """A block belongs to the parameters that were trainable when it was saved."""
-    model = mlp()
+def frozen(model: nn.Module, prefix: str) -> nn.Module:
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith(frozen))
-    assert_refused(saved(path), model, rf"layer '{layer}'.*requires_grad")
+        parameter.requires_grad_(not name.startswith(prefix))
+    return model
+
+
+@pytest.mark.parametrize("then", ["none", "0.weight", "0.bias", "4", ""])
+@pytest.mark.parametrize("now", ["none", "0.weight", "2", ""])
+def test_what_is_frozen_now_does_not_matter(then: str, now: str, path: Path) -> None:
+    """The file says which parameters are in which block."""
+    posterior = random_posterior(frozen(trained(mlp), then), Gaussian(0.5))
+    posterior.save(path)
+    model = frozen(mlp(), now)
+    loaded = Posterior.load(path, model)
+    x = randn(7, 3, seed=1)
+    assert {name: list(layer.parameters) for name, layer in loaded.layers.items()} == {
+        name: list(layer.parameters) for name, layer in posterior.layers.items()
+    }
+    assert same(loaded.sample(3, generator=rng(1)).values, posterior.sample(3, generator=rng(1)).values)
+    if posterior.blocks:
+        assert same(loaded.predict(x).covariance, posterior.predict(x).covariance)
+    assert [parameter.requires_grad for parameter in model.parameters()] == [
+        parameter.requires_grad for parameter in frozen(mlp(), now).parameters()
+    ]
+
+
+@pytest.mark.parametrize(("prefix", "layer"), [("0.weight", "0"), ("0.bias", "0"), ("4", "4")])
+def test_a_file_that_does_not_say_is_of_the_trainable_parameters(prefix: str, layer: str, path: Path) -> None:
+    """One that was written before files said which parameters have a block."""
+    header = read_header(saved(path))
+    del header["parameters"]
+    save_file(load_file(path), path, metadata={"bayes_kfac": json.dumps(header)})
+    assert list(Posterior.load(path, mlp()).blocks) == ["0", "2", "4"]
+    assert_refused(path, frozen(mlp(), prefix), rf"layer '{layer}'.*requires_grad")
+
+
+def test_parameters_of_equal_shapes_in_other_blocks_are_refused(path: Path) -> None:
+    random_posterior(trained(lambda: nn.Conv1d(2, 4, 3, groups=2)), Gaussian(0.5)).save(path)
+    assert_refused(path, nn.Conv1d(1, 4, 3), r"a block of shape \(2, 2, 4\) for layer '\(root\)'.*\(4, 4\)")
+
+
+class Scaled(nn.Module):
+    """Reads the weight of its layer, so that no block can hold it; the bias has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.weight = self.layer.weight
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.layer(x).tanh() @ self.weight)
+
+
+def test_a_block_beside_a_parameter_without_one_comes_back(path: Path) -> None:
+    posterior = random_posterior(trained(Scaled), Gaussian(0.5))
+    assert set(posterior.layers["layer.bias"].parameters) == {"layer.bias"}
+    posterior.save(path)
+    x = randn(7, 3, seed=1)
+    assert same(Posterior.load(path, Scaled()).predict(x).covariance, posterior.predict(x).covariance)
+
+
+@pytest.mark.parametrize(("structure", "damping"), STRUCTURES)
+def test_every_structure_comes_back_with_ties_and_bare_parameters(structure: str, damping: str, path: Path) -> None:
+    """Diagonal factors, unit-wise blocks, and an embedding that is tied to the output layer."""
+    build, inputs = CASES["language model"]
+    model = seeded(build())
+    options = {"structure": structure, "damping": damping, "rows": record(model, inputs)}
+    posterior = random_posterior(model, Categorical(), **options)
+    posterior.save(path)
+    loaded = Posterior.load(path, build())
+    assert same(loaded.predict(inputs, generator=rng(0)).logits, posterior.predict(inputs, generator=rng(0)).logits)
+    assert same(loaded.sample(3, generator=rng(1)).values, posterior.sample(3, generator=rng(1)).values)
+    assert same(loaded.kl(), posterior.kl())
 
 
 def test_missing_files_are_refused(tmp_path: Path) -> None:

@@ -178,13 +178,14 @@ class _Sorting:
 
     def visit(self) -> None:
         """Find the candidates, the parameters that stand alone, and the reasons of the rest."""
-        in_parts: set[nn.Parameter] = set()
+        in_parts: dict[nn.Module, set[nn.Parameter]] = {}
         for prefix, module in self.model.named_modules():
             adapter = adapter_for(module)
             own = {name: p for name, p in module.named_parameters(recurse=False) if p in self.chosen}
             if isinstance(adapter, type) and issubclass(adapter, CompositeAdapter):
-                in_parts |= self._visit_parts(prefix, adapter(module))
-            own = {name: p for name, p in own.items() if p not in in_parts}
+                claimed = self._visit_parts(prefix, adapter(module))
+                in_parts.update(dict.fromkeys(module.modules(), claimed))
+            own = {name: p for name, p in own.items() if p not in in_parts.get(module, ())}
             if not own:
                 continue
             reason = _obstacle(module, adapter, own, is_root=module is self.model)
@@ -271,8 +272,8 @@ class _Sorting:
             Use(adapter, weight is not None and adapter.transposes != main.transposes, user.composite, user.part)
             for user, adapter in zip(users, adapters, strict=True)
         )
-        is_second = weight is None and candidate.weight is not None
-        name = f"{candidate.name}.bias" if is_second else users[adapters.index(main)].name
+        # the same name whether the weight is frozen, tied or refused: a saved posterior finds its block by it
+        name = f"{candidate.name}.bias" if weight is None else users[adapters.index(main)].name
         self.layers.append(Layer(name, main, self._name(weight), self._name(bias), uses))
 
     def add_alone(self, parameter: nn.Parameter) -> None:

@@ -7,29 +7,52 @@ reduction nor on a gradient scaler, batch split or accumulation. Forwards under 
 
 Which tensor is the output, what the targets are and which of them weigh is known for certain only when the likelihood
 is called. A forward pass whose output is plain is measured at once, for loops with a loss of their own; a call of the
-likelihood that says more measures it again, in the place of the first.
+likelihood that says more measures it again, in the place of the first. It finds its forward pass through the graph of
+its output, so that losses may come in any order, after any other forward pass; until the caller's backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bayes_kfac.batches import output_tensor
+from bayes_kfac.batches import count_examples, output_tensor
 from bayes_kfac.curvature.fisher import FISHER_KINDS, output_gradients
 from bayes_kfac.curvature.layers import Layer
+from bayes_kfac.curvature.pullback import Call, PullBack
 from bayes_kfac.curvature.recorder import Recorder
 from bayes_kfac.curvature.rows import Rows
 from bayes_kfac.curvature.statistics import Statistics
-from bayes_kfac.errors import ArgumentError, UsageError, check_choice
+from bayes_kfac.errors import ArgumentError, UnsupportedModelError, UsageError, check_choice
 from bayes_kfac.likelihoods import Likelihood
+from bayes_kfac.likelihoods.base import check_mask
 
 Measure = Callable[[str, Rows], Statistics]
+
+
+@dataclass(eq=False)
+class _Pass:
+    """A forward pass of the model that counts.
+
+    Attributes:
+        calls: The uses of blocks in it.
+        statistics: What was measured, by layer; empty before.
+        shape: The shape of its output, or of what it was measured by; empty where that is not known.
+        is_partial: Whether that may be a part of what the model returned.
+    """
+
+    calls: list[Call]
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+    shape: tuple[int, ...] = ()
+    is_partial: bool = False
 
 
 class Meter:
@@ -62,11 +85,9 @@ class Meter:
         self.num_data = num_data
         self.generator = generator
         self._measure = measure
-        self._statistics: dict[str, Statistics] = {}
-        self._latest: dict[str, Statistics] = {}
-        self._counts = False  # whether the forward pass under way, or just ended, is to be measured
-        self._measured_shape: tuple[int, ...] = ()
-        self._is_partial = False  # whether what was measured may be a part of what the model returned
+        self._settled: dict[str, Statistics] = {}
+        self._passes: list[_Pass] = []  # those that the caller's backward pass has not been through
+        self._is_measuring = False
         self._is_paused = False
         self._handles: list[RemovableHandle] = []
         self.watch(layers)
@@ -83,12 +104,15 @@ class Meter:
     @property
     def statistics(self) -> dict[str, Statistics]:
         """What was measured since :meth:`attach`, by layer."""
-        return _added(self._statistics, self._latest)
+        total = self._settled
+        for passed in self._passes:
+            total = _added(total, passed.statistics)
+        return total
 
     def take(self) -> dict[str, Statistics]:
         """Hand over :attr:`statistics`, which are empty then."""
         taken = self.statistics
-        self._statistics, self._latest = {}, {}
+        self._settled, self._passes = {}, []
         return taken
 
     def attach(self) -> None:
@@ -107,7 +131,7 @@ class Meter:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._counts = False
+        self._settled, self._passes = self.statistics, []
         self.recorder.detach()
 
     @contextmanager
@@ -119,60 +143,114 @@ class Meter:
         finally:
             self._is_paused = before
 
-    def measure(self, output: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> None:
-        """Take the statistics of the forward pass that was just recorded.
-
-        Args:
-            output: The model's output, ``[batch, ...]``, or what a loop made of it: tokens as examples, say.
-            target: The targets, for the empirical Fisher.
-            mask: Which elements of the output weigh, ``[batch, *leading dimensions]``.
-
-        Raises:
-            UnsupportedModelError: On the first pass, if what was recorded does not account for a layer's gradient.
-        """
+    def _measure_pass(
+        self, passed: _Pass, output: Tensor, target: Tensor | None = None, mask: Tensor | None = None
+    ) -> None:
+        """Take the statistics of a forward pass by an output: the model's, or what a loop made of it."""
         gradients = output_gradients(
             self.likelihood, output, self.fisher, target=target, mask=mask, generator=self.generator
         )
-        # targets sampled for each example have gradients of mean zero; those of other kinds add up
-        recorded = self.recorder.rows(output, gradients, mask=mask, independent=self.fisher == "mc")
-        self._measured_shape = tuple(output.shape)
-        if not self._is_checked:
-            self.recorder.check_complete(output, gradients[0], recorded)
-            self._is_checked = True
+        pull_back = PullBack(
+            self.recorder.layers,
+            passed.calls,
+            output,
+            # targets sampled for each example have gradients of mean zero; those of other kinds add up
+            independent=self.fisher == "mc",
+            coupled=any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in self.model.modules()),
+        )
+        self._is_measuring = True
+        try:
+            recorded = pull_back.rows(gradients, mask)
+            if not self._is_checked:
+                pull_back.check_complete(gradients[0], recorded)
+                self._is_checked = True
+        finally:
+            self._is_measuring = False
         with torch.autocast(output.device.type, enabled=False):  # products in 16 bits are not positive definite
-            self._latest = {name: self._measure(name, rows) for name, rows in recorded.items() if rows.num_examples}
+            passed.statistics = {name: self._measure(name, rows) for name, rows in recorded.items()}
+        passed.shape = tuple(output.shape)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        self._statistics, self._latest, self._is_partial = self.statistics, {}, False
         self.recorder.clear()
-        self._counts = module.training and not self._is_paused and torch.is_grad_enabled()
-        self.recorder.is_recording = self._counts
+        self.recorder.is_recording = module.training and not self._is_paused and torch.is_grad_enabled()
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        counts = self.recorder.is_recording and output is not None  # None where the forward pass raised
         self.recorder.is_recording = False  # not what activation checkpoints run again in the backward pass
+        if not counts:
+            return
+        passed = _Pass(self.recorder.calls)
+        self.recorder.clear()
+        self._passes.append(passed)
+        if passed.calls:
+            self._settle_after_backward(passed)
         tensor = output_tensor(output)
-        if self._counts and self.fisher != "empirical" and tensor is not None and tensor.requires_grad:
-            self.measure(tensor)
+        if tensor is None or not tensor.requires_grad:
+            return
+        passed.shape = tuple(tensor.shape)
+        if self.fisher != "empirical":
+            self._measure_pass(passed, tensor)
+
+    def _settle_after_backward(self, passed: _Pass) -> None:
+        """Let go of a forward pass when its graph does; gradient accumulation would pile up activations."""
+        weak = ref(passed)  # a hook that held the pass would be a cycle through the graph
+
+        def settle(_: Any) -> None:
+            done = weak()
+            if done is not None and done in self._passes and not self._is_measuring:
+                self._settled = _added(self._settled, done.statistics)
+                self._passes.remove(done)
+
+        passed.calls[0].edge.node.register_prehook(settle)
 
     def _before_likelihood(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(("output", "target", "mask"), args, strict=False)) | kwargs
-        output, mask = given["output"], given.get("mask")
-        if not self._counts or not output.requires_grad:  # a detached output is being logged
+        output, target, mask = given["output"], given.get("target"), given.get("mask")
+        passed = _find(self._passes, output)
+        if passed is None:  # a detached output is being logged, or it is another model's
             return
-        if len(output) > self.num_data:
+        if mask is not None and target is not None:
+            check_mask(mask, target)
+        examples = len(output) if mask is None else count_examples(mask)
+        if examples > self.num_data:
             raise ArgumentError(
-                f"num_data={self.num_data} is smaller than a batch of {len(output)} examples. It is the number of "
+                f"num_data={self.num_data} is smaller than a batch of {examples:.0f} examples. It is the number of "
                 "examples in the whole training set: pass num_data=len(train_set)."
             )
-        if self._latest and self._is_partial and output.shape != self._measured_shape:
+        if passed.statistics and passed.is_partial and output.shape != passed.shape:
             raise UsageError(
-                f"The likelihood was called with outputs of shapes {self._measured_shape} and {tuple(output.shape)} of "
+                f"The likelihood was called with outputs of shapes {passed.shape} and {tuple(output.shape)} of "
                 "one forward pass, and only the first would be in the curvature. Concatenate them into one output."
             )
         # the root's output flattened over time has tokens for examples: their statistics are others
-        if not self._latest or mask is not None or output.ndim != len(self._measured_shape):
-            self._is_partial = not self._latest
-            self.measure(output, given.get("target"), mask)
+        if not passed.statistics or mask is not None or output.shape[1:] != passed.shape[1:]:
+            if passed.shape and len(output) != passed.shape[0] and output.numel() != math.prod(passed.shape):
+                raise UnsupportedModelError(
+                    f"The likelihood was called with an output of shape {tuple(output.shape)}, which is a selection of "
+                    f"one of shape {passed.shape}: which examples it belongs to cannot be known. Pass the whole output "
+                    "and a mask to the likelihood rather than a selection."
+                )
+            passed.is_partial = not passed.statistics
+            self._measure_pass(passed, output, target, mask)
+
+
+def _find(passes: Sequence[_Pass], output: Tensor) -> _Pass | None:
+    """The forward pass that an output came from, by the graph behind it."""
+    if not output.requires_grad or not passes:
+        return None
+    if not any(passed.calls for passed in passes):  # parameters alone: their uses leave no trace
+        return passes[-1]
+    owner = {call.edge.node: passed for passed in passes for call in passed.calls}
+    start = torch.autograd.graph.get_gradient_edge(output).node
+    seen, waiting = {start}, [start]
+    while waiting:
+        node = waiting.pop()
+        if node in owner:
+            return owner[node]
+        following = {node for node, _ in node.next_functions if node is not None} - seen
+        seen |= following
+        waiting += following
+    return None
 
 
 def _added(total: Mapping[str, Statistics], more: Mapping[str, Statistics]) -> dict[str, Statistics]:

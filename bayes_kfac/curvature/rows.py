@@ -124,7 +124,8 @@ class Rows:
         if self.mask is None:
             weights = self.gradients.new_ones(()).expand(batch, shared) / max(shared, 1)
         else:
-            weights = self.mask / self.mask.sum(-1, keepdim=True).clamp(min=1)
+            weighs = self.mask.to(self.gradients.dtype)
+            weights = weighs / weighs.sum(-1, keepdim=True).clamp(min=1)
         mask = None if self.mask is None else self.mask.any(-1, keepdim=True)
         if isinstance(self.inputs, Tensor):
             weights = weights.to(self.inputs.dtype)

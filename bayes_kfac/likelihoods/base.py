@@ -44,11 +44,12 @@ class Likelihood(nn.Module, ABC):
 
     def negative_log_likelihood(self, output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """The negative log-likelihood of each example, ``[batch]``; masked targets add nothing."""
-        self.check(output, target)
         if mask is not None:
             check_mask(mask, target)
             # zeros in their place: what their losses are does not matter, but NaN would get into the gradient
             target = torch.where(_widened(mask, target), target, torch.zeros_like(target))
+        self.check(output, target)
+        if mask is not None:
             output = torch.where(_widened(mask, output), output, torch.zeros_like(output))
         losses = self._elementwise(output, target)
         if mask is not None:

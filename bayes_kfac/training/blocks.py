@@ -32,6 +32,7 @@ class Blocks:
         layers: The layers by name.
         structures: The structure of each.
         states: The state of each.
+        set_aside: The states of layers that have gone, by the layer's name and parameters.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Blocks:
         self.structures: dict[str, Structure] = {}
         self.states: States = {}
         self._options = options
-        self._set_aside: dict[tuple[str, ...], BlockState] = {}
+        self.set_aside: dict[tuple[str, ...], BlockState] = {}
 
     def take_up(self, layers: Mapping[str, Layer]) -> None:
         """Go on with these layers. One that has gone keeps its state for its return; a new one starts afresh.
@@ -60,20 +61,24 @@ class Blocks:
             layers: The layers by name.
         """
         for name, layer in self.layers.items():
-            self._set_aside[_identity(layer)] = self.states[name]
+            self.set_aside[_key(layer)] = self.states[name]
         kinds: dict[str | None, Structure] = {}
         self.layers = dict(layers)
         self.structures = {
             name: kinds.setdefault(layer.adapter.structure, self.structure.for_layer(layer))
             for name, layer in layers.items()
         }
-        self.states = {name: self._set_aside.pop(_identity(layer), BlockState()) for name, layer in layers.items()}
+        self.states = {name: self.set_aside.pop(_key(layer), BlockState()) for name, layer in layers.items()}
 
     def follow_devices(self) -> None:
         """Move states to where the model went since the last step, in its dtype or float32."""
         followed = {name: state.like(self.layers[name].like) for name, state in self.states.items()}
         if any(followed[name] is not state for name, state in self.states.items()):
             self.states = followed
+
+    def with_zeros(self, measured: Mapping[str, Statistics]) -> dict[str, Statistics]:
+        """What was measured, and zeros for layers that did not run: processes add up the statistics of all layers."""
+        return {name: measured[name] if name in measured else self._identity(name) * 0 for name in self.layers}
 
     def measure(self, name: str, rows: Rows) -> Statistics:
         """What a layer's structure measures of its rows."""
@@ -168,13 +173,17 @@ class Blocks:
         """The statistics that training goes by: with warm-up, as if the average had started at the identity."""
         if not self.warmup:
             return state.measured(name)
-        layer = self.layers[name]
-        identity = self.structures[name].identity(
-            layer.shape, layer.like, sparse_sides=layer.sparse_sides, tied=layer.is_tied_to_transpose
-        )
+        identity = self._identity(name)
         return identity if state.statistics is None else state.statistics.lean(identity, state.identity_weight)
 
+    def _identity(self, name: str) -> Statistics:
+        """The statistics of a layer whose Fisher is the identity."""
+        layer = self.layers[name]
+        return self.structures[name].identity(
+            layer.shape, layer.like, sparse_sides=layer.sparse_sides, tied=layer.is_tied_to_transpose
+        )
 
-def _identity(layer: Layer) -> tuple[str, ...]:
+
+def _key(layer: Layer) -> tuple[str, ...]:
     """What makes a layer the same one: a bias alone is another block than weight and bias."""
     return (layer.name, *layer.parameters)

@@ -58,6 +58,20 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, bool]:
             return model, is_parallel
 
 
+def check_outside(sampler: Sampler, call: str) -> None:
+    """Refuse what goes by the mean while a sample is in the weights.
+
+    Args:
+        sampler: The sampler.
+        call: What was called.
+
+    Raises:
+        UsageError: If it was called inside ``sampled_params()``.
+    """
+    if sampler.is_open:
+        raise UsageError(f"{call} was called inside sampled_params(). Leave the context first.")
+
+
 def check_ready(sampler: Sampler, layers: Mapping[str, Layer], *, measured: bool) -> None:
     """Refuse a step that has nothing to go by.
 
@@ -69,8 +83,6 @@ def check_ready(sampler: Sampler, layers: Mapping[str, Layer], *, measured: bool
     Raises:
         UsageError: If no gradient, or no statistics that were due, came from inside ``sampled_params()``.
     """
-    if sampler.is_open:
-        raise UsageError("step() was called inside sampled_params(). Leave the context first, then step.")
     if sampler.contexts == 0:
         raise UsageError(
             "step() was called, but nothing was sampled since the last step. Compute the loss and call backward() "
@@ -86,8 +98,9 @@ def check_ready(sampler: Sampler, layers: Mapping[str, Layer], *, measured: bool
     if measured and not sampler.statistics:
         raise UsageError(
             "No curvature statistics were measured inside sampled_params(). The model must be called as model(x), in "
-            "train() mode and with gradients enabled; where its output is no tensor, or with fisher='empirical', the "
-            "loss must be computed by calling likelihood(output, target)."
+            "train() mode and with gradients enabled, activation checkpointing with use_reentrant=False; where its "
+            "output is no tensor, or with fisher='empirical', the loss must be computed by calling "
+            "likelihood(output, target)."
         )
 
 

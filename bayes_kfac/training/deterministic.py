@@ -23,10 +23,14 @@ class PointEstimates:
         likelihood: The likelihood.
         reasons: The model's parameters outside of blocks.
         lr: Adam's step size.
+        may_grow: Whether parameters may join later.
     """
 
-    def __init__(self, model: nn.Module, likelihood: Likelihood, reasons: Mapping[str, str], lr: float) -> None:
+    def __init__(
+        self, model: nn.Module, likelihood: Likelihood, reasons: Mapping[str, str], lr: float, *, may_grow: bool
+    ) -> None:
         self.likelihood = likelihood
+        self.may_grow = may_grow
         self.lr = check_positive("deterministic_lr", lr, allow_zero=True)
         named = dict(model.named_parameters())
         self.parameters = {name: named[name] for name in reasons}
@@ -38,7 +42,7 @@ class PointEstimates:
     @property
     def group(self) -> list[dict[str, Any]]:
         """The parameter group of kind ``"deterministic"``, or nothing."""
-        if not self.parameters:
+        if not self.parameters and not self.may_grow:
             return []
         return [{"params": list(self.parameters.values()), "kind": "deterministic", "lr": self.lr}]
 
@@ -48,19 +52,18 @@ class PointEstimates:
         Args:
             model: The model.
             reasons: Its parameters outside of blocks.
-            param_groups: The trainer's groups; the one of kind ``"deterministic"`` is extended, or made.
+            param_groups: The trainer's groups; the one of kind ``"deterministic"`` is extended.
         """
         named = dict(model.named_parameters())
         new = {name: named[name] for name in reasons if name not in self.parameters}
         if not new:
             return
         self.parameters |= new
+        _own(param_groups)["params"] += new.values()
         if self._adam is None:
             self._adam = torch.optim.Adam(self.parameters.values(), lr=self.lr)
-            param_groups += self.group
         else:
             self._adam.param_groups[0]["params"] += new.values()
-            _own(param_groups)["params"] += new.values()
 
     def lr_in(self, param_groups: list[dict[str, Any]]) -> float:
         """The step size as the trainer's groups have it by now, which a schedule may change."""
@@ -73,10 +76,21 @@ class PointEstimates:
         return {name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None}
 
     def share_gradients(self) -> None:
-        """Average the gradients of the likelihood's parameters over processes, as is done for the model's own."""
-        own = {name: p.grad for name, p in self.parameters.items() if name.startswith(_PREFIX) and p.grad is not None}
-        for name, gradient in mean_over_processes(own).items():
+        """Average the gradients over processes."""
+        for name, gradient in mean_over_processes(self.gradients).items():
             self.parameters[name].grad = gradient
+
+    def follow_model(self) -> None:
+        """Drop what gradients frozen parameters still have, and bring Adam's state to where the others went."""
+        for parameter in self.parameters.values():
+            if not parameter.requires_grad:
+                parameter.grad = None
+        moments = {} if self._adam is None else self._adam.state
+        if any(
+            state["exp_avg"].dtype != parameter.dtype or state["exp_avg"].device != parameter.device
+            for parameter, state in moments.items()
+        ):
+            self.load_state_dict(self.state_dict())  # which brings it there
 
     def step(self, lr: float, kl_weight: float) -> None:
         """One step of Adam on the loss plus the likelihood's own KL.
@@ -90,7 +104,7 @@ class PointEstimates:
         with torch.enable_grad():
             divergence = self.likelihood.kl() * kl_weight
         if divergence.requires_grad:
-            parameters = list(self.parameters.values())
+            parameters = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
             for parameter, pull in zip(
                 parameters, torch.autograd.grad(divergence, parameters, allow_unused=True), strict=True
             ):

@@ -62,7 +62,8 @@ def block_groups(
         groups: ``{"params": parameters, "lr": ..., "prior_precision": ...}`` and so on; may be ``None``.
 
     Returns:
-        Groups of parameters with all hyper-parameters, checked; weight and bias of a layer together.
+        Groups of parameters with all hyper-parameters, checked; weight and bias of a layer together. The last is for
+        what no group claims; it may be empty, as layers that are unfrozen later join it and schedules count groups.
 
     Raises:
         ArgumentError: If a group has unknown keys, claims a parameter twice, splits a layer, or holds parameters that
@@ -88,27 +89,16 @@ def block_groups(
         if len(indices) > 1:
             raise ArgumentError(f"groups split layer {layer.name!r}: its weight and bias share one posterior block.")
         made[indices.pop()]["params"] += layer.parameters.values()
+    for parameter in [parameter for parameter in home if not parameter.requires_grad]:
+        made[home.pop(parameter)]["params"].append(parameter)  # frozen as yet
     if home:
         raise ArgumentError(f"groups[{min(home.values())}] holds parameters that belong to no curvature block.")
-    return [group for group in made if group["params"]]
+    return [group for group in made if group["params"] or "is_default" in group]
 
 
-def default_group(param_groups: list[dict[str, Any]], defaults: Mapping[str, float]) -> dict[str, Any]:
-    """The group of what no group of the user's claims; made where there is none yet.
-
-    Args:
-        param_groups: The trainer's groups.
-        defaults: The hyper-parameters of a new one.
-
-    Returns:
-        The group, which is one of ``param_groups``.
-    """
-    for group in param_groups:
-        if group.get("is_default"):
-            return group
-    made = {**_checked(defaults), "is_default": True}
-    param_groups.append(made)
-    return made
+def default_group(param_groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The one of a trainer's groups that is for what no group of the user's claims."""
+    return next(group for group in param_groups if "is_default" in group)
 
 
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from bayes_kfac import structures
 from bayes_kfac.curvature import Layer, Meter, Summary, find_layers, summarize
 from bayes_kfac.distributed import mean_over_processes, sum_over_processes
-from bayes_kfac.errors import ArgumentError, UsageError, check_count, check_positive
+from bayes_kfac.errors import ArgumentError, check_count, check_positive
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.training.blocks import Blocks, States
-from bayes_kfac.training.checks import check_finite, check_ready, check_types, unwrapped
+from bayes_kfac.training.checks import check_finite, check_outside, check_ready, check_types, unwrapped
 from bayes_kfac.training.deterministic import PointEstimates
 from bayes_kfac.training.groups import block_groups, check_coverage, default_group
 from bayes_kfac.training.sampler import Sampler
 from bayes_kfac.training.schedules import Every
-from bayes_kfac.training.state import BlockState, dump_state, restore_state
+from bayes_kfac.training.state import BlockState, dump_state, restore_block, restore_state
 
 _STATE_KEY = "bayes_kfac"
 
@@ -125,15 +125,17 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             self.structure, self._group, num_data=num_data, temperature=self.temperature, warmup=warmup
         )
         self._trainable, layers = self._trainable_now(), self._sort()
-        self._defaults = {
+        defaults = {
             "lr": lr,
             "prior_precision": prior_precision,
             "extrinsic_damping": extrinsic_damping,
             "momentum": momentum,
             "statistics_decay": statistics_decay,
         }
-        all_groups = block_groups(layers, self._defaults, groups)
-        self._point_estimates = PointEstimates(self.model, likelihood, self.reasons, deterministic_lr)
+        all_groups = block_groups(layers, defaults, groups)
+        self._point_estimates = PointEstimates(
+            self.model, likelihood, self.reasons, deterministic_lr, may_grow=others == "deterministic"
+        )
         super().__init__(all_groups + self._point_estimates.group, {})
         self._take_up(layers)
         meter = Meter(
@@ -174,7 +176,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             self._follow_model()
         states = self._blocks.states
         if self.warmup and any(state.posterior is None for state in states.values()):
-            with torch.no_grad():
+            with torch.no_grad(), self._full_precision:
                 states = self._blocks.states = self._blocks.with_posteriors(states)
         gaussians = {name: state.posterior for name, state in states.items() if state.posterior is not None}
         return self._sampler.sample(gaussians, measure=self.is_measuring)
@@ -212,25 +214,29 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             UsageError: If no gradient, or no statistics, came from inside :meth:`sampled_params`.
             NonFiniteError: If gradients or statistics hold NaN or infinity; the state stays as it was.
         """
+        check_outside(self._sampler, "step()")
         losses = []
         try:
             for _ in range(self._sampler.num_samples if closure is not None else 0):
                 with self.sampled_params(), torch.enable_grad():
                     losses.append(closure())  # type: ignore[misc]
-            self._step()
+            with self._full_precision:
+                self._step()
         finally:
             self._sampler.forget()
         return sum(losses) / len(losses) if losses else None
 
     def _step(self) -> None:
         check_ready(self._sampler, self.layers, measured=self.is_measuring)
+        statistics, gradients = self._sampler.statistics, self._gradients()
         if self._is_parallel:
-            self._sampler.statistics = sum_over_processes(self._sampler.statistics)
-            self._sampler.noise_sum = mean_over_processes(self._sampler.noise_sum)
+            statistics = sum_over_processes(self._blocks.with_zeros(statistics)) if self.is_measuring else {}
+            # each process has its own noise, and there are no averages of gradients taken under no_sync() yet
+            gradients = mean_over_processes(gradients)
             self._point_estimates.share_gradients()
-        gradients = self._gradients()
-        check_finite(self._sampler.statistics, gradients, self._point_estimates.gradients)
-        states = self._blocks.averaged(self.blocks, self._sampler.statistics, self.steps - self._last_measured)
+        check_finite(statistics, gradients, self._point_estimates.gradients)
+        statistics = {name: batch for name, batch in statistics.items() if any(batch.counts.values())}
+        states = self._blocks.averaged(self.blocks, statistics, self.steps - self._last_measured)
         if self.inverse_schedule.is_due(self.steps) or self._has_new_layers:
             states = self._blocks.refreshed(states)
         directions = {}
@@ -238,7 +244,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             states[name], directions[name] = self._blocks.direction(name, states[name], gradient)
         clip = self._clip(states, directions)
         self._blocks.states = states
-        if self._sampler.statistics:
+        if statistics:
             self._last_measured = self.steps
         self.steps += 1
         for name, direction in directions.items():
@@ -247,6 +253,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             for key, parameter in layer.parameters.items():
                 parameter.add_(tensors[key])
         self._point_estimates.step(self._point_estimates.lr_in(self.param_groups), self.temperature / self.num_data)
+        torch.clear_autocast_cache()  # it holds casts of the weights as they were
 
     def _gradients(self) -> dict[str, Tensor]:
         """``∇ + γ_in W``: the gradient of the mean objective at the samples, for layers that took part."""
@@ -280,9 +287,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         Raises:
             UsageError: If called inside :meth:`sampled_params`, or before any statistics were measured.
         """
-        if self._sampler.is_open:
-            raise UsageError("posterior() was called inside sampled_params(). Leave the context first.")
-        with torch.no_grad():
+        check_outside(self._sampler, "posterior()")
+        with torch.no_grad(), self._full_precision:
             blocks = self._blocks.posteriors(self.blocks, in_training=False)
         return Posterior(
             self.model,
@@ -303,12 +309,24 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
 
     def kl(self) -> Tensor:
         """``KL(q ‖ prior)`` of the Gaussians that samples are drawn from, plus the likelihood's own, in nats."""
+        check_outside(self._sampler, "kl()")
         total = self.likelihood.kl().detach()
-        for name, state in self.blocks.items():
-            if state.posterior is not None:
-                divergence = state.posterior.kl(self.layers[name].values(), self._group(name)["prior_precision"])
-                total = total + divergence.sum()
+        with self._full_precision:
+            for name, state in self.blocks.items():
+                if state.posterior is not None:
+                    divergence = state.posterior.kl(self.layers[name].values(), self._group(name)["prior_precision"])
+                    total = total + divergence.sum()
         return total
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients; outside of :meth:`sampled_params` that begins the step anew.
+
+        Args:
+            set_to_none: Whether gradients are ``None`` afterwards, or zero.
+        """
+        super().zero_grad(set_to_none)
+        if not self._sampler.is_open:
+            self._sampler.forget()
 
     def summary(self) -> Summary:
         """For each parameter: its block, structure, shape, and why where it has none."""
@@ -334,6 +352,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             "steps": self.steps,
             "last_measured": self._last_measured,
             "blocks": dump_state(self.blocks),
+            "set_aside": dump_state(self._blocks.set_aside),
             "point_estimates": self._point_estimates.state_dict(),
             "generator": None if self.generator is None else self.generator.get_state(),
         }
@@ -355,6 +374,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         states = restore_state(own["blocks"], self.layers)
         super().load_state_dict({name: value for name, value in state_dict.items() if name != _STATE_KEY})
         self._blocks.states = states
+        self._blocks.set_aside = {key: restore_block(entry, "cpu") for key, entry in own["set_aside"].items()}
         self.steps = own["steps"]
         self._last_measured = own["last_measured"]
         self._point_estimates.load_state_dict(own["point_estimates"])
@@ -369,6 +389,11 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
 
     def _group(self, name: str) -> dict[str, Any]:
         return self.param_groups[self._group_index[name]]
+
+    @property
+    def _full_precision(self) -> AbstractContextManager[None]:
+        """No autocast, where a region is open around the whole loop: algebra in 16 bits would not do."""
+        return torch.autocast(self._trainable[0].device.type, enabled=False)
 
     @property
     def _has_new_layers(self) -> bool:
@@ -406,11 +431,12 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             self._trainable = trainable
             known = {parameter for group in self.param_groups for parameter in group["params"]}
             new = [p for layer in layers.values() for p in layer.parameters.values() if p not in known]
-            default_group(self.param_groups, self._defaults)["params"].extend(new)
+            default_group(self.param_groups)["params"].extend(new)
             self._point_estimates.take_up(self.model, self.reasons, self.param_groups)
             self._take_up(layers)
             self._sampler.watch(layers, self._parameters())
         self._blocks.follow_devices()
+        self._point_estimates.follow_model()
 
 
 class NoisyKFAC(NoisyNaturalGradient):

@@ -108,9 +108,11 @@ class Sampler:
         if self.antithetic and self.contexts % 2:
             self._noise = {name: -noise for name, noise in self._noise.items()}
         else:
-            self._noise = {
-                name: gaussian.sample(standard_normal(gaussian, self.generator)) for name, gaussian in gaussians.items()
-            }
+            with torch.autocast(self._parameters[0].device.type, enabled=False):
+                self._noise = {
+                    name: gaussian.sample(standard_normal(gaussian, self.generator))
+                    for name, gaussian in gaussians.items()
+                }
 
     @torch.no_grad()
     def _apply(self) -> None:
@@ -133,7 +135,8 @@ class Sampler:
         """The gradients of this step's earlier samples, so that ``zero_grad()`` inside does not lose them."""
         if self.contexts == 0:
             return {}
-        gradients = {parameter: parameter.grad for parameter in self._parameters if parameter.grad is not None}
+        # copies: DistributedDataParallel may write the next gradients into the memory of these
+        gradients = {p: p.grad.clone() for p in self._parameters if p.grad is not None}
         if not gradients or not _are_finite(gradients.values()):
             # cleared by the user, or in a step that a gradient scaler refused: the step begins anew
             self.forget()
@@ -145,8 +148,8 @@ class Sampler:
     def _put_gradients_back(self, earlier: Mapping[nn.Parameter, Tensor], succeeded: bool) -> None:
         """Add this sample's gradients to the earlier ones, or drop them if the sample failed."""
         for parameter in self._parameters:
-            own = parameter.grad if succeeded or not earlier else None
-            if own is not None and succeeded and self.num_samples > 1:
+            own = parameter.grad if succeeded else None
+            if own is not None and self.num_samples > 1:
                 own /= self.num_samples
             before = earlier.get(parameter)
             parameter.grad = own if before is None else before if own is None else before + own

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch import Tensor
 from bayes_kfac.curvature import Layer, Statistics
 from bayes_kfac.errors import ArgumentError, UsageError
 from bayes_kfac.structures import BlockGaussian, gaussian_from_state
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,14 @@ class BlockState:
         if self.statistics is None:
             raise UsageError(
                 f"Layer {name!r} has no curvature statistics yet: no training step ran through it. Train first; if the "
-                "model never uses the layer, freeze it with requires_grad_(False)."
+                "model never uses the layer, freeze it with requires_grad_(False); if it runs under activation "
+                "checkpointing, pass use_reentrant=False, as no hook sees it otherwise."
             )
         return self.statistics
 
 
-def dump_state(blocks: Mapping[str, BlockState]) -> dict[str, dict[str, Any]]:
-    """Turn the states of blocks into nested dictionaries of tensors and numbers, by layer name."""
+def dump_state(blocks: Mapping[Key, BlockState]) -> dict[Key, dict[str, Any]]:
+    """Turn the states of blocks into nested dictionaries of tensors and numbers, by the same keys."""
     return {
         name: {
             "statistics": _dump_statistics(state.statistics),
@@ -112,22 +115,27 @@ def restore_state(dumped: Mapping[str, Mapping[str, Any]], layers: Mapping[str, 
     states = {}
     for name, entry in dumped.items():
         device = layers[name].like.device
-        posterior = _restore_gaussian(entry["posterior"], device)
-        if posterior is not None and posterior.shape != layers[name].shape:
+        state = restore_block(entry, device)
+        if state.posterior is not None and state.posterior.shape != layers[name].shape:
             raise ArgumentError(
-                f"state_dict has a block of shape {posterior.shape} for layer {name!r}, whose shape is "
+                f"state_dict has a block of shape {state.posterior.shape} for layer {name!r}, whose shape is "
                 f"{layers[name].shape}. Load it into an optimizer of the same model."
             )
-        momentum = entry["momentum"]
-        states[name] = BlockState(
-            statistics=_restore_statistics(entry["statistics"], device),
-            identity_weight=entry["identity_weight"],
-            posterior=posterior,
-            preconditioner=_restore_gaussian(entry["preconditioner"], device),
-            momentum=None if momentum is None else momentum.to(device),
-            momentum_weight=entry["momentum_weight"],
-        )
+        states[name] = state
     return states
+
+
+def restore_block(entry: Mapping[str, Any], device: Any) -> BlockState:
+    """Rebuild the state of one block from its entry in a :func:`dump_state`, on a device."""
+    momentum = entry["momentum"]
+    return BlockState(
+        statistics=_restore_statistics(entry["statistics"], device),
+        identity_weight=entry["identity_weight"],
+        posterior=_restore_gaussian(entry["posterior"], device),
+        preconditioner=_restore_gaussian(entry["preconditioner"], device),
+        momentum=None if momentum is None else momentum.to(device),
+        momentum_weight=entry["momentum_weight"],
+    )
 
 
 def _dump_statistics(statistics: Statistics | None) -> dict[str, Any] | None:

@@ -171,7 +171,7 @@ def ours(model: nn.Module, likelihood: Likelihood, data: Batches, fisher: str, s
         recorder = Recorder(find_layers(model)[0])
         recorder.attach()
         output = model(x)
-        rows = recorder.rows(output, output_gradients(likelihood, output, fisher, target=y))
+        rows = recorder.rows(output, output_gradients(likelihood, output, fisher, target=y), coupled=True)  # batch norm
         recorder.detach()
         for name, one in rows.items():
             batch = kronecker_factors(one, sharing)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import pytest
 import torch
@@ -11,9 +10,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from bayes_kfac import structures
 from bayes_kfac.curvature import FISHER_KINDS, Meter, Rows, Statistics, find_layers, output_gradients
+from bayes_kfac.curvature.pullback import PullBack
 from bayes_kfac.curvature.statistics import kronecker_factors
-from bayes_kfac.errors import ArgumentError
+from bayes_kfac.errors import ArgumentError, UnsupportedModelError
 from bayes_kfac.likelihoods import Categorical
 from tests.helpers import assert_same_statistics, randn, record, rng, seeded
 
@@ -96,7 +97,7 @@ def make() -> Iterator[MakeMeter]:
 
     def build(model: nn.Module, fisher: str, *, num_data: int = 1000) -> Meter:
         seeded(model)
-        measure = partial(kronecker_factors, sharing="expand")
+        measure = lambda _, rows: kronecker_factors(rows, "expand")  # noqa: E731
         layers = find_layers(model)[0]
         meter = Meter(model, likelihood, layers, measure, fisher=fisher, num_data=num_data, generator=rng(0))
         meter.attach()
@@ -260,11 +261,130 @@ def test_layers_that_checkpointing_runs_again_count_once(make, fisher):
 
 
 def test_nothing_is_measured_after_detach(make):
-    meter = make(InDictionary(), "exact")
+    meter = make(InDictionary(), "empirical")
     output = meter.model(INPUTS)
     meter.detach()
     likelihood(output["logits"], TARGETS).backward()
     assert meter.statistics == {}
+
+
+def test_a_forward_that_is_paused_does_not_count(make):
+    """Data that the gradient is of, and not the Fisher."""
+    meter = make(Plain(), "exact")
+    with meter.paused():
+        likelihood(meter.model(INPUTS + 1), TARGETS).backward()
+    assert meter.statistics == {}
+    likelihood(meter.model(INPUTS), TARGETS).backward()
+    assert_same(meter.statistics, expected("exact"))
+
+
+def test_what_is_taken_is_taken_once(make):
+    meter = make(Plain(), "exact")
+    likelihood(meter.model(INPUTS), TARGETS).backward()
+    assert_same(meter.take(), expected("exact"))
+    assert meter.statistics == meter.take() == {}
+
+
+# What the call of the likelihood tells
+
+
+MASK = torch.tensor([True, False, True, True, False, True, True, False])
+
+
+@pytest.mark.parametrize("kind", [Plain, InDictionary])
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+@pytest.mark.parametrize("by_keyword", [True, False])
+def test_examples_outside_of_the_mask_do_not_count(make, kind, fisher, by_keyword):
+    """As if they had not been in the batch; what was measured without the mask is replaced."""
+    meter = make(kind(), fisher)
+    output = logits(meter.model(INPUTS))
+    (likelihood(output, TARGETS, mask=MASK) if by_keyword else likelihood(output, TARGETS, MASK)).backward()
+    assert_same(meter.statistics, expected(fisher, INPUTS[MASK], TARGETS[MASK]))
+
+
+def test_a_batch_that_is_masked_as_a_whole_adds_nothing(make):
+    meter = make(Plain(), "exact")
+    likelihood(meter.model(INPUTS), TARGETS).backward()
+    likelihood(meter.model(INPUTS + 1), TARGETS, torch.zeros(8, dtype=torch.bool)).backward()
+    assert_same(meter.statistics, expected("exact"))
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_an_output_that_the_loop_flattens_has_tokens_for_examples(make, fisher):
+    """The likelihood's call decides what one example is."""
+
+    class Tokens(Plain):
+        def logits(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).relu())
+
+    inputs, targets = INPUTS.unflatten(0, (2, 4)), TARGETS.unflatten(0, (2, 4))
+    meter = make(Tokens(), fisher)
+    likelihood(meter.model(inputs).flatten(0, 1), targets.flatten()).backward()
+    assert_same(meter.statistics, expected(fisher))
+
+
+def test_an_output_without_a_name_is_found_by_the_likelihoods_call(make):
+    """Two tensors, of which none stands out."""
+
+    class Pair(Plain):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.first(x).relu()
+            return hidden, self.second(hidden)
+
+    meter = make(Pair(), "exact")
+    _, output = meter.model(INPUTS)
+    assert meter.statistics == {}
+    likelihood(output, TARGETS).backward()
+    assert_same(meter.statistics, expected("exact"))
+
+
+# Parameters and modules of other kinds
+
+
+class Bare(nn.Module):
+    """A model that calls no module at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.zeros(CLASSES, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix.mT
+
+
+@pytest.mark.parametrize("fisher", FISHER_KINDS)
+def test_a_model_of_bare_parameters_is_measured(fisher):
+    model = seeded(Bare())
+    layers = find_layers(model)[0]
+    own = structures.get("diagonal", damping="exact", sharing="expand")
+    meter = Meter(model, likelihood, layers, lambda _, rows: own.measure(rows), fisher=fisher, num_data=1000)
+    meter.attach()
+    likelihood(model(INPUTS), TARGETS).backward()
+    meter.detach()
+    statistics = meter.statistics["matrix"]
+    assert dict(statistics.counts) == {"fisher": 8}
+    if fisher != "mc":
+        root = output_gradients(likelihood, model(INPUTS), fisher, target=TARGETS)
+        squares = torch.einsum("cnk,ni->cnki", root, INPUTS).square().sum((0, 1))
+        assert_close(statistics.sums["fisher"].flatten(), squares.flatten())
+
+
+def test_the_first_forward_pass_is_checked_to_be_complete(make, monkeypatch):
+    """And further ones are not, which would cost a backward pass each."""
+
+    class Beside(Plain):
+        def logits(self, x: Tensor) -> Tensor:
+            return super().logits(x) + nn.functional.linear(self.first(x), self.second.weight)
+
+    meter = make(Beside(), "exact")
+    with pytest.raises(UnsupportedModelError, match="'second'"):
+        likelihood(meter.model(INPUTS), TARGETS)
+    checks = []
+    meter = make(Plain(), "exact")
+    monkeypatch.setattr(PullBack, "check_complete", lambda *arguments: checks.append(arguments))
+    for _ in range(3):
+        likelihood(meter.model(INPUTS), TARGETS).backward()
+    assert len(checks) == 1
 
 
 # Invariances of the training loop
@@ -295,7 +415,7 @@ def test_statistics_are_single_precision_under_autocast():
     """The forward pass may be in bfloat16; products in bfloat16 would not be positive definite."""
     model, seen = seeded(Plain()).float(), []
 
-    def measure(rows: Rows) -> Statistics:
+    def measure(name: str, rows: Rows) -> Statistics:
         seen.append(rows)
         return kronecker_factors(rows, "expand")
 
@@ -357,6 +477,7 @@ def test_a_batch_larger_than_the_data_set_is_an_error(make, kind, fisher):
     meter = make(kind(), fisher, num_data=7)
     with pytest.raises(ArgumentError, match=r"num_data=7 is smaller than a batch of 8 .* num_data=len\(train_set\)"):
         likelihood(logits(meter.model(INPUTS)), TARGETS)
+    meter.take()
     likelihood(logits(meter.model(INPUTS[:7])), TARGETS[:7])
     assert_same(meter.statistics, expected(fisher, INPUTS[:7], TARGETS[:7]))
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from bayes_kfac.curvature import ModuleAdapter, find_layers, modules, register
-from bayes_kfac.curvature.modules import adapter_for
-from tests.helpers import TIGHT, randn, record, seeded
+from bayes_kfac.curvature.modules import CompositeAdapter, adapter_for, base, register_like
+from bayes_kfac.curvature.modules.product import product, recorded_linear
+from tests.helpers import TIGHT, assert_rows_are_jacobians, randn, record, seeded
 
 # torch itself warns of the copy that it makes
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
@@ -178,16 +181,23 @@ def test_a_subclass_with_another_forward_has_no_adapter(kind):
     assert adapter_for(kind(2, 2)) is None
 
 
+class OtherRecurrence(nn.LSTM):
+    """A subclass whose recurrence is another one."""
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:  # noqa: A002
+        return super().forward(input.flip(0), hx)
+
+
+def test_a_recurrent_subclass_with_another_forward_has_no_adapter():
+    """Its forward would be replaced by the parent's while it is watched."""
+    assert adapter_for(nn.LSTM(2, 2)) is modules.RecurrentAdapter
+    assert adapter_for(OtherRecurrence(2, 2)) is None
+    assert set(find_layers(nn.Sequential(OtherRecurrence(2, 2)))[1].values()) == {"OtherRecurrence has no adapter"}
+
+
 @pytest.mark.parametrize(
     "module",
-    [
-        nn.ConvTranspose2d(1, 1, 2),
-        nn.Bilinear(2, 2, 2),
-        nn.BatchNorm1d(2),
-        nn.LayerNorm(2),
-        nn.Embedding(2, 2),
-        nn.ReLU(),
-    ],
+    [nn.Bilinear(2, 2, 2), nn.PReLU(), nn.SyncBatchNorm(2), nn.ReLU(), nn.Sequential()],
     ids=lambda module: type(module).__name__,
 )
 def test_other_modules_have_no_adapter(module):
@@ -230,17 +240,15 @@ class TransposedAdapter(modules.LinearAdapter):
 
 
 @pytest.fixture
-def registered():
+def registered(monkeypatch):
     """Register adapters for one test."""
-    added = []
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    monkeypatch.setattr(base, "_LIKENESSES", list(base._LIKENESSES))
 
     def add(kind: type[nn.Module], adapter: type[ModuleAdapter]) -> None:
         assert register(kind)(adapter) is adapter
-        added.append(kind)
 
-    yield add
-    for kind in added:
-        del modules._REGISTRY[kind]
+    return add
 
 
 def test_a_users_module_becomes_a_layer_by_one_registration(registered):
@@ -263,3 +271,51 @@ def test_a_users_registration_serves_its_subclasses_and_leaves_the_parent_alone(
     registered(Doubled, DoubledAdapter)
     assert adapter_for(Doubled(2, 2)) is adapter_for(RenamedDoubled(2, 2)) is DoubledAdapter
     assert adapter_for(nn.Linear(2, 2)) is modules.LinearAdapter
+
+
+def looks_transposed(module: nn.Module) -> bool:
+    return type(module).__name__ == "Transposed"
+
+
+def test_a_module_may_be_known_by_its_looks(registered):
+    """For a library that is not imported; a registration by type goes before."""
+    assert register_like(looks_transposed)(TransposedAdapter) is TransposedAdapter
+    assert adapter_for(Transposed(2, 2)) is TransposedAdapter
+    assert adapter_for(nn.PReLU()) is None
+    registered(Transposed, DoubledAdapter)
+    assert adapter_for(Transposed(2, 2)) is DoubledAdapter
+
+
+class Gate(nn.Module):
+    """``sigmoid(W x + b) · tanh(V x)``: two products with weights of its own."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.empty(out_features, in_features))
+        self.shift = nn.Parameter(torch.empty(out_features))
+        self.value = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.gate.mT + self.shift).sigmoid() * (x @ self.value.mT).tanh()
+
+
+class GateAdapter(CompositeAdapter):
+    """Tells of both; sequences inside of an adapter are time first."""
+
+    def parts(self) -> dict[str, Any]:
+        return {"gate": product("gate", "shift"), "value": product("value")}
+
+    def forward(self, record, x: Tensor) -> Tensor:
+        sequence, module = x.unsqueeze(0), self.module
+        gate = recorded_linear(record, "gate", sequence, module.gate, module.shift)
+        value = recorded_linear(record, "value", sequence, module.value, None)
+        return (gate.sigmoid() * value.tanh()).squeeze(0)
+
+
+def test_a_users_module_of_several_products_becomes_several_layers(registered):
+    registered(Gate, GateAdapter)
+    model, inputs = seeded(nn.Sequential(Gate(3, 4), nn.Linear(4, 2))), randn(5, 3, seed=1)
+    layers, reasons = find_layers(model)
+    assert {name: layer.shape for name, layer in layers.items()} == {"0.gate": (4, 4), "0.value": (4, 3), "1": (2, 5)}
+    assert reasons == {}
+    assert_rows_are_jacobians(model, inputs)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from bayes_kfac import structures
 from bayes_kfac.curvature import Layer, Recorder, Rows, find_layers
 from bayes_kfac.curvature.statistics import kronecker_factors
-from bayes_kfac.errors import UnsupportedModelError, UsageError
-from tests.helpers import TIGHT, jacobians, randn, record, seeded
+from bayes_kfac.errors import UsageError
+from tests.helpers import TIGHT, jacobians, parameter_jacobians, randn, record, rng, seeded
 
 
 class OverTime(nn.Module):
@@ -208,6 +209,39 @@ def test_a_module_called_twice_sums_its_uses_in_its_curvature():
     assert dict(statistics.counts) == {"input": 10, "gradient": 5}
 
 
+class Tied(nn.Module):
+    """An embedding and an output layer with one weight, of which a call may leave out either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(6, 3), nn.Linear(3, 6, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, words: Tensor, uses: str) -> Tensor:
+        hidden = self.embed(words) if "embed" in uses else nn.functional.one_hot(words, 6)[..., :3].double()
+        return self.head(hidden) if "head" in uses else hidden
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("uses", ["embed and head", "embed", "head"])
+def test_a_tied_weight_has_the_same_statistics_whichever_of_its_uses_a_pass_makes(uses, sharing):
+    """Otherwise the averages over passes could not be taken: statistics have the identity's names and shapes."""
+    model, words = seeded(Tied()), torch.randint(6, (4, 2), generator=rng(0))
+    (layer,) = find_layers(model)[0].values()
+    statistics = kronecker_factors(record(model, (words, uses))["head"], sharing)
+    identity = structures.get("kron", damping="factored", sharing=sharing).identity(
+        layer.shape, layer.like, sparse_sides=layer.sparse_sides, tied=layer.is_tied_to_transpose
+    )
+    assert {n: v.shape for n, v in statistics.sums.items()} == {n: v.shape for n, v in identity.sums.items()}
+
+
+@pytest.mark.parametrize("uses", ["embed and head", "embed", "head"])
+def test_a_tied_weight_has_the_jacobians_of_the_uses_that_a_pass_makes(uses):
+    model, words = seeded(Tied()), torch.randint(6, (4, 2), generator=rng(0))
+    rows = record(model, (words, uses))["head"]
+    assert_close(rows.jacobians().movedim(-3, 0), parameter_jacobians(model, (words, uses))["embed.weight"], **TIGHT)
+
+
 def test_layers_on_a_flattened_batch_and_time_are_regrouped_by_example():
     inputs = randn(4, 5, 3, seed=1)
     flattened, plain = record(seeded(FlattensTime()), inputs), record(seeded(OverTime()), inputs)
@@ -215,19 +249,6 @@ def test_layers_on_a_flattened_batch_and_time_are_regrouped_by_example():
         assert flattened[name].num_examples == 4
         assert_close(flattened[name].inputs, plain[name].inputs, **TIGHT)
         assert_close(flattened[name].gradients, plain[name].gradients, **TIGHT)
-
-
-def test_a_batch_that_no_regrouping_explains_is_an_error_that_names_the_layer():
-    class Pairs(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x)[:4] + self.layer(x)[-4:]
-
-    with pytest.raises(UnsupportedModelError, match=r"'layer' saw a batch of 6 rows while the model's output has 4"):
-        record(seeded(Pairs()), randn(6, 3, seed=0))
 
 
 # What is not recorded

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from bayes_kfac import structures
 from bayes_kfac.curvature import SHARING_KINDS, Rows, Statistics, output_gradients
 from bayes_kfac.curvature.statistics import kronecker_factors
 from bayes_kfac.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from tests.helpers import TIGHT, assert_same_statistics, block_fishers, dense_kron, randn, record, seeded
+from tests.random_rows import tied_rows, written_out
 
 SCALE = 0.7
 
@@ -160,8 +164,22 @@ def test_exact_for_a_convolution_whose_kernel_covers_the_input(sharing):
         (nn.Sequential(nn.Conv2d(2, 3, 2, stride=2, bias=False)), (4, 2, 4, 6)),
         (nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), (3, 4, 5, 4)),
         (nn.Sequential(nn.Conv1d(2, 3, 3), nn.Conv1d(3, 2, 1)), (4, 2, 6)),
+        (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3, bias=False), nn.Linear(3, 2)), (5, 4, 3)),
+        (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), (5, 2, 3, 3)),
+        (nn.Sequential(nn.Conv2d(2, 3, 2), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)), (4, 2, 4, 3)),
+        (nn.Sequential(nn.ConvTranspose2d(2, 3, 2, stride=2), nn.Conv2d(3, 2, 1)), (4, 2, 2, 3)),
     ],
-    ids=["linear over time", "conv1d", "conv2d", "grouped", "conv and 1x1"],
+    ids=[
+        "linear over time",
+        "conv1d",
+        "conv2d",
+        "grouped",
+        "conv and 1x1",
+        "deep linear over time",
+        "deep linear on images",
+        "conv and two 1x1",
+        "conv transpose and 1x1",
+    ],
 )
 def test_expand_is_exact_where_every_position_has_its_own_target(model, shape):
     """The number of positions |T| enters exactly once: not dropped, not doubled."""
@@ -177,15 +195,22 @@ class Pooled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.layer(x)
-        positions = hidden if isinstance(self.layer, nn.Linear) else hidden.flatten(2).mT
+        positions = hidden.flatten(1, -2) if hidden.shape[-1] == 3 else hidden.flatten(2).mT
         return self.head(positions.mean(1) if self.pool == "mean" else positions.sum(1))
 
 
 @pytest.mark.parametrize("pool", ["mean", "sum"])
 @pytest.mark.parametrize(
     ("layer", "shape"),
-    [(nn.Linear(4, 3), (5, 6, 4)), (nn.Conv2d(2, 3, 2), (5, 2, 4, 4)), (nn.Conv1d(2, 3, 3, bias=False), (5, 2, 8))],
-    ids=["linear", "conv2d", "conv1d"],
+    [
+        (nn.Linear(4, 3), (5, 6, 4)),
+        (nn.Conv2d(2, 3, 2), (5, 2, 5, 5)),
+        (nn.Conv1d(2, 3, 3, bias=False), (5, 2, 8)),
+        (nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2, bias=False), nn.Linear(2, 3)), (5, 6, 4)),
+        (nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), (5, 2, 3, 4)),
+        (nn.Sequential(nn.Conv2d(2, 4, 2, stride=2), nn.Conv2d(4, 5, 1, groups=1), nn.Conv2d(5, 3, 1)), (5, 2, 4, 4)),
+    ],
+    ids=["linear", "conv2d", "conv1d", "deep over time", "deep linear on images", "deep on images"],
 )
 def test_reduce_is_exact_for_pooled_linear_networks(layer, shape, pool):
     assert_exact(seeded(Pooled(layer, pool)), gaussian(), randn(*shape, seed=1), "reduce")
@@ -196,6 +221,189 @@ def test_expand_is_not_reduce_where_positions_are_pooled():
     model, inputs = seeded(Pooled(nn.Linear(4, 3), "mean")), randn(5, 6, 4, seed=1)
     with pytest.raises(AssertionError, match="not close"):
         assert_exact(model, gaussian(), inputs, "expand")
+
+
+# Weights that are used several times
+
+
+class Loop(nn.Module):
+    """A layer that is called at every step of a loop over time; its weight, or all of it, may be tied to another's."""
+
+    def __init__(self, *layers: nn.Linear) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(layers), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = [self.layers[i % len(self.layers)](step) for i, step in enumerate(x.unbind(1))]
+        return self.head(torch.stack(steps, dim=1).tanh())
+
+
+class Unrolled(Loop):
+    """The same function in one call over all steps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers[0](x).tanh())
+
+
+def alike(count: int, *names: str) -> list[nn.Linear]:
+    """Linear layers with these parameters in common."""
+    layers = [nn.Linear(4, 3) for _ in range(count)]
+    for layer in layers[1:]:
+        for name in names:
+            setattr(layer, name, getattr(layers[0], name))
+    return layers
+
+
+@pytest.mark.parametrize("sharing", SHARING_KINDS)
+@pytest.mark.parametrize("modules", [1, 2, 4])
+def test_steps_of_a_loop_and_tied_modules_are_positions(modules, sharing):
+    """One module that is called four times, or several with the same parameters, is one call on what they saw."""
+    inputs = randn(5, 4, 4, seed=1)
+    loop, unrolled = seeded(Loop(*alike(modules, "weight", "bias"))), seeded(Unrolled(nn.Linear(4, 3)))
+    actual, expected = (measure(model, gaussian(), inputs, sharing) for model in (loop, unrolled))
+    assert set(actual) == set(expected) == {"layers.0", "head"}
+    for name, statistics in expected.items():
+        assert_same_statistics(actual[name], statistics)
+
+
+@pytest.mark.parametrize("sharing", SHARING_KINDS)
+def test_calls_on_different_numbers_of_positions_are_laid_side_by_side(sharing):
+    """As if the module had been called once on both."""
+
+    class Twice(nn.Module):
+        def __init__(self, *, at_once: bool) -> None:
+            super().__init__()
+            self.layer, self.at_once = nn.Linear(4, 3), at_once
+
+        def forward(self, x: Tensor) -> Tensor:
+            both = x.split([4, 2], dim=1)
+            first, second = self.layer(x).split([4, 2], dim=1) if self.at_once else map(self.layer, both)
+            return first.tanh().mean(1) + 3 * second.tanh().sum(1)
+
+    inputs = randn(5, 6, 4, seed=1)
+    apart, joint = (measure(seeded(Twice(at_once=once)), gaussian(), inputs, sharing) for once in (False, True))
+    assert_same_statistics(apart["layer"], joint["layer"])
+
+
+def test_biases_of_tied_weights_count_their_own_uses():
+    """Two modules with one weight: it has the positions of both, each bias those of its module."""
+    statistics = measure(seeded(Loop(*alike(2, "weight"))), gaussian(), randn(5, 4, 4, seed=1), "expand")
+    counts = {name: dict(one.counts) for name, one in statistics.items()}
+    assert counts["layers.0"] == {"input": 20, "gradient": 5}
+    assert counts["layers.0.bias"] == counts["layers.1.bias"] == {"input": 10, "gradient": 5}
+    for name in ("layers.0.bias", "layers.1.bias"):
+        assert_close(statistics[name].mean("input"), torch.ones(1, 1, dtype=torch.float64), **TIGHT)
+
+
+@pytest.mark.parametrize("sharing", SHARING_KINDS)
+def test_words_give_the_factors_of_their_one_hot_rows(sharing):
+    """The frequencies of words on the input side, as one row."""
+    model = seeded(nn.Sequential(nn.Embedding(5, 3), nn.Tanh(), nn.Linear(3, 2)))
+    inputs = torch.tensor([[0, 1], [1, 1]])
+    statistics = measure(model, gaussian(), inputs, sharing)["0"]
+    rows = record(model, inputs, output_gradients(gaussian(), model(inputs), "exact"))["0"]
+    dense = kronecker_factors(replace(rows, inputs=rows.inputs.dense()), sharing)
+    assert dict(statistics.counts) == dict(dense.counts)
+    assert_close(statistics.mean("gradient"), dense.mean("gradient"), **TIGHT)
+    assert_close(statistics.mean("input")[0], dense.mean("input").diagonal(), **TIGHT)
+    frequencies = [0.25, 0.75, 0, 0, 0] if sharing == "expand" else [0.125, 0.625, 0, 0, 0]
+    assert_close(statistics.mean("input"), torch.tensor([frequencies], dtype=torch.float64), **TIGHT)
+
+
+@pytest.mark.parametrize("sharing", SHARING_KINDS)
+def test_transposed_uses_have_factors_of_their_own_on_the_other_sides(sharing):
+    """An embedding's frequencies meet the output layer's gradients, so that both are kept as one row."""
+    rows = tied_rows()
+    statistics = kronecker_factors(rows, sharing)
+    own = kronecker_factors(replace(rows, transposed=None), sharing)
+    lookup = kronecker_factors(rows.transposed, sharing)
+    assert_close(statistics.mean("input"), own.mean("input"), **TIGHT)
+    assert_close(statistics.mean("gradient")[0], own.mean("gradient").diagonal(), **TIGHT)
+    assert_close(statistics.mean("transposed_input"), lookup.mean("input"), **TIGHT)
+    assert_close(statistics.mean("transposed_gradient"), lookup.mean("gradient"), **TIGHT)
+    dense = kronecker_factors(written_out(rows), sharing)
+    assert dict(dense.counts) == dict(statistics.counts)
+    for name, value in dense.sums.items():
+        kept = statistics.sums[name]
+        assert_close(kept[0] if len(kept) < len(value) else kept, value.diagonal() if len(kept) < len(value) else value)
+
+
+# Masks
+
+
+class Steps(nn.Module):
+    """Position-wise over time, on sequences of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.embed(x).tanh()))
+
+
+class Recurrent(Steps):
+    """Padding comes after all that counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(self.embed(x))[0])
+
+
+class Attending(Steps):
+    """Padding is left out by a mask of its own, here for the lengths of the test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.embed(x)
+        padding = None if len(x) == 1 else ~padding_mask()
+        return self.head(self.attention(hidden, hidden, hidden, key_padding_mask=padding)[0])
+
+
+LENGTHS = (5, 2, 4)
+
+
+def padding_mask() -> Tensor:
+    return torch.arange(5) < torch.tensor(LENGTHS)[:, None]
+
+
+@pytest.mark.parametrize("sharing", SHARING_KINDS)
+@pytest.mark.parametrize("structure", ["kron", "diagonal", "dense"])
+@pytest.mark.parametrize("kind", [Steps, Recurrent, Attending])
+def test_padded_positions_weigh_nothing(kind, structure, sharing):
+    """The statistics are those of the examples as they are without padding, one by one."""
+    model, inputs, mask = seeded(kind()), randn(3, 5, 3, seed=1), padding_mask()
+    own = structures.get(structure, damping="exact", sharing=sharing)
+
+    def measured(x: Tensor, mask: Tensor | None = None) -> dict[str, Statistics]:
+        gradients = output_gradients(Categorical(), model(x), "exact", mask=mask)
+        return {name: own.measure(rows) for name, rows in record(model, x, gradients, mask=mask).items()}
+
+    padded = measured(inputs, mask)
+    parts = [measured(inputs[n : n + 1, :length]) for n, length in enumerate(LENGTHS)]
+    for name, statistics in padded.items():
+        assert_same_statistics(statistics, parts[0][name] + parts[1][name] + parts[2][name])
+
+
+@pytest.mark.parametrize("sharing", SHARING_KINDS)
+def test_an_example_that_is_masked_as_a_whole_is_not_there(sharing):
+    """An unlabelled one adds neither to sums nor to counts."""
+    model, inputs = seeded(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))), randn(6, 3, seed=1)
+    mask = torch.tensor([True, False, True, True, False, True])
+
+    def measured(x: Tensor, mask: Tensor | None = None) -> dict[str, Statistics]:
+        gradients = output_gradients(Categorical(), model(x), "exact", mask=mask)
+        rows = record(model, x, gradients, mask=mask)
+        return {name: kronecker_factors(one, sharing) for name, one in rows.items()}
+
+    for name, statistics in measured(inputs, mask).items():
+        assert_same_statistics(statistics, measured(inputs[mask])[name])
 
 
 # Invariances

@@ -74,11 +74,16 @@ def test_tied_weights_are_replaced_together() -> None:
     assert_close(result, torch.full((1, 2), 9.0))
 
 
+@pytest.mark.parametrize("wrap", [lambda y: {"logits": y, "loss": y.sum()}, lambda y: (y, None), lambda y: [y]])
+def test_an_output_may_stand_out_in_a_collection(wrap: Any) -> None:
+    assert_close(call(Scaled(), {}, {"left": torch.ones(3), "wrap": wrap}).detach(), torch.full((3,), 2.5))
+
+
 @pytest.mark.parametrize(
     ("wrap", "kind"),
     [
         (lambda y: (y, y), "tuple"),
-        (lambda y: {"logits": y}, "dict"),
+        (lambda y: {"left": y, "right": y}, "dict"),
         (lambda y: y.sum(), "Tensor"),
         (lambda y: None, "NoneType"),
     ],

@@ -83,7 +83,7 @@ def cnn() -> nn.Module:
 def with_norm() -> nn.Module:
     """Frozen statistics, a parameter without a block, dropout: all as in evaluation mode."""
     return nn.Sequential(
-        nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False), nn.Tanh(), nn.LayerNorm(4), nn.Dropout(0.5), nn.Linear(4, 2)
+        nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False), nn.Tanh(), nn.PReLU(4), nn.Dropout(0.5), nn.Linear(4, 2)
     )
 
 
@@ -193,7 +193,7 @@ def test_frozen_weights_are_constants() -> None:
 
 
 def test_tied_weights_are_replaced_everywhere() -> None:
-    """Weights shared by two layers are deterministic, and take the posterior's values in both."""
+    """Weights shared by two layers have one block, and take the posterior's values in both."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
     model[2].weight = model[0].weight
     posterior = random_posterior(seeded(model), Gaussian(0.5))
@@ -202,6 +202,7 @@ def test_tied_weights_are_replaced_everywhere() -> None:
     with torch.no_grad():
         model[0].weight.mul_(3.0)
     after = posterior.predict(x)
+    assert list(posterior.blocks["0"].shape) == [3, 3]
     assert torch.equal(before.mean, after.mean)
     assert_close(before.covariance, dense_output_covariance(posterior, x)[1] + 0.25 * torch.eye(2).double(), **CLOSE)
 

@@ -1,7 +1,7 @@
 """What every structure's Gaussians must do, for every damping: each ability equals its dense formula.
 
-The suite runs over the registry: a new structure takes part by being registered. A structure that knows fewer dampings
-says so in ``DAMPINGS``. That ``to_dense`` is the matrix it stands for is each structure's own test.
+The suite runs over the registry: a new structure takes part by being registered, with every damping that makes a
+difference to it. That ``to_dense`` is the matrix it stands for is each structure's own test.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from bayes_kfac.curvature import SHARING_KINDS, Rows, Statistics
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.structures import BlockGaussian, BlockSpec, Structure, gaussian_from_state, standard_normal
 from tests.helpers import TIGHT, randn, rng
+from tests.posteriors import STRUCTURES
+from tests.random_rows import dense_rows, tied_rows, words, written_out
 
-DAMPINGS: dict[str, tuple[str, ...]] = {}
-CASES = [(name, damping) for name in structures.available() for damping in DAMPINGS.get(name, structures.DAMPING_KINDS)]
 #: An iteration ends when all blocks of a call have converged, so that company changes a block by its tolerance.
 COMPANY = {"optimal": {"rtol": 1e-5, "atol": 1e-5}}
 BLOCKS = [(), (2,)]
@@ -29,7 +29,7 @@ OUT, IN = 3, 4
 DATA_SCALE, PRIOR_PRECISION = 20.0, 0.7
 
 
-@pytest.fixture(params=CASES, ids="-".join)
+@pytest.fixture(params=STRUCTURES, ids="-".join)
 def structure(request: pytest.FixtureRequest) -> Structure:
     name, damping = request.param
     return structures.get(name, damping=damping, sharing="expand")
@@ -40,9 +40,16 @@ def blocks(request: pytest.FixtureRequest) -> tuple[int, ...]:
     return request.param
 
 
-@pytest.fixture
-def gaussian(structure: Structure, blocks: tuple[int, ...]) -> BlockGaussian:
-    (gaussian,) = structure.gaussians([spec_for(structure, blocks)])
+@pytest.fixture(params=["plain", "stacked", "words", "tied to words"])
+def gaussian(structure: Structure, request: pytest.FixtureRequest) -> BlockGaussian:
+    """One block, a stack of two, and blocks with a diagonal side: the inputs', or of tied weights the other."""
+    rows = {
+        "plain": lambda: rows_for(()),
+        "stacked": lambda: rows_for((2,)),
+        "words": lambda: Rows(words(10, 2, 2, size=IN), randn(2, 10, 2, OUT, seed=1)),
+        "tied to words": lambda: tied_rows(batch=10, size=OUT, width=IN),
+    }[request.param]()
+    (gaussian,) = structure.gaussians([BlockSpec("layer", structure.measure(rows), DATA_SCALE, PRIOR_PRECISION)])
     return gaussian
 
 
@@ -78,13 +85,14 @@ def as_columns(images: Tensor) -> Tensor:
 # One Gaussian
 
 
-def test_shape_is_the_blocks(gaussian, blocks):
+def test_shape_is_the_blocks(structure, blocks):
+    (gaussian,) = structure.gaussians([spec_for(structure, blocks)])
     assert gaussian.shape == (*blocks, OUT, IN)
 
 
-def test_the_dense_precision_is_symmetric_and_positive_definite(gaussian, blocks):
+def test_the_dense_precision_is_symmetric_and_positive_definite(gaussian):
     precision = gaussian.to_dense()
-    assert precision.shape == (*blocks, OUT * IN, OUT * IN)
+    assert precision.shape == (*gaussian.shape[:-2], OUT * IN, OUT * IN)
     assert_close(precision, precision.mT, **TIGHT)
     assert bool((torch.linalg.eigvalsh(precision) > 0).all())
 
@@ -114,8 +122,8 @@ def test_solve_takes_any_leading_dimensions(gaussian):
     assert_close(gaussian.solve(value[0, 0]), expected[0, 0], **TIGHT)
 
 
-def test_logdet_is_of_the_precision(gaussian, blocks):
-    assert gaussian.logdet().shape == blocks
+def test_logdet_is_of_the_precision(gaussian):
+    assert gaussian.logdet().shape == gaussian.shape[:-2]
     assert_close(gaussian.logdet(), torch.linalg.slogdet(gaussian.to_dense()).logabsdet, **TIGHT)
 
 
@@ -124,13 +132,13 @@ def test_marginal_variance_is_the_diagonal_of_the_covariance(gaussian):
     assert_close(gaussian.marginal_variance(), expected, **TIGHT)
 
 
-def test_trace_covariance_is_of_each_block(gaussian, blocks):
-    assert gaussian.trace_covariance().shape == blocks
+def test_trace_covariance_is_of_each_block(gaussian):
+    assert gaussian.trace_covariance().shape == gaussian.shape[:-2]
     assert_close(gaussian.trace_covariance(), covariance_of(gaussian).diagonal(dim1=-2, dim2=-1).sum(-1), **TIGHT)
 
 
 @pytest.mark.parametrize("prior_precision", [0.3, 1.0, 5.0])
-def test_kl_is_torchs_between_dense_gaussians(gaussian, blocks, prior_precision):
+def test_kl_is_torchs_between_dense_gaussians(gaussian, prior_precision):
     mean = randn(*gaussian.shape, seed=7)
     size = OUT * IN
     q = torch.distributions.MultivariateNormal(mean.flatten(-2), precision_matrix=gaussian.to_dense())
@@ -138,21 +146,39 @@ def test_kl_is_torchs_between_dense_gaussians(gaussian, blocks, prior_precision)
         torch.zeros(size, dtype=torch.float64), torch.eye(size, dtype=torch.float64) / prior_precision
     )
     kl = gaussian.kl(mean, prior_precision)
-    assert kl.shape == blocks
+    assert kl.shape == gaussian.shape[:-2]
     assert_close(kl, torch.distributions.kl_divergence(q, prior), **TIGHT)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("columns", [1, 2, 6])
 @pytest.mark.parametrize("shared", [1, 2, 9])
-def test_quad_is_jacobians_times_the_covariance(gaussian, blocks, batch, columns, shared):
+def test_quad_is_jacobians_times_the_covariance(gaussian, batch, columns, shared):
     """Few uses take the way through Gram matrices, many the way through Jacobians; both are ``J P⁻¹ Jᵀ``."""
+    blocks = gaussian.shape[:-2]
     inputs, gradients = randn(*blocks, batch, shared, IN, seed=8), randn(columns, *blocks, batch, shared, OUT, seed=9)
     J = torch.einsum("c...nto,...nti->...ncoi", gradients, inputs).flatten(-2)
     expected = J @ covariance_of(gaussian).unsqueeze(-3) @ J.mT
     quad = gaussian.quad(inputs, gradients)
     assert quad.shape == (batch, columns, columns)
     assert_close(quad, expected.sum(0) if blocks else expected, **TIGHT)
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_quad_of_words_is_that_of_the_rows_written_out(structure, columns):
+    """Sparse rows meet the diagonal side that they were measured with; words occur several times in a row."""
+    rows = Rows(words(10, 3, 2, size=IN), randn(columns, 10, 3, OUT, seed=1))
+    (gaussian,) = structure.gaussians([BlockSpec("layer", structure.measure(rows), DATA_SCALE, PRIOR_PRECISION)])
+    assert_close(gaussian.quad_rows(rows), gaussian.quad_rows(written_out(rows)), **TIGHT)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_quad_of_tied_weights_is_that_of_their_jacobians(structure, sparse):
+    """Uses as it is and transposed add up in each example's Jacobian."""
+    rows = tied_rows(batch=10, size=OUT, width=IN, sparse=sparse)
+    (gaussian,) = structure.gaussians([BlockSpec("layer", structure.measure(rows), DATA_SCALE, PRIOR_PRECISION)])
+    J = rows.jacobians().movedim(0, 1).flatten(-2)
+    assert_close(gaussian.quad_rows(rows), J @ covariance_of(gaussian) @ J.mT, **TIGHT)
 
 
 @pytest.mark.parametrize(("out", "in_"), [(1, 1), (1, 6), (6, 1), (5, 2)])
@@ -306,6 +332,29 @@ def test_the_identitys_gaussian_is_isotropic(structure, blocks):
 
 
 @pytest.mark.parametrize("sharing", SHARING_KINDS)
+@pytest.mark.parametrize("sides", ["none", "words", "tied", "tied to words"])
+def test_the_identity_has_the_names_and_shapes_of_what_is_measured(structure, sides, sharing):
+    """Warm-up blends the two."""
+    structure = structures.get(structure.name, damping=structure.damping, sharing=sharing)
+    rows = {
+        "none": dense_rows(),
+        "words": Rows(words(3, 2, 2), randn(2, 3, 2, 4, seed=1)),
+        "tied": tied_rows(sparse=False),
+        "tied to words": tied_rows(),
+    }[sides]
+    sparse_sides = frozenset({"words": {"input"}, "tied to words": {"gradient"}}.get(sides, set()))
+    shape = rows.jacobians().shape[2:]
+    identity = structure.identity(shape, rows.gradients, sparse_sides=sparse_sides, tied="tied" in sides)
+    measured = structure.measure(rows)
+    assert {n: v.shape for n, v in identity.sums.items()} == {n: v.shape for n, v in measured.sums.items()}
+    assert identity.counts.keys() == measured.counts.keys()
+    assert {value.dtype for value in identity.sums.values()} == {torch.float64}
+    (gaussian,) = structure.gaussians([BlockSpec("layer", identity, DATA_SCALE, PRIOR_PRECISION)])
+    dense = gaussian.to_dense()
+    assert_close(dense, dense[:1, :1] * torch.eye(len(dense), dtype=torch.float64), **TIGHT)
+
+
+@pytest.mark.parametrize("sharing", SHARING_KINDS)
 def test_measuring_gives_statistics_that_add(structure, blocks, sharing):
     structure = structures.get(structure.name, damping=structure.damping, sharing=sharing)
     whole = rows_for(blocks, shared=3)
@@ -333,11 +382,12 @@ def test_single_precision_statistics_give_a_single_precision_gaussian(structure,
 
 
 def test_every_structure_is_listed_and_knows_its_name():
-    assert "kron" in structures.available()
+    assert structures.available() == ("dense", "diagonal", "kron")
     for name in structures.available():
-        structure = structures.get(name, damping="factored", sharing="expand")
+        structure = structures.get(name, damping="factored", sharing="reduce")
         assert structure.name == name
-        assert (structure.damping, structure.sharing) == ("factored", "expand")
+        assert structure.sharing == "reduce"
+        assert structure.damping == ("factored" if name == "kron" else "exact")
 
 
 @pytest.mark.parametrize(

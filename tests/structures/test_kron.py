@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from bayes_kfac import structures
+from bayes_kfac import linalg, structures
 from bayes_kfac.curvature import Statistics
 from bayes_kfac.curvature.statistics import kronecker_factors
 from bayes_kfac.errors import NotPositiveDefiniteError
 from bayes_kfac.structures import BlockGaussian, BlockSpec, KroneckerEigenGaussian, MatrixNormalGaussian, Structure
+from bayes_kfac.structures.kron import _sum_of_products
 from tests.helpers import TIGHT, Rows, dense_kron, randn, random_spd
+from tests.random_rows import SEEDS
 
 OUT, IN = 3, 4
 DAMPINGS = structures.DAMPING_KINDS
@@ -406,15 +408,127 @@ def test_sharing_decides_what_is_measured():
     assert not torch.equal(kron("factored", "expand").measure(rows).sums["input"], expected.sums["input"])
 
 
+# Diagonal sides
+
+
+def as_diagonals(A: Tensor, G: Tensor, sides: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The factors with some of them diagonal, as they are kept and as matrices."""
+    kept = [factor.diagonal()[None] if side in sides else factor for side, factor in (("A", A), ("G", G))]
+    return *kept, *(torch.diag(factor[0]) if len(factor) == 1 else factor for factor in kept)
+
+
+@pytest.mark.parametrize("damping", DAMPINGS)
+@pytest.mark.parametrize("sides", ["A", "G", "AG"])
+def test_a_diagonal_factor_gives_the_gaussian_of_its_matrix(damping, sides):
+    """Of an embedding's words, or of what they are tied to; kept as one row, never as a matrix."""
+    A, G, dense_A, dense_G = as_diagonals(*random_factors(), sides)
+    gaussian, expected = build(damping, spec_of(A, G)), build(damping, spec_of(dense_A, dense_G))
+    assert type(gaussian) is type(expected)
+    assert_close(gaussian.to_dense(), expected.to_dense(), rtol=1e-9, atol=1e-9)
+    V = randn(2, OUT, IN, seed=3)
+    assert_close(gaussian.solve(V), expected.solve(V), **TIGHT)
+    shapes = {tuple(tensor.shape) for tensor in gaussian.state.values()}
+    assert (1, IN) in shapes or "A" not in sides
+    assert (1, OUT) in shapes or "G" not in sides
+
+
+@pytest.mark.parametrize("damping", DAMPINGS)
+@pytest.mark.parametrize("dead", ["A", "G", "AG"])
+def test_a_diagonal_factor_of_zeros_gives_the_prior(damping, dead):
+    """Words that no batch has shown."""
+    A, G, *_ = as_diagonals(*random_factors(), "A")
+    dense = build(damping, spec_of(A * ("A" not in dead), G * ("G" not in dead))).to_dense()
+    assert_close(dense, 2.0 * identity(dense), **TIGHT)
+
+
+def test_a_diagonal_factor_with_nan_is_an_error_that_names_the_layer():
+    A, G, *_ = as_diagonals(*random_factors(), "A")
+    for damping in DAMPINGS:
+        with pytest.raises(NotPositiveDefiniteError, match=r"'words'.*NaN"):
+            kron(damping).gaussians([spec_of(A, G), spec_of(A * math.nan, G, name="words")])
+
+
+@pytest.mark.parametrize("damping", DAMPINGS)
+def test_a_word_that_is_seen_more_often_is_known_better(damping):
+    counts = torch.tensor([[0.0, 1.0, 10.0, 100.0]], dtype=torch.float64)
+    variance = build(damping, spec_of(counts, random_spd(OUT, seed=1))).marginal_variance()
+    assert bool((variance.diff(dim=-1) < 0).all())
+
+
+# Tied weights: the sum of two products
+
+
+def tied_spec(A: Tensor, G: Tensor, B: Tensor, H: Tensor, previous: BlockGaussian | None = None) -> BlockSpec:
+    """``G ⊗ A + H ⊗ B``; the transposed uses have their inputs on the output side. Counts differ."""
+    means = {"input": A, "gradient": G, "transposed_input": H, "transposed_gradient": B}
+    counts = dict(zip(means, (40.0, 10.0, 30.0, 10.0), strict=True))
+    sums = {name: counts[name] * mean for name, mean in means.items()}
+    return BlockSpec("layer", Statistics(sums, counts), 30.0, 2.0, previous)
+
+
+def one_product(A: Tensor, G: Tensor, B: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+    """The product of the sum's partial traces over its trace, from the dense sum."""
+    whole = (torch.kron(G, A) + torch.kron(H, B)).reshape(len(G), len(A), len(G), len(A))
+    return torch.einsum("aiaj->ij", whole) / torch.einsum("aiai->", whole), torch.einsum("aibi->ab", whole)
+
+
+@pytest.mark.parametrize("sides", ["", "G"])
+def test_tied_weights_have_the_gaussian_of_one_product(sides):
+    """Its factors are the sum's partial traces; where the words are on the output side both of its factors are rows."""
+    A, G = random_factors()
+    B, H = random_factors(seed=5)
+    kept_A, kept_G, A, G = as_diagonals(A, G, sides)
+    kept_B, kept_H, B, H = as_diagonals(B, H, sides)
+    spec, (left, right) = tied_spec(kept_A, kept_G, kept_B, kept_H), one_product(A, G, B, H)
+    for damping, formula in [("factored", factored_precision), ("exact", exact_precision)]:
+        assert_close(build(damping, spec).to_dense(), formula(left, right, 30.0, 2.0), rtol=1e-10, atol=1e-9)
+    optimal = build("optimal", spec)
+    assert_close(optimal.to_dense(), build("optimal", spec_of(left, right)).to_dense(), **CONVERGED)
+    warm = build("optimal", replace(spec, previous=optimal))
+    assert_close(warm.to_dense(), optimal.to_dense(), **CONVERGED)
+
+
+@given(out=st.integers(1, 4), in_=st.integers(1, 4), seed=SEEDS, log_c=st.floats(-3, 3), side=st.sampled_from("AG"))
+def test_a_sum_of_products_that_is_one_is_kept(out, in_, seed, log_c, side):
+    """Two products that are proportional on one side, as where one module is called twice."""
+    A, G = random_factors(out=out, in_=in_, seed=seed)
+    B, H = random_factors(out=out, in_=in_, seed=seed + 5)
+    A, G, B, H = (A, G, 10**log_c * A, H) if side == "A" else (A, G, B, 10**log_c * G)
+    left, right = _sum_of_products(A, G, B, H)
+    expected = torch.kron(G, A) + torch.kron(H, B)
+    assert_close(torch.kron(right, left), expected, rtol=1e-9, atol=1e-9 * float(expected.max()))
+
+
+@given(out=st.integers(1, 4), in_=st.integers(1, 4), seed=SEEDS, sides=st.sampled_from(["", "A", "G", "AG"]))
+def test_a_sum_of_products_keeps_its_trace_and_definiteness(out, in_, seed, sides):
+    A, G = random_factors(out=out, in_=in_, seed=seed)
+    B, H = random_factors(out=out, in_=in_, seed=seed + 5)
+    kept_A, kept_G, A, G = as_diagonals(A, G, sides)
+    kept_B, kept_H, B, H = as_diagonals(B, H, sides)
+    left, right = (linalg.dense(factor) for factor in _sum_of_products(kept_A, kept_G, kept_B, kept_H))
+    trace = torch.trace(A) * torch.trace(G) + torch.trace(B) * torch.trace(H)
+    assert_close(torch.trace(left) * torch.trace(right), trace, rtol=1e-10, atol=0)
+    for factor in (left, right):
+        assert bool((torch.linalg.eigvalsh(factor) > 0).all())
+
+
+def test_a_sum_of_nothing_is_nothing():
+    """Before any gradient: no division by a trace of zero."""
+    zeros = [torch.zeros(2, 3, 3), torch.zeros(2, 2, 2)] * 2
+    assert not any(factor.any() or factor.isnan().any() for factor in _sum_of_products(*zeros))
+    A, G = random_factors()
+    left, right = _sum_of_products(A, G, 0 * A, 0 * G)
+    assert_close(torch.kron(right, left), torch.kron(G, A), **TIGHT)
+
+
 # Properties
 
 
 sizes = st.integers(1, 5)
-seeds = st.integers(0, 2**31 - 1)
 log_scales = st.floats(-3, 3)
 
 
-@given(out=sizes, in_=sizes, seed=seeds, log_c=log_scales, log_prior=log_scales, damping=st.sampled_from(DAMPINGS))
+@given(out=sizes, in_=sizes, seed=SEEDS, log_c=log_scales, log_prior=log_scales, damping=st.sampled_from(DAMPINGS))
 def test_scale_may_move_between_the_factors(out, in_, seed, log_c, log_prior, damping):
     """``A → cA, G → G/c`` is the same Fisher, hence the same Gaussian."""
     A, G = random_factors(out=out, in_=in_, seed=seed)
@@ -424,7 +538,7 @@ def test_scale_may_move_between_the_factors(out, in_, seed, log_c, log_prior, da
     assert_close(after.to_dense(), before.to_dense(), rtol=tolerance, atol=tolerance * float(before.to_dense().max()))
 
 
-@given(out=sizes, in_=sizes, seed=seeds, log_c=log_scales, damping=st.sampled_from(DAMPINGS))
+@given(out=sizes, in_=sizes, seed=SEEDS, log_c=log_scales, damping=st.sampled_from(DAMPINGS))
 def test_a_reparametrised_likelihood_scale_is_a_data_scale(out, in_, seed, log_c, damping):
     """``c`` times the Fisher for ``N`` data is the Fisher for ``c N`` data."""
     A, G = random_factors(out=out, in_=in_, seed=seed)
@@ -435,7 +549,7 @@ def test_a_reparametrised_likelihood_scale_is_a_data_scale(out, in_, seed, log_c
 
 
 @given(
-    out=sizes, in_=sizes, seed=seeds, damping=st.sampled_from(DAMPINGS), permutations=st.randoms(use_true_random=False)
+    out=sizes, in_=sizes, seed=SEEDS, damping=st.sampled_from(DAMPINGS), permutations=st.randoms(use_true_random=False)
 )
 def test_permuting_units_permutes_the_gaussian(out, in_, seed, damping, permutations):
     """Renumbering inputs and outputs of a layer renumbers its posterior, and nothing else."""
@@ -452,7 +566,7 @@ def test_permuting_units_permutes_the_gaussian(out, in_, seed, damping, permutat
     assert_close(after.logdet(), before.logdet(), **close)
 
 
-@given(out=sizes, in_=sizes, seed=seeds, log_prior=log_scales)
+@given(out=sizes, in_=sizes, seed=SEEDS, log_prior=log_scales)
 def test_optimal_is_never_further_than_factored_and_spends_its_variance_exactly(out, in_, seed, log_prior):
     """At the optimum ``tr(P Σ) = out · in``, as for the exact posterior; factored has less."""
     A, G = random_factors(out=out, in_=in_, seed=seed)
@@ -464,7 +578,7 @@ def test_optimal_is_never_further_than_factored_and_spends_its_variance_exactly(
     assert torch.trace(exact @ torch.linalg.inv(factored)).item() < out * in_
 
 
-@given(out=sizes, in_=sizes, seed=seeds, log_prior=log_scales, damping=st.sampled_from(["factored", "exact"]))
+@given(out=sizes, in_=sizes, seed=SEEDS, log_prior=log_scales, damping=st.sampled_from(["factored", "exact"]))
 def test_data_only_narrow_the_prior(out, in_, seed, log_prior, damping):
     """Not so for the optimal matrix normal, which makes up in some weights for what it loses in others."""
     A, G = random_factors(out=out, in_=in_, seed=seed)
@@ -473,7 +587,7 @@ def test_data_only_narrow_the_prior(out, in_, seed, log_prior, damping):
     assert bool((torch.linalg.eigvalsh(dense) >= prior * (1 - 1e-9)).all())
 
 
-@given(blocks=st.integers(1, 3), out=sizes, in_=sizes, seed=seeds, log_prior=log_scales)
+@given(blocks=st.integers(1, 3), out=sizes, in_=sizes, seed=SEEDS, log_prior=log_scales)
 def test_factored_and_exact_equal_their_formulas_for_any_shape(blocks, out, in_, seed, log_prior):
     A, G = random_factors(blocks, out=out, in_=in_, seed=seed)
     prior = 10**log_prior

@@ -36,6 +36,8 @@ class ModuleAdapter(ABC):
     structure: ClassVar[str | None] = None
     #: Whether the block is the transpose of a two-dimensional weight.
     transposes: ClassVar[bool] = False
+    #: Whether the calls of one forward pass go back in time, so that the last one is the first position.
+    runs_backwards: bool = False
     #: Whether input rows are :class:`SparseRows`, so that the input side of the block is diagonal.
     sparse: ClassVar[bool] = False
 
@@ -90,9 +92,9 @@ class ModuleAdapter(ABC):
         weight, bias = None, None
         if self.weight:
             columns = matrix[..., :-1] if self.bias else matrix
-            weight = columns.mT if self.transposes else columns.reshape(*leading, *self.parameter("weight").shape)
+            weight = columns.mT if self.transposes else columns.reshape(leading + self.parameter("weight").shape)
         if self.bias:
-            bias = matrix[..., -1].reshape(*leading, *self.parameter("bias").shape)
+            bias = matrix[..., -1].reshape(leading + self.parameter("bias").shape)
         return weight, bias
 
     def parameter(self, kind: str) -> Tensor:
@@ -124,8 +126,9 @@ class ModuleAdapter(ABC):
         return None
 
 
-#: Tells the recorder of one product inside a composite module: its part, its inputs and its output.
-Record = Callable[..., None]
+#: Tells the recorder of one product inside a composite module, by its part, what is captured of it and its output;
+#: returns the output to go on with.
+Record = Callable[[str, Any, Tensor], Tensor]
 
 
 class CompositeAdapter(ABC):
@@ -144,7 +147,7 @@ class CompositeAdapter(ABC):
 
     @abstractmethod
     def forward(self, record: Record, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward pass; ``record(part, captured, output)`` tells of each product inside.
+        """The module's forward pass; ``output = record(part, captured, output)`` tells of each product inside.
 
         Used in the place of the module's own while it is watched, so that it must compute the same function.
         """

@@ -34,12 +34,22 @@ class ProductAdapter(ModuleAdapter):
     Args:
         module: The composite module.
         names: The weight's and the bias's name in it.
+        runs_backwards: Whether its calls go back in time.
         weight: Whether the weight belongs to the block.
         bias: Whether the bias does.
     """
 
-    def __init__(self, module: nn.Module, names: tuple[str, ...], *, weight: bool = True, bias: bool) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        names: tuple[str, ...],
+        runs_backwards: bool = False,
+        *,
+        weight: bool = True,
+        bias: bool,
+    ) -> None:
         self.parameter_names = names
+        self.runs_backwards = runs_backwards
         super().__init__(module, weight=weight, bias=bias)
 
     def rows(self, captured: Captured, gradients: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
@@ -61,9 +71,9 @@ class ProductAdapter(ModuleAdapter):
         return (self.parameter("bias").numel(), 1)
 
 
-def product(*names: str) -> Callable[..., ModuleAdapter]:
+def product(*names: str, runs_backwards: bool = False) -> Callable[..., ModuleAdapter]:
     """What makes the adapter of the block whose weight and bias have these names."""
-    return partial(ProductAdapter, names=names)
+    return partial(ProductAdapter, names=names, runs_backwards=runs_backwards)
 
 
 def recorded_linear(
@@ -82,6 +92,4 @@ def recorded_linear(
     Returns:
         ``[time, batch, out]``.
     """
-    output = functional.linear(inputs, weight, bias)
-    record(part, Captured(inputs.detach(), offset), output)
-    return output
+    return record(part, Captured(inputs.detach(), offset), functional.linear(inputs, weight, bias))

@@ -61,7 +61,11 @@ class RecurrentAdapter(CompositeAdapter):
     def parts(self) -> dict[str, Any]:  # noqa: D102
         kinds = ["ih", "hh"] + ["hr"] * bool(getattr(self.module, "proj_size", 0))
         return {
-            f"{kind}_{suffix}": product(f"weight_{kind}_{suffix}", f"bias_{kind}_{suffix}")
+            f"{kind}_{suffix}": product(
+                f"weight_{kind}_{suffix}",
+                f"bias_{kind}_{suffix}",
+                runs_backwards=suffix.endswith("reverse") and kind != "ih",
+            )
             for layer in range(self.module.num_layers)
             for suffix in self._suffixes(layer)
             for kind in kinds

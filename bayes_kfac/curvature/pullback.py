@@ -1,0 +1,325 @@
+"""The pull-back: from the uses of blocks in a forward pass, and gradients at its output, to rows.
+
+A row belongs to an example where the layer's batch is the output's: ``[batch, ...]``, or flattened with further
+dimensions, batch first. Elsewhere (positions looked up once for all examples, nodes of a graph that see each other,
+parameters that no module multiplies with an input) every row may be in every example's Jacobian. Then each example's
+gradient is pulled back by itself, or that of a few groups of examples where this is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.utils._pytree import tree_leaves
+
+from bayes_kfac.batches import count_examples
+from bayes_kfac.curvature.layers import Layer, Use
+from bayes_kfac.curvature.modules import ParameterAdapter
+from bayes_kfac.curvature.rows import Rows, SparseRows, side_by_side
+from bayes_kfac.errors import UnsupportedModelError, UsageError
+
+#: Examples times columns that one batched backward pass takes on, where gradients of single examples are needed.
+CHUNK = 64
+#: Groups of examples whose gradients are summed where that is enough; more of them cost time and save variance.
+GROUPS = 8
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a block's weights in a forward pass.
+
+    Attributes:
+        layer: The block's layer, by name.
+        use: The module that used it.
+        captured: What its adapter keeps of the call.
+        edge: The call's output in the autograd graph.
+        versions: How often each captured tensor had been changed in place.
+    """
+
+    layer: str
+    use: Use
+    captured: Any
+    edge: GradientEdge
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layer: str, use: Use, captured: Any, output: Tensor) -> Call:
+        """The call that gave ``output``."""
+        return cls(layer, use, captured, torch.autograd.graph.get_gradient_edge(output), _versions(captured))
+
+    def check(self) -> None:
+        """Check that what was captured is still what it was.
+
+        Raises:
+            UsageError: If not.
+        """
+        if _versions(self.captured) != self.versions:
+            raise UsageError(
+                f"The input of layer {self.layer!r} was changed in place after its call, so that its curvature can "
+                "no longer be measured. Make the operation on it one that is not in place."
+            )
+
+
+@dataclass(frozen=True)
+class PullBack:
+    """The rows of a forward pass.
+
+    Attributes:
+        layers: The layers, by name.
+        calls: Their uses.
+        output: The model's output, ``[batch, ...]``, or what a loop made of it.
+        parameters: The tensors that the forward pass used for the model's parameters, where it was others.
+        independent: Whether the gradients of different examples are independent and have mean zero. Gradients of
+            groups of examples then serve where each example's would be needed: the expectation of a square is the sum
+            of the examples' squares (Liu et al. 2023, "Sophia").
+        coupled: Whether all examples depend on each other, as by batch normalisation in training. Rows then belong to
+            the examples in whose place they are.
+    """
+
+    layers: Mapping[str, Layer]
+    calls: Sequence[Call]
+    output: Tensor
+    parameters: Mapping[str, Tensor] | None = None
+    independent: bool = False
+    coupled: bool = False
+
+    def rows(self, output_gradients: Tensor, mask: Tensor | None = None) -> dict[str, Rows]:
+        """Pull gradients with respect to the output back to every block; the graph is kept.
+
+        Args:
+            output_gradients: ``[columns, batch, ...]``.
+            mask: Which elements of the output weigh; the gradients of the others must be zero.
+
+        Returns:
+            The rows of each layer that was used and that the output depends on.
+        """
+        for call in self.calls:
+            call.check()
+        if not self.output.requires_grad:
+            return {}
+        found = self._rows_in_place(output_gradients)
+        apart = {call.layer for call, rows in found if not self._is_in_place(call, rows)}
+        uses: dict[tuple[str, bool], list[Rows]] = {}
+        for call, rows in found:
+            if call.layer not in apart:
+                _put(uses, call, _by_example(rows, len(self.output)))
+        for call, rows in self._rows_apart(apart, output_gradients):
+            _put(uses, call, rows)
+        examples = float(len(self.output)) if mask is None else count_examples(mask)
+        joined = {key: _masked(side_by_side(rows), mask, examples) for key, rows in uses.items()}
+        joined |= self._rows_of_parameters(output_gradients, examples)
+        names = [name for name in self.layers if (name, False) in joined or (name, True) in joined]
+        return {name: _both_ways(self.layers[name], joined) for name in names}
+
+    def _rows_in_place(self, output_gradients: Tensor) -> list[tuple[Call, Rows]]:
+        """The rows of each call that the output depends on, as they lie in it."""
+        pulled = _pull_back(self.output, [call.edge for call in self.calls], output_gradients)
+        return [
+            (call, Rows(*call.use.adapter.rows(call.captured, gradients)))
+            for call, gradients in zip(self.calls, pulled, strict=True)
+            if gradients is not None
+        ]
+
+    def _is_in_place(self, call: Call, rows: Rows) -> bool:
+        """Whether the rows of a call belong to the examples in whose place they are."""
+        if not _fits(rows, len(self.output)):
+            return False
+        # sums of squares over all rows have the same expectation for independent gradients, wherever the rows belong
+        return self.independent or self.coupled or call.layer not in self._spread
+
+    @cached_property
+    def _spread(self) -> set[str]:
+        """The layers in which gradients of every second example's output reach the rows of the others."""
+        generator = torch.Generator(self.output.device).manual_seed(0)
+        probe = torch.rand(self.output.shape, generator=generator, device=self.output.device).to(self.output.dtype)
+        probe[1::2] = 0
+        return {
+            call.layer
+            for call, rows in self._rows_in_place(probe.unsqueeze(0))
+            if _fits(rows, len(self.output))
+            and bool(_by_example(rows, len(self.output)).gradients[..., 1::2, :, :].any())
+        }
+
+    def _rows_apart(self, names: set[str], output_gradients: Tensor) -> Iterable[tuple[Call, Rows]]:
+        """The rows of some layers' calls, each of them in every example."""
+        calls = [call for call in self.calls if call.layer in names]
+        for call, gradients in zip(calls, self._apart([c.edge for c in calls], output_gradients), strict=True):
+            if gradients is not None:
+                rows = Rows(*call.use.adapter.rows(call.captured, gradients.flatten(0, 1)))
+                yield call, _in_every_example(rows, *gradients.shape[:2])
+
+    def _rows_of_parameters(self, output_gradients: Tensor, examples: float) -> dict[tuple[str, bool], Rows]:
+        """The rows of the parameters that no module multiplies with an input."""
+        alone = {n: layer for n, layer in self.layers.items() if isinstance(layer.adapter, ParameterAdapter)}
+        tensors = [(self.parameters or layer.parameters)[layer.weight_name or ""] for layer in alone.values()]
+        return {
+            (name, False): Rows(*layer.adapter.rows(None, gradients), examples=examples)
+            for (name, layer), gradients in zip(alone.items(), self._apart(tensors, output_gradients), strict=True)
+            if gradients is not None
+        }
+
+    def _apart(self, edges: Sequence[Any], output_gradients: Tensor) -> list[Tensor | None]:
+        """Gradients of each example's output at each edge, ``[columns, batch, ...]``, or summed over a few groups."""
+        if not edges:
+            return []
+        columns, batch = output_gradients.shape[:2]
+        groups = min(batch, GROUPS) if self.independent else batch
+        index = torch.arange(batch, device=self.output.device)
+        members = (index % groups == index[:groups, None]).reshape(groups, batch, *[1] * (self.output.ndim - 1))
+        apart = (output_gradients.unsqueeze(1) * members).flatten(0, 1)
+        chunks = [_pull_back(self.output, edges, chunk) for chunk in apart.split(CHUNK)]
+        return [
+            None if parts[0] is None else torch.cat(parts).unflatten(0, (columns, groups))
+            for parts in zip(*chunks, strict=True)
+        ]
+
+    def check_complete(self, output_gradient: Tensor, rows: Mapping[str, Rows]) -> None:
+        """Check that the rows account for the whole gradient of every block.
+
+        They do not where weights are used without a call of their module, where a layer's adapter is wrong, or where a
+        part of the model builds no graph: the statistics would be wrong without a word.
+
+        Args:
+            output_gradient: ``[batch, ...]``, the first of the gradients that were pulled back.
+            rows: What :meth:`rows` returned for them.
+
+        Raises:
+            UnsupportedModelError: If they do not; the message names the layer.
+        """
+        watched = {n: layer for n, layer in self.layers.items() if not isinstance(layer.adapter, ParameterAdapter)}
+        parameters = [p for layer in watched.values() for p in layer.parameters.values()]
+        if not parameters:
+            return
+        pulled = _pull_back(self.output, parameters, output_gradient.unsqueeze(0))
+        by_parameter = dict(zip(parameters, pulled, strict=True))
+        for name, layer in watched.items():
+            expected = {key: by_parameter[parameter] for key, parameter in layer.parameters.items()}
+            if all(gradient is None for gradient in expected.values()):
+                continue
+            filled = {k: layer.parameters[k] * 0 if g is None else g[0] for k, g in expected.items()}
+            if not _agree(layer.matrix(filled).float(), rows.get(name), self.output.dtype):
+                raise UnsupportedModelError(
+                    f"Layer {name!r} ({type(layer.module).__name__}): the calls that were seen do not account for the "
+                    "gradient of its weights. Are they used without calling the module, as in F.linear(x, "
+                    "module.weight)? Or is the module's adapter wrong? Call the module, or leave its parameters to "
+                    "others='diagonal' by holding them in a module without adapter."
+                )
+
+
+def _versions(captured: Any) -> tuple[int, ...]:
+    tensors = [leaf for leaf in tree_leaves(captured) if isinstance(leaf, Tensor)]
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+def _pull_back(output: Tensor, edges: Sequence[Any], output_gradients: Tensor) -> Sequence[Tensor | None]:
+    """Gradients ``[columns, ...]`` at each edge; one batched backward pass for all columns where that is possible."""
+    if not edges:
+        return []
+    try:
+        if output_gradients.shape[0] > 1:
+            try:
+                return torch.autograd.grad(
+                    output, edges, output_gradients, retain_graph=True, allow_unused=True, is_grads_batched=True
+                )
+            except RuntimeError:  # some formulas do not batch: images in channels_last, functions of the user's own
+                pass
+        each = [torch.autograd.grad(output, edges, g, retain_graph=True, allow_unused=True) for g in output_gradients]
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            "Under activation checkpointing with use_reentrant=True a forward pass builds no graph, so that curvature "
+            "cannot be measured. Pass use_reentrant=False to checkpoint()."
+        ) from error
+    if len(each) == 1:
+        return [None if gradient is None else gradient.unsqueeze(0) for gradient in each[0]]
+    return [None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True)]
+
+
+def _put(uses: dict[tuple[str, bool], list[Rows]], call: Call, rows: Rows) -> None:
+    """Add the rows of a call to those of its layer, in the order of time."""
+    own = uses.setdefault((call.layer, call.use.transposed), [])
+    own.insert(0 if call.use.adapter.runs_backwards else len(own), rows)
+
+
+def _fits(rows: Rows, num_examples: int) -> bool:
+    """Whether rows can be told apart by example: the layer's batch is the output's, coarser or finer."""
+    batch, shared = rows.inputs.shape[-3:-1]
+    return batch % num_examples == 0 or (num_examples % batch == 0 and batch * shared % num_examples == 0)
+
+
+def _by_example(rows: Rows, num_examples: int) -> Rows:
+    """Give rows the batch dimension of the output: models flatten ``[batch, time]``, before a layer or at the end."""
+    batch, shared = rows.inputs.shape[-3:-1]
+    if batch == num_examples:
+        return rows
+    sizes = (num_examples, batch * shared // num_examples)
+    inputs = _map(rows.inputs, lambda tensor: tensor.flatten(-3, -2).unflatten(-2, sizes))
+    return replace(rows, inputs=inputs, gradients=rows.gradients.flatten(-3, -2).unflatten(-2, sizes))
+
+
+def _in_every_example(rows: Rows, columns: int, examples: int) -> Rows:
+    """Rows whose columns are ``columns × examples`` of gradients apart: all inputs are in every example."""
+    inputs = _map(
+        rows.inputs,
+        lambda tensor: tensor.flatten(-3, -2).unsqueeze(-3).expand(*[-1] * (tensor.ndim - 3), examples, -1, -1),
+    )
+    gradients = rows.gradients.flatten(-3, -2).unflatten(0, (columns, examples)).movedim(1, -3)
+    return replace(rows, inputs=inputs, gradients=gradients)
+
+
+def _map(inputs: Tensor | SparseRows, function: Any) -> Tensor | SparseRows:
+    if isinstance(inputs, SparseRows):
+        return SparseRows(function(inputs.indices), function(inputs.weights), inputs.size)
+    mapped: Tensor = function(inputs)
+    return mapped
+
+
+def _masked(rows: Rows, mask: Tensor | None, examples: float) -> Rows:
+    """Rows that know which of their positions weigh, and how many examples they come from."""
+    if mask is None or rows.inputs.shape[-3] != len(mask):
+        return replace(rows, examples=examples)
+    # where the layer has as many positions as the mask they are the same ones; elsewhere an example weighs as a whole
+    flat, shared = mask.reshape(len(mask), -1), rows.inputs.shape[-2]
+    weighs = flat if flat.shape[1] == shared else flat.any(1, keepdim=True).expand(len(mask), shared)
+    return replace(rows, mask=weighs, examples=examples)
+
+
+def _both_ways(layer: Layer, joined: Mapping[tuple[str, bool], Rows]) -> Rows:
+    """The rows of a layer as it is with those transposed; no rows where one of the two did not happen."""
+    plain, transposed = joined.get((layer.name, False)), joined.get((layer.name, True))
+    if not layer.is_tied_to_transpose:
+        assert plain is not None
+        return plain
+    out_features, in_features = layer.shape[-2:]
+    plain = plain or _no_rows(transposed, in_features, out_features, sparse=False)
+    if transposed is None:
+        is_sparse = any(use.adapter.sparse for use in layer.uses if use.transposed)
+        transposed = _no_rows(plain, out_features, in_features, sparse=is_sparse)
+    return replace(plain, transposed=transposed)
+
+
+def _no_rows(like: Rows | None, inputs: int, outputs: int, *, sparse: bool) -> Rows:
+    assert like is not None
+    columns, batch = like.gradients.shape[0], like.gradients.shape[-3]
+    gradients = like.gradients.new_zeros(columns, batch, 0, outputs)
+    if sparse:
+        weights = like.gradients.new_zeros(batch, 0, 1)
+        return Rows(SparseRows(weights.long(), weights, inputs), gradients, examples=like.examples)
+    return Rows(like.gradients.new_zeros(batch, 0, inputs), gradients, examples=like.examples)
+
+
+def _agree(whole: Tensor, rows: Rows | None, dtype: torch.dtype) -> bool:
+    """Whether rows add up to a gradient of the weights, as far as rounding lets one tell."""
+    if rows is None:
+        return not bool(whole.any())
+    relative, absolute = (0.01, 1e-5) if torch.finfo(dtype).bits >= 32 else (0.1, 1e-2)
+    # a gradient that vanishes, as of a bias before a normalisation, is rounding on both sides
+    allowed = relative * torch.linalg.vector_norm(whole) + absolute * rows.magnitude(0)
+    return bool(torch.linalg.vector_norm(rows.total(0).float() - whole) <= allowed)

@@ -1,0 +1,42 @@
+"""Recurrence: what is refused, and dropout between layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from bayes_kfac.curvature import Recorder, find_layers
+from bayes_kfac.errors import UnsupportedModelError
+from tests.curvature.modules.cases import SEQUENCE
+from tests.helpers import seeded
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_a_packed_sequence_is_an_error_that_says_what_to_do(kind):
+    """While it is watched only: at any other time the module is torch's own."""
+    model = seeded(kind(4, 3, batch_first=True))
+    packed = pack_padded_sequence(SEQUENCE, torch.tensor([4, 2, 1]), batch_first=True)
+    recorder = Recorder(find_layers(model)[0])
+    recorder.attach()
+    try:
+        with pytest.raises(UnsupportedModelError, match=f"{kind.__name__} was called on a PackedSequence.*mask"):
+            model(packed)
+    finally:
+        recorder.detach()
+    assert model(packed)[0].data.shape == (7, 3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_between_layers_in_training_only(training):
+    """With a rate that drops everything, the last layer sees zeros, and its output is the same at every input."""
+    model = seeded(nn.GRU(4, 3, num_layers=2, dropout=1.0, batch_first=True)).train(training)
+    recorder = Recorder(find_layers(model)[0])
+    recorder.attach()
+    try:
+        first, other = model(SEQUENCE)[0], model(SEQUENCE + 1)[0]
+    finally:
+        recorder.detach()
+    assert torch.equal(first, other) == training
+    assert torch.equal(first, model(SEQUENCE)[0]) or not training

@@ -1,0 +1,28 @@
+"""Linearised predictions through every kind of module and every structure, against dense Jacobians and covariances."""
+
+from __future__ import annotations
+
+import pytest
+from torch.testing import assert_close
+
+from bayes_kfac.likelihoods import Gaussian
+from tests.curvature.modules.cases import CASES
+from tests.helpers import record, seeded
+from tests.posteriors import STRUCTURES, dense_output_covariance, random_posterior
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
+
+
+@pytest.mark.parametrize(("structure", "damping"), STRUCTURES, ids=["-".join(names) for names in STRUCTURES])
+@pytest.mark.parametrize("name", CASES)
+def test_mean_and_covariance_are_the_dense_ones(name, structure, damping):
+    """``f(x)`` and ``J P⁻¹ Jᵀ`` of a posterior that was measured on the model's own rows."""
+    build, inputs = CASES[name]
+    model = seeded(build())
+    rows = record(model, inputs)
+    posterior = random_posterior(model, Gaussian(0.5), structure=structure, damping=damping, rows=rows)
+    mean, covariance = dense_output_covariance(posterior, inputs)
+    prediction = posterior.predict(inputs)
+    assert_close(prediction.mean, mean, rtol=1e-9, atol=1e-9)
+    assert_close(prediction.epistemic_covariance, covariance, rtol=1e-9, atol=1e-9)
+    assert covariance.diagonal(dim1=-2, dim2=-1).mean() > 1e-4
