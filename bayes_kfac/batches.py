@@ -45,9 +45,9 @@ def unpack(batch: Any) -> Batch:
     """Take a batch of a loader apart.
 
     Args:
-        batch: ``(inputs, target)``, ``(inputs, target, mask)``, or a mapping or dataclass with one field of the names
-            ``target``, ``targets``, ``label`` or ``labels``, maybe one named ``mask``, and the model's keyword
-            arguments.
+        batch: ``(inputs, target)``, ``(inputs, target, mask)``, or a mapping, dataclass or longer named tuple with one
+            field of the names ``target``, ``targets``, ``label`` or ``labels``, maybe one named ``mask``, and the
+            model's keyword arguments.
 
     Returns:
         The batch.
@@ -55,9 +55,11 @@ def unpack(batch: Any) -> Batch:
     Raises:
         ArgumentError: If it is none of these.
     """
-    if isinstance(batch, tuple | list) and len(batch) in (2, 3):
+    fields_of_tuple = getattr(batch, "_fields", ("inputs", "target", "mask"))
+    if isinstance(batch, tuple | list) and (len(batch) == 2 or (len(batch) == 3 and fields_of_tuple[2] == "mask")):
         return Batch(*batch)
-    named = _named(batch) if isinstance(batch, Mapping) or is_dataclass(batch) else {}
+    has_names = isinstance(batch, Mapping) or is_dataclass(batch) or hasattr(batch, "_fields")
+    named = _named(batch) if has_names else {}
     found = [name for name in TARGET_NAMES if name in named]
     if len(found) != 1:
         what = f"the fields {sorted(map(str, named))}" if named else f"a {type(batch).__name__}"

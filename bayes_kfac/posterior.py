@@ -83,7 +83,9 @@ class Posterior:
         values: dict[str, Tensor] = {}
         for name, block in self.blocks.items():
             layer = self.layers[name]
-            noise = block.sample(standard_normal(block, generator, (num_samples,)))
+            standard = standard_normal(block, generator, (num_samples,))
+            with torch.autocast(standard.device.type, enabled=False):  # weights drawn in 16 bits would be other weights
+                noise = block.sample(standard)
             for key, perturbation in layer.tensors(noise).items():
                 mean = self.mean[key]
                 values[key] = (mean + perturbation).to(mean.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -184,3 +184,16 @@ def test_where_none_stands_out_the_error_says_what_came_and_what_to_do(returned:
     assert output_tensor(returned) is None
     with pytest.raises(ArgumentError, match=f"returned {kind}.*'logits' or 'output'.*Wrap the model"):
         expect_output_tensor(returned)
+
+
+def test_a_longer_named_tuple_goes_by_its_names():
+    class Tokens(NamedTuple):
+        input_ids: Tensor
+        attention_mask: Tensor
+        labels: Tensor
+
+    ids, attended, labels = torch.ones(2, 3), torch.zeros(2, 3), torch.ones(2)
+    batch = unpack(Tokens(ids, attended, labels))
+    assert batch.inputs == {"input_ids": ids, "attention_mask": attended}
+    assert batch.target is labels
+    assert batch.mask is None

@@ -120,11 +120,12 @@ class PullBack:
     def _rows_in_place(self, output_gradients: Tensor) -> list[tuple[Call, Rows]]:
         """The rows of each call that the output depends on, as they lie in it."""
         pulled = _pull_back(self.output, [call.edge for call in self.calls], output_gradients)
-        return [
+        found = [
             (call, Rows(*call.use.adapter.rows(call.captured, gradients)))
             for call, gradients in zip(self.calls, pulled, strict=True)
             if gradients is not None
         ]
+        return _whole_batches(found, len(self.output))
 
     def _is_in_place(self, call: Call, rows: Rows) -> bool:
         """Whether the rows of a call belong to the examples in whose place they are."""
@@ -240,6 +241,26 @@ def _pull_back(output: Tensor, edges: Sequence[Any], output_gradients: Tensor) -
     if len(each) == 1:
         return [None if gradient is None else gradient.unsqueeze(0) for gradient in each[0]]
     return [None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True)]
+
+
+def _whole_batches(found: list[tuple[Call, Rows]], num_examples: int) -> list[tuple[Call, Rows]]:
+    """Calls on parts of the batch, one after another, as the one call that they stand for."""
+    by_use: dict[tuple[str, bool], list[tuple[Call, Rows]]] = {}
+    for call, rows in found:
+        by_use.setdefault((call.layer, call.use.transposed), []).append((call, rows))
+    whole = []
+    for calls in by_use.values():
+        parts = [rows for _, rows in calls]
+        are_parts = len({rows.inputs.shape[-2] for rows in parts}) == 1 and all(
+            isinstance(rows.inputs, Tensor) for rows in parts
+        )
+        if len(parts) > 1 and are_parts and sum(rows.inputs.shape[-3] for rows in parts) == num_examples:
+            inputs = torch.cat([rows.inputs for rows in parts if isinstance(rows.inputs, Tensor)], dim=-3)
+            gradients = torch.cat([rows.gradients for rows in parts], dim=-3)
+            whole.append((calls[0][0], Rows(inputs, gradients)))
+        else:
+            whole += calls
+    return whole
 
 
 def _put(uses: dict[tuple[str, bool], list[Rows]], call: Call, rows: Rows) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bayes_kfac import structures
 from bayes_kfac.curvature import FISHER_KINDS, Meter, Rows, Statistics, find_layers, output_gradients
-from bayes_kfac.curvature.pullback import PullBack
+from bayes_kfac.curvature.pullback import Call, PullBack
 from bayes_kfac.curvature.statistics import kronecker_factors
 from bayes_kfac.errors import ArgumentError, UnsupportedModelError
 from bayes_kfac.likelihoods import Categorical
@@ -435,6 +437,27 @@ def test_statistics_are_single_precision_under_autocast():
 
 
 # Guest manners
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_a_forward_pass_is_let_go_with_its_graph(make, fisher, monkeypatch):
+    """Over many micro-batches, what is kept of them would pile up."""
+    original, made = Call.of, []
+
+    def of(*arguments: Any) -> Call:
+        call = original(*arguments)
+        made.append(ref(call))
+        return call
+
+    monkeypatch.setattr(Call, "of", of)
+    meter = make(Plain(), fisher)
+    for _ in range(3):
+        loss = likelihood(meter.model(INPUTS), TARGETS)
+        assert sum(call() is not None for call in made) == 2
+        loss.backward()
+        assert not any(call() for call in made)
+    assert len(made) == 6
+    assert_same(meter.statistics, {name: one * 3 for name, one in expected(fisher).items()})
 
 
 @pytest.mark.parametrize("fisher", FISHER_KINDS)

@@ -11,7 +11,16 @@ from torch.utils.checkpoint import checkpoint
 from bayes_kfac.curvature import kronecker_factors, register
 from bayes_kfac.curvature.modules import LinearAdapter, base
 from bayes_kfac.errors import UnsupportedModelError, UsageError
-from tests.helpers import TIGHT, assert_rows_are_jacobians, pull_back, randn, record, rng, seeded
+from tests.helpers import (
+    TIGHT,
+    assert_rows_are_jacobians,
+    assert_same_statistics,
+    pull_back,
+    randn,
+    record,
+    rng,
+    seeded,
+)
 
 # Rows that lie in the places of their examples
 
@@ -95,8 +104,29 @@ class Pairs(nn.Module):
         return self.layer(x)[:4] * self.layer(x)[-4:].tanh()
 
 
+class Views(nn.Module):
+    """Two views of each example, one in each half of the batch, that are compared with each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer(x).tanh()
+        return hidden * hidden.roll(len(x) // 2, 0)
+
+
 @pytest.mark.parametrize(
-    ("model", "shape"), [(Queries(), (4, 3)), (Queries(), (6, 3)), (Graph(5), (5, 3)), (Pairs(), (6, 3))]
+    ("model", "shape"),
+    [
+        (Queries(), (4, 3)),
+        (Queries(), (6, 3)),
+        (Graph(5), (5, 3)),
+        (Pairs(), (6, 3)),
+        (Views(), (6, 3)),
+        (Views(), (8, 3)),
+        (Views(), (2, 3)),
+    ],
 )
 def test_rows_of_several_examples_are_in_each_of_them(model, shape):
     assert_rows_are_jacobians(seeded(model), randn(*shape, seed=1))
@@ -324,3 +354,18 @@ def test_an_input_that_was_changed_in_place_is_an_error(layer):
 
     with pytest.raises(UsageError, match=r"input of layer 'layer.*' was changed in place"):
         record(seeded(InPlace()), randn(6, 4, 4, seed=1))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_a_convolution_that_is_called_on_parts_of_the_batch_is_one_that_is_called_on_the_whole(sharing):
+    class Parts(nn.Module):
+        def __init__(self, parts: int) -> None:
+            super().__init__()
+            self.conv, self.parts = nn.Conv2d(2, 3, 2), parts
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.conv(part) for part in x.chunk(self.parts)]).tanh().mean((2, 3))
+
+    x = randn(6, 2, 4, 4, seed=1)
+    whole, halves = (kronecker_factors(record(seeded(Parts(n)), x)["conv"], sharing) for n in (1, 2))
+    assert_same_statistics(halves, whole)

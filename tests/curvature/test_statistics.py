@@ -391,6 +391,32 @@ def test_padded_positions_weigh_nothing(kind, structure, sharing):
         assert_same_statistics(statistics, parts[0][name] + parts[1][name] + parts[2][name])
 
 
+class BackInTime(Steps):
+    """Only the direction that begins at the end is read; padding comes before all that counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(4, 4, batch_first=True, bidirectional=True, proj_size=2)
+        self.head = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(self.embed(x))[0][..., 2:])
+
+
+def test_a_recurrence_that_goes_back_in_time_has_its_steps_in_the_masks_order():
+    """Its first call is the last position."""
+    model, inputs, mask = seeded(BackInTime()), randn(3, 5, 3, seed=1), padding_mask().flip(1)
+    gradients = output_gradients(Categorical(), model(inputs), "exact", mask=mask)
+    rows = record(model, inputs, gradients, mask=mask)
+    for name in ("rnn.ih_l0_reverse", "rnn.hh_l0_reverse", "rnn.hr_l0_reverse"):
+        parts = []
+        for n, length in enumerate(LENGTHS):
+            alone = inputs[n : n + 1, 5 - length :]
+            root = output_gradients(Categorical(), model(alone), "exact")
+            parts.append(kronecker_factors(record(model, alone, root)[name], "expand"))
+        assert_same_statistics(kronecker_factors(rows[name], "expand"), parts[0] + parts[1] + parts[2])
+
+
 @pytest.mark.parametrize("sharing", SHARING_KINDS)
 def test_an_example_that_is_masked_as_a_whole_is_not_there(sharing):
     """An unlabelled one adds neither to sums nor to counts."""

@@ -422,6 +422,21 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(self.hidden(self.embed(words) + self.positions).tanh()))
 
 
+def tied_recurrence() -> nn.Module:
+    """Input and state are multiplied with one weight, and each has a bias of its own."""
+    rnn = nn.RNN(4, 4, batch_first=True)
+    rnn.weight_hh_l0 = rnn.weight_ih_l0
+    return Model(outputs_and_state, rnn=rnn)
+
+
+def tied_attention() -> nn.Module:
+    """The output projection is the weight of a linear layer too."""
+    model = Model(lambda model, x: model.layer(model.attention(x, x, x)[0].tanh()), attention=attending().attention)
+    model.layer = nn.Linear(4, 4)
+    model.layer.weight = model.attention.out_proj.weight
+    return model
+
+
 class Bare(nn.Module):
     """Parameters that the model holds itself, one by one and in containers; one is a scalar, one is used twice."""
 
@@ -444,6 +459,8 @@ SHARED: dict[str, Case] = {
     "tied linear layers": (lambda: tied(nn.Linear(4, 4), nn.Linear(4, 4)), SEQUENCE),
     "tied linear layers, one bias": (lambda: tied(nn.Linear(4, 4), nn.Linear(4, 4), "weight", "bias"), SEQUENCE),
     "tied linear and transposed": (lambda: tied(Conv1D(3, 4), nn.Linear(3, 4), "weight"), SEQUENCE),
+    "tied parts of a recurrence": (tied_recurrence, SEQUENCE),
+    "tied attention and linear": (tied_attention, SEQUENCE),
     "tied convolutions of different strides": (
         lambda: tied(nn.Conv1d(4, 4, 3, padding=2), nn.Conv1d(4, 4, 3, stride=2)),
         IMAGES[1],
