@@ -136,16 +136,25 @@ class PullBack:
 
     @cached_property
     def _spread(self) -> set[str]:
-        """The layers in which gradients of every second example's output reach the rows of the others."""
-        generator = torch.Generator(self.output.device).manual_seed(0)
-        probe = torch.rand(self.output.shape, generator=generator, device=self.output.device).to(self.output.dtype)
-        probe[1::2] = 0
-        return {
-            call.layer
-            for call, rows in self._rows_in_place(probe.unsqueeze(0))
-            if _fits(rows, len(self.output))
-            and bool(_by_example(rows, len(self.output)).gradients[..., 1::2, :, :].any())
-        }
+        """The layers in which the gradient of one example's output reaches the rows of another.
+
+        Any two examples differ in a binary digit of their place. So all pairs are told apart by the gradients of the
+        outputs whose places have a digit set: they must be those of all outputs in rows there, and none elsewhere.
+        """
+        size, device = len(self.output), self.output.device
+        generator = torch.Generator(device).manual_seed(0)
+        probe = torch.rand(self.output.shape, generator=generator, device=device).to(self.output.dtype)
+        digits = torch.arange((size - 1).bit_length(), device=device)
+        is_set = (torch.arange(size, device=device) >> digits[:, None]) % 2 == 1
+        members = torch.cat([torch.ones_like(is_set[:1]), is_set]) if len(digits) else is_set.new_ones(1, size)
+        spread = set()
+        for call, rows in self._rows_in_place(probe * members.reshape(*members.shape, *[1] * (probe.ndim - 1))):
+            if _fits(rows, size):
+                every, *some = _by_example(rows, size).gradients
+                parts = zip(some, members[1:, :, None, None], strict=True)
+                if not all(torch.allclose(part, every * here, rtol=1e-3, atol=0) for part, here in parts):
+                    spread.add(call.layer)
+        return spread
 
     def _rows_apart(self, names: set[str], output_gradients: Tensor) -> Iterable[tuple[Call, Rows]]:
         """The rows of some layers' calls, each of them in every example."""
