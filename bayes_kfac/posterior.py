@@ -155,9 +155,11 @@ class Posterior:
 
         block = self.blocks[layer]
         if not isinstance(block, MatrixNormalGaussian):
+            own = self.layers[layer].adapter.structure
+            remedy = "Fit with structure='kron' and damping='factored' or 'optimal'."
             raise ArgumentError(
-                f"The Gaussian of layer {layer!r} (damping={self.provenance.damping!r}) is not a matrix normal. Fit "
-                "with damping='factored' or 'optimal'."
+                f"The Gaussian of layer {layer!r} (damping={self.provenance.damping!r}) is not a matrix normal. "
+                + (remedy if own is None else f"Blocks of this kind are always {own}.")
             )
         mean = self.layers[layer].matrix(self.mean).to(block.scale_tril_row)
         return MatrixNormal(mean, linalg.dense(block.scale_tril_row), linalg.dense(block.scale_tril_column))

@@ -1,6 +1,7 @@
 """Posteriors as safetensors files: tensors, and a header of JSON with numbers and strings. Nothing in them is executed.
 
-Tensors are named ``mean/<parameter>``, ``block/<layer>/<tensor>`` and ``likelihood/<tensor>``.
+Tensors are named ``mean/<parameter>``, ``block/<layer>/<tensor>`` and ``likelihood/<tensor>``, with the names that
+parameters and layers have where no part of the model is compiled.
 """
 
 from __future__ import annotations
@@ -37,16 +38,19 @@ def save(posterior: Posterior, path: Path) -> None:
         posterior: The posterior.
         path: The file.
     """
-    tensors = {f"mean/{name}": value for name, value in posterior.mean.items()}
+    tensors = {f"mean/{_plain(name)}": value for name, value in posterior.mean.items()}
     for layer, block in posterior.blocks.items():
-        tensors.update({f"block/{layer}/{name}": value for name, value in block.state.items()})
+        tensors.update({f"block/{_plain(layer)}/{name}": value for name, value in block.state.items()})
     tensors.update({f"likelihood/{name}": value for name, value in posterior.likelihood.state_dict().items()})
     header = {
         "format": FORMAT,
         "provenance": asdict(posterior.provenance),
-        "prior_precision": posterior.prior_precision,
-        "parameters": {name: list(layer.parameters) for name, layer in posterior.layers.items()},
-        "kinds": {layer: block.kind for layer, block in posterior.blocks.items()},
+        "prior_precision": {_plain(layer): value for layer, value in posterior.prior_precision.items()},
+        "parameters": {
+            _plain(name): [_plain(parameter) for parameter in layer.parameters]
+            for name, layer in posterior.layers.items()
+        },
+        "kinds": {_plain(layer): block.kind for layer, block in posterior.blocks.items()},
         "likelihood": {"name": type(posterior.likelihood).__name__, "config": posterior.likelihood.config()},
     }
     save_file(
@@ -75,6 +79,7 @@ def load(posterior_type: type[Posterior], path: Path, model: nn.Module, likeliho
     mean = _under("mean/", tensors)
     _check_architecture(path, mean, model)
     layers, _ = find_layers(model, _parameters(header, model), rest="diagonal")
+    layers = {_plain(name): layer for name, layer in layers.items()}
     blocks = {
         layer: gaussian_from_state(kind, _under(f"block/{layer}/", tensors)) for layer, kind in header["kinds"].items()
     }
@@ -93,12 +98,12 @@ def load(posterior_type: type[Posterior], path: Path, model: nn.Module, likeliho
     posterior = posterior_type(
         model,
         likelihood,
-        blocks,
-        prior_precision=header["prior_precision"],
+        {layers[name].name: block for name, block in blocks.items()},
+        prior_precision={layers[name].name: value for name, value in header["prior_precision"].items()},
         provenance=Provenance(**header["provenance"]),
-        layers=layers,
+        layers={layer.name: layer for layer in layers.values()},
     )
-    posterior.mean = mean
+    posterior.mean = {name: mean[_plain(name)] for name in posterior.mean}
     return posterior
 
 
@@ -125,11 +130,16 @@ def _read(path: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, T
     return header, tensors
 
 
+def _plain(name: str) -> str:
+    """The name where no part of the model is compiled: ``torch.compile`` puts a module in between."""
+    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
+
+
 def _parameters(header: Mapping[str, Any], model: nn.Module) -> list[nn.Parameter] | None:
     """The parameters that have a block; a file that does not say has one for all that are trainable."""
     if "parameters" not in header:
         return None
-    named = dict(model.named_parameters())
+    named = {_plain(name): parameter for name, parameter in model.named_parameters()}
     return [named[name] for names in header["parameters"].values() for name in names]
 
 
@@ -141,7 +151,7 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _check_architecture(path: Path, mean: Mapping[str, Tensor], model: nn.Module) -> None:
     saved = {name: tuple(value.shape) for name, value in mean.items()}
     named: Iterable[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
-    own = {name: tuple(value.shape) for name, value in named}
+    own = {_plain(name): tuple(value.shape) for name, value in named}
     if saved == own:
         return
     differing = sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name))

@@ -470,3 +470,9 @@ def test_blocks_and_layers_have_the_same_names() -> None:
     posterior = random_posterior(model, Gaussian(0.5))
     layers, _ = find_layers(model)
     assert list(posterior.blocks) == list(posterior.layers) == list(layers)
+
+
+def test_distribution_says_why_a_normalisation_has_none() -> None:
+    posterior = random_posterior(seeded(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))), Gaussian(0.5))
+    with pytest.raises(ArgumentError, match=r"layer .1. .* is not a matrix normal\. Blocks of this kind are always"):
+        posterior.distribution("1")
