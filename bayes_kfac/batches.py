@@ -71,9 +71,19 @@ def unpack(batch: Any) -> Batch:
     return Batch(named, target, mask)
 
 
+def weighing_examples(mask: Tensor) -> Tensor:
+    """Which examples of a batch have anything that weighs, ``[batch]``, for a mask ``[batch, ...]``."""
+    return mask.reshape(len(mask), -1).any(1)
+
+
 def count_examples(mask: Tensor) -> float:
     """How many examples of a batch have anything that weighs, for a mask ``[batch, ...]``."""
-    return float(mask.reshape(len(mask), -1).any(1).sum())
+    return float(weighing_examples(mask).sum())
+
+
+def widened(mask: Tensor, tensor: Tensor) -> Tensor:
+    """A mask of a tensor's leading dimensions with as many dimensions as the tensor."""
+    return mask.reshape(*mask.shape, *[1] * (tensor.ndim - mask.ndim))
 
 
 def call(function: Callable[..., Any], inputs: Any) -> Any:

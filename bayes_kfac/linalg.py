@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -20,6 +21,11 @@ from torch import Tensor
 from bayes_kfac.errors import NotPositiveDefiniteError
 
 BatchedFunction = Callable[[Tensor, Sequence[str]], tuple[Tensor, ...]]
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """No autocast, where the caller has a region open: factorisations and draws in 16 bits would be others."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def symmetrize(matrix: Tensor) -> Tensor:
@@ -159,6 +165,20 @@ def inverse_cholesky(precision: Tensor, names: Sequence[str]) -> Tensor:
     upper = cholesky(precision.flip(-2, -1), names).flip(-2, -1)
     identity = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
     return torch.linalg.solve_triangular(upper.mT, identity.expand_as(upper), upper=False)
+
+
+def inverse_roots(precisions: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
+    """:func:`inverse_cholesky` of factors of many shapes, one call for each shape.
+
+    Args:
+        precisions: The factors, in any order.
+        names: One name for each.
+
+    Returns:
+        The roots, in the order given.
+    """
+    roots = map_by_shape(lambda stacked, members: (inverse_cholesky(stacked, members),), precisions, names)
+    return [root for (root,) in roots]
 
 
 def map_by_shape(

@@ -84,7 +84,7 @@ class Posterior:
         for name, block in self.blocks.items():
             layer = self.layers[name]
             standard = standard_normal(block, generator, (num_samples,))
-            with torch.autocast(standard.device.type, enabled=False):  # weights drawn in 16 bits would be other weights
+            with linalg.full_precision(standard.device):
                 noise = block.sample(standard)
             for key, perturbation in layer.tensors(noise).items():
                 mean = self.mean[key]
@@ -168,7 +168,7 @@ class Posterior:
         """For each parameter: its block, structure, shape, and why where it has none."""
         made = self.provenance
         structure = structures.get(made.structure, damping=made.damping, sharing=made.sharing)
-        own = {name: structure.for_layer(layer) for name, layer in self.layers.items()}
+        own = {name: structure.for_block(layer.adapter.structure) for name, layer in self.layers.items()}
         names = {name: f"{kind.name}/{kind.damping}" for name, kind in own.items()}
         return summarize(self.model, self.layers, self.reasons, names)
 

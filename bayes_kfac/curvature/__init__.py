@@ -6,7 +6,7 @@ from bayes_kfac.curvature.meter import Meter
 from bayes_kfac.curvature.modules import CompositeAdapter, ModuleAdapter, register, register_like
 from bayes_kfac.curvature.recorder import Recorder
 from bayes_kfac.curvature.rows import Rows, SparseRows
-from bayes_kfac.curvature.statistics import SHARING_KINDS, Statistics, kronecker_factors
+from bayes_kfac.curvature.statistics import SHARING_KINDS, Statistics, added, kronecker_factors
 from bayes_kfac.curvature.summary import Summary, SummaryRow, summarize
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Statistics",
     "Summary",
     "SummaryRow",
+    "added",
     "find_layers",
     "kronecker_factors",
     "output_gradients",

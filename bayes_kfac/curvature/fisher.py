@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bayes_kfac.batches import widened
 from bayes_kfac.errors import UsageError, check_choice
 from bayes_kfac.likelihoods import Likelihood
 
@@ -56,5 +57,4 @@ def output_gradients(
         gradients = likelihood.target_gradient(output, target, mask).unsqueeze(0)
     if mask is None:
         return gradients
-    weighs = mask.reshape(*mask.shape, *[1] * (output.ndim - mask.ndim))
-    return torch.where(weighs, gradients, torch.zeros_like(gradients))
+    return torch.where(widened(mask, output), gradients, torch.zeros_like(gradients))

@@ -24,13 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bayes_kfac import linalg
 from bayes_kfac.batches import count_examples, output_tensor
 from bayes_kfac.curvature.fisher import FISHER_KINDS, output_gradients
 from bayes_kfac.curvature.layers import Layer
+from bayes_kfac.curvature.modules import couples_examples
 from bayes_kfac.curvature.pullback import Call, PullBack
 from bayes_kfac.curvature.recorder import Recorder
 from bayes_kfac.curvature.rows import Rows
-from bayes_kfac.curvature.statistics import Statistics
+from bayes_kfac.curvature.statistics import Statistics, added
 from bayes_kfac.errors import ArgumentError, UnsupportedModelError, UsageError, check_choice
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.likelihoods.base import check_mask
@@ -106,7 +108,7 @@ class Meter:
         """What was measured since :meth:`attach`, by layer."""
         total = self._settled
         for passed in self._passes:
-            total = _added(total, passed.statistics)
+            total = added(total, passed.statistics)
         return total
 
     def take(self) -> dict[str, Statistics]:
@@ -156,7 +158,7 @@ class Meter:
             output,
             # targets sampled for each example have gradients of mean zero; those of other kinds add up
             independent=self.fisher == "mc",
-            coupled=any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in self.model.modules()),
+            coupled=any(couples_examples(module) for module in self.model.modules()),
         )
         self._is_measuring = True
         try:
@@ -166,7 +168,7 @@ class Meter:
                 self._is_checked = True
         finally:
             self._is_measuring = False
-        with torch.autocast(output.device.type, enabled=False):  # products in 16 bits are not positive definite
+        with linalg.full_precision(output.device):  # products in 16 bits are not positive definite
             passed.statistics = {name: self._measure(name, rows) for name, rows in recorded.items()}
         passed.shape = tuple(output.shape)
 
@@ -198,7 +200,7 @@ class Meter:
         def settle(_: Any) -> None:
             done = weak()
             if done is not None and done in self._passes and not self._is_measuring:
-                self._settled = _added(self._settled, done.statistics)
+                self._settled = added(self._settled, done.statistics)
                 self._passes.remove(done)
 
         passed.calls[0].edge.node.register_prehook(settle)
@@ -251,7 +253,3 @@ def _find(passes: Sequence[_Pass], output: Tensor) -> _Pass | None:
         seen |= following
         waiting += following
     return None
-
-
-def _added(total: Mapping[str, Statistics], more: Mapping[str, Statistics]) -> dict[str, Statistics]:
-    return {**total, **{name: total[name] + batch if name in total else batch for name, batch in more.items()}}

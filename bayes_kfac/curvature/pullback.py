@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 
-from bayes_kfac.batches import count_examples
+from bayes_kfac.batches import count_examples, weighing_examples, widened
 from bayes_kfac.curvature.layers import Layer, Use
-from bayes_kfac.curvature.modules import ParameterAdapter
 from bayes_kfac.curvature.rows import Rows, SparseRows, side_by_side
 from bayes_kfac.errors import UnsupportedModelError, UsageError
 
@@ -146,9 +145,9 @@ class PullBack:
         probe = torch.rand(self.output.shape, generator=generator, device=device).to(self.output.dtype)
         digits = torch.arange((size - 1).bit_length(), device=device)
         is_set = (torch.arange(size, device=device) >> digits[:, None]) % 2 == 1
-        members = torch.cat([torch.ones_like(is_set[:1]), is_set]) if len(digits) else is_set.new_ones(1, size)
+        members = torch.cat([is_set.new_ones(1, size), is_set])
         spread = set()
-        for call, rows in self._rows_in_place(probe * members.reshape(*members.shape, *[1] * (probe.ndim - 1))):
+        for call, rows in self._rows_in_place(probe * widened(members, probe.unsqueeze(0))):
             if _fits(rows, size):
                 every, *some = _by_example(rows, size).gradients
                 parts = zip(some, members[1:, :, None, None], strict=True)
@@ -166,7 +165,7 @@ class PullBack:
 
     def _rows_of_parameters(self, output_gradients: Tensor, examples: float) -> dict[tuple[str, bool], Rows]:
         """The rows of the parameters that no module multiplies with an input."""
-        alone = {n: layer for n, layer in self.layers.items() if isinstance(layer.adapter, ParameterAdapter)}
+        alone = {n: layer for n, layer in self.layers.items() if layer.adapter.stands_alone}
         tensors = [(self.parameters or layer.parameters)[layer.weight_name or ""] for layer in alone.values()]
         return {
             (name, False): Rows(*layer.adapter.rows(None, gradients), examples=examples)
@@ -202,7 +201,7 @@ class PullBack:
         Raises:
             UnsupportedModelError: If they do not; the message names the layer.
         """
-        watched = {n: layer for n, layer in self.layers.items() if not isinstance(layer.adapter, ParameterAdapter)}
+        watched = {n: layer for n, layer in self.layers.items() if not layer.adapter.stands_alone}
         parameters = [p for layer in watched.values() for p in layer.parameters.values()]
         if not parameters:
             return
@@ -237,7 +236,9 @@ def _pull_back(output: Tensor, edges: Sequence[Any], output_gradients: Tensor) -
                 return torch.autograd.grad(
                     output, edges, output_gradients, retain_graph=True, allow_unused=True, is_grads_batched=True
                 )
-            except RuntimeError:  # some formulas do not batch: images in channels_last, functions of the user's own
+            except RuntimeError:
+                # some formulas do not batch (images in channels_last, functions of the user's own): column by column
+                # below, where any other error is raised again
                 pass
         each = [torch.autograd.grad(output, edges, g, retain_graph=True, allow_unused=True) for g in output_gradients]
     except RuntimeError as error:
@@ -317,7 +318,7 @@ def _masked(rows: Rows, mask: Tensor | None, examples: float) -> Rows:
         return replace(rows, examples=examples)
     # where the layer has as many positions as the mask they are the same ones; elsewhere an example weighs as a whole
     flat, shared = mask.reshape(len(mask), -1), rows.inputs.shape[-2]
-    weighs = flat if flat.shape[1] == shared else flat.any(1, keepdim=True).expand(len(mask), shared)
+    weighs = flat if flat.shape[1] == shared else weighing_examples(mask).unsqueeze(1).expand(len(mask), shared)
     return replace(rows, mask=weighs, examples=examples)
 
 

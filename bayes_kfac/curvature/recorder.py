@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bayes_kfac.curvature.layers import Layer, Use
-from bayes_kfac.curvature.modules import CompositeAdapter, ParameterAdapter
+from bayes_kfac.curvature.modules import CompositeAdapter
 from bayes_kfac.curvature.pullback import Call, PullBack
 from bayes_kfac.curvature.rows import Rows
 from bayes_kfac.errors import UsageError
@@ -63,7 +63,7 @@ class Recorder:
             for use in layer.uses:
                 if use.composite is not None:
                     parts.setdefault(use.composite, {}).setdefault(use.part, []).append((layer.name, use))
-                elif not isinstance(use.adapter, ParameterAdapter):
+                elif not use.adapter.stands_alone:
                     hook = partial(self._hook, layer.name, use)
                     handle: RemovableHandle = use.adapter.module.register_forward_hook(hook, with_kwargs=True)
                     stack.callback(handle.remove)
@@ -80,11 +80,6 @@ class Recorder:
     def clear(self) -> None:
         """Forget what was recorded."""
         self.calls = []  # a new one: the old may be kept for later
-
-    @property
-    def has_calls(self) -> bool:
-        """Whether any block was used since the last :meth:`clear`."""
-        return bool(self.calls)
 
     def rows(
         self, output: Tensor, output_gradients: Tensor, *, mask: Tensor | None = None, **options: Any

@@ -67,6 +67,11 @@ class Statistics:
         return [name for name, value in self.sums.items() if not bool(torch.isfinite(value).all())]
 
 
+def added(total: Mapping[str, Statistics], more: Mapping[str, Statistics]) -> dict[str, Statistics]:
+    """The statistics of two sets of layers, added where a layer is in both."""
+    return {**total, **{name: total[name] + own if name in total else own for name, own in more.items()}}
+
+
 def kronecker_factors(rows: Rows, sharing: str) -> Statistics:
     """Sums for the two Kronecker factors of a layer's Fisher, ``F ≈ G ⊗ A`` for one example.
 

@@ -8,7 +8,6 @@ from dataclasses import astuple, dataclass, fields
 from torch import nn
 
 from bayes_kfac.curvature.layers import Layer
-from bayes_kfac.curvature.modules import ParameterAdapter
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,6 @@ def _why(layer: Layer) -> str:
     if layer.sparse_sides:
         sides = {"input": "input", "gradient": "output"}
         notes.append(f"diagonal {', '.join(sides[side] for side in sorted(layer.sparse_sides))} factor")
-    if isinstance(layer.adapter, ParameterAdapter):
+    if layer.adapter.stands_alone:
         notes.append("no module multiplies it with an input")
     return "; ".join(notes)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from bayes_kfac.batches import weighing_examples, widened
 from bayes_kfac.errors import TargetError, check_choice
 
 _REGISTRY: dict[str, type[Likelihood]] = {}
@@ -40,20 +41,20 @@ class Likelihood(nn.Module, ABC):
         losses = self.negative_log_likelihood(output, target, mask)
         if mask is None:
             return losses.mean()
-        return losses.sum() / mask.reshape(len(mask), -1).any(1).sum().clamp(min=1)
+        return losses.sum() / weighing_examples(mask).sum().clamp(min=1)
 
     def negative_log_likelihood(self, output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """The negative log-likelihood of each example, ``[batch]``; masked targets add nothing."""
         if mask is not None:
             check_mask(mask, target)
             # zeros in their place: what their losses are does not matter, but NaN would get into the gradient
-            target = torch.where(_widened(mask, target), target, torch.zeros_like(target))
+            target = torch.where(widened(mask, target), target, torch.zeros_like(target))
         self.check(output, target)
         if mask is not None:
-            output = torch.where(_widened(mask, output), output, torch.zeros_like(output))
+            output = torch.where(widened(mask, output), output, torch.zeros_like(output))
         losses = self._elementwise(output, target)
         if mask is not None:
-            losses = torch.where(_widened(mask, losses), losses, torch.zeros_like(losses))
+            losses = torch.where(widened(mask, losses), losses, torch.zeros_like(losses))
         return losses.flatten(1).sum(1) if losses.ndim > 1 else losses
 
     def target_gradient(self, output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -146,10 +147,6 @@ def check_mask(mask: Tensor, target: Tensor) -> None:
             f"mask of shape {tuple(mask.shape)} must have the leading dimensions of the target's shape "
             f"{tuple(target.shape)}: [batch], [batch, time], ..."
         )
-
-
-def _widened(mask: Tensor, tensor: Tensor) -> Tensor:
-    return mask.reshape(*mask.shape, *[1] * (tensor.ndim - mask.ndim))
 
 
 def check_same_shape(output: Tensor, target: Tensor) -> None:

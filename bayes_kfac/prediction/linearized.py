@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from bayes_kfac import linalg
 from bayes_kfac.curvature import Layer, Recorder
 from bayes_kfac.errors import UsageError
 from bayes_kfac.prediction.forward import call, differentiable, evaluating
@@ -63,7 +64,7 @@ def linearize(
     finally:
         recorder.detach()
     covariance = output.new_zeros(output.shape[0], size, size)
-    with torch.autocast(output.device.type, enabled=False):  # a covariance in 16 bits is not symmetric
+    with linalg.full_precision(output.device):  # a covariance in 16 bits is not symmetric
         for name, layer_rows in rows.items():
             dtype = next(iter(blocks[name].state.values())).dtype
             covariance = covariance + blocks[name].quad_rows(layer_rows.to(dtype))

@@ -20,7 +20,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from bayes_kfac.curvature import SHARING_KINDS, Layer, Rows, SparseRows, Statistics
+from bayes_kfac.curvature import SHARING_KINDS, Rows, SparseRows, Statistics
 from bayes_kfac.errors import check_choice
 
 DAMPING_KINDS = ("factored", "optimal", "exact")
@@ -163,9 +163,8 @@ class Structure(ABC):
         self.damping = check_choice("damping", damping, DAMPING_KINDS)
         self.sharing = check_choice("sharing", sharing, SHARING_KINDS)
 
-    def for_layer(self, layer: Layer) -> Structure:
-        """The structure of one layer's block: this one, unless the layer's kind has one of its own."""
-        own = layer.adapter.structure
+    def for_block(self, own: str | None) -> Structure:
+        """The structure of a block whose kind has one of its own by this name, or ``None`` for this one."""
         return self if own is None else get(own, damping=self.damping, sharing=self.sharing)
 
     @abstractmethod

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from bayes_kfac import linalg
-from bayes_kfac.curvature import Layer, Rows, SparseRows, Statistics
-from bayes_kfac.structures.base import BlockGaussian, BlockSpec, Structure, register, register_gaussian
+from bayes_kfac.curvature import Rows, SparseRows
+from bayes_kfac.structures.base import BlockGaussian, BlockSpec, register, register_gaussian
+from bayes_kfac.structures.jacobian import JacobianStructure
 
 
 @register_gaussian("dense")
@@ -63,32 +64,18 @@ class DenseGaussian(BlockGaussian):
 
 
 @register("dense")
-class DenseStructure(Structure):
+class DenseStructure(JacobianStructure):
     """The Fisher of a block without any approximation but its independence of other blocks."""
 
-    def __init__(self, *, damping: str, sharing: str) -> None:
-        super().__init__(damping=damping, sharing=sharing)
-        self.damping = "exact"
-
-    def for_layer(self, layer: Layer) -> Structure:  # noqa: D102
-        return self
-
-    def measure(self, rows: Rows) -> Statistics:  # noqa: D102
-        dtype = torch.promote_types(rows.gradients.dtype, torch.float32)
-        jacobians = rows.to(dtype).jacobians()
+    def _fisher(self, jacobians: Tensor) -> Tensor:
         columns = jacobians.flatten(-2).movedim(0, -3).flatten(-3, -2)
-        fisher = (columns.mT @ columns).unflatten(-2, jacobians.shape[-2:])
-        return Statistics({"fisher": fisher}, {"fisher": rows.num_examples})
+        return (columns.mT @ columns).unflatten(-2, jacobians.shape[-2:])
 
-    def identity(  # noqa: D102
-        self, shape: tuple[int, ...], like: Tensor, *, sparse_sides: frozenset[str] = frozenset(), tied: bool = False
-    ) -> Statistics:
+    def _identity(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         out_features, in_features = shape[-2:]
         size = out_features * in_features
-        eye = torch.eye(size, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-        return Statistics(
-            {"fisher": eye.reshape(out_features, in_features, size).expand(*shape, size)}, {"fisher": 1.0}
-        )
+        eye = torch.eye(size, dtype=like.dtype, device=like.device)
+        return eye.reshape(out_features, in_features, size).expand(*shape, size)
 
     def gaussians(self, specs: Sequence[BlockSpec]) -> list[BlockGaussian]:  # noqa: D102
         precisions = []
@@ -96,12 +83,8 @@ class DenseStructure(Structure):
             fisher = spec.statistics.mean("fisher").flatten(-3, -2) * spec.data_scale
             prior = fisher.new_tensor(spec.prior_precision).expand(fisher.shape[:-2])
             precisions.append(linalg.add_to_diagonal(fisher, prior))
-        roots = linalg.map_by_shape(_inverse_root, precisions, [spec.name for spec in specs])
+        roots = linalg.inverse_roots(precisions, [spec.name for spec in specs])
         return [
             DenseGaussian(root.reshape(spec.statistics.sums["fisher"].shape))
-            for spec, (root,) in zip(specs, roots, strict=True)
+            for spec, root in zip(specs, roots, strict=True)
         ]
-
-
-def _inverse_root(precision: Tensor, names: Sequence[str]) -> tuple[Tensor]:
-    return (linalg.inverse_cholesky(precision, names),)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bayes_kfac.curvature import Layer, Rows, SparseRows, Statistics
-from bayes_kfac.structures.base import BlockGaussian, BlockSpec, Structure, register, register_gaussian
+from bayes_kfac.curvature import SparseRows
+from bayes_kfac.structures.base import BlockGaussian, BlockSpec, register, register_gaussian
+from bayes_kfac.structures.jacobian import JacobianStructure
 
 
 @register_gaussian("diagonal")
@@ -73,26 +74,14 @@ class DiagonalGaussian(BlockGaussian):
 
 
 @register("diagonal")
-class DiagonalStructure(Structure):
+class DiagonalStructure(JacobianStructure):
     """The diagonal of the Fisher, from each example's own gradient."""
 
-    def __init__(self, *, damping: str, sharing: str) -> None:
-        super().__init__(damping=damping, sharing=sharing)
-        self.damping = "exact"
+    def _fisher(self, jacobians: Tensor) -> Tensor:
+        return jacobians.square().sum(0).sum(-3)
 
-    def for_layer(self, layer: Layer) -> Structure:  # noqa: D102
-        return self
-
-    def measure(self, rows: Rows) -> Statistics:  # noqa: D102
-        dtype = torch.promote_types(rows.gradients.dtype, torch.float32)
-        squares = rows.to(dtype).jacobians().square()
-        return Statistics({"fisher": squares.sum(0).sum(-3)}, {"fisher": rows.num_examples})
-
-    def identity(  # noqa: D102
-        self, shape: tuple[int, ...], like: Tensor, *, sparse_sides: frozenset[str] = frozenset(), tied: bool = False
-    ) -> Statistics:
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        return Statistics({"fisher": torch.ones(shape, dtype=dtype, device=like.device)}, {"fisher": 1.0})
+    def _identity(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        return like.new_ones(shape)
 
     def gaussians(self, specs: Sequence[BlockSpec]) -> list[BlockGaussian]:  # noqa: D102
         return [

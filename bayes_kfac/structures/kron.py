@@ -180,12 +180,7 @@ def _of_norm_one(root: Tensor) -> Tensor:
 
 
 def _inverse_roots(precisions: Sequence[Tensor], specs: Sequence[BlockSpec]) -> list[Tensor]:
-    roots = linalg.map_by_shape(_inverse_root, precisions, [spec.name for spec in specs])
-    return [root for (root,) in roots]
-
-
-def _inverse_root(precision: Tensor, names: Sequence[str]) -> tuple[Tensor]:
-    return (linalg.inverse_cholesky(precision, names),)
+    return linalg.inverse_roots(precisions, [spec.name for spec in specs])
 
 
 def _distance(old: MatrixNormalGaussian, new: MatrixNormalGaussian) -> float:

@@ -65,7 +65,7 @@ class Blocks:
         kinds: dict[str | None, Structure] = {}
         self.layers = dict(layers)
         self.structures = {
-            name: kinds.setdefault(layer.adapter.structure, self.structure.for_layer(layer))
+            name: kinds.setdefault(layer.adapter.structure, self.structure.for_block(layer.adapter.structure))
             for name, layer in layers.items()
         }
         self.states = {name: self.set_aside.pop(_key(layer), BlockState()) for name, layer in layers.items()}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayes_kfac import structures
+from bayes_kfac import linalg, structures
 from bayes_kfac.curvature import Layer, Meter, Summary, find_layers, summarize
 from bayes_kfac.distributed import mean_over_processes, sum_over_processes
 from bayes_kfac.errors import ArgumentError, check_count, check_positive
@@ -392,8 +392,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
 
     @property
     def _full_precision(self) -> AbstractContextManager[None]:
-        """No autocast, where a region is open around the whole loop: algebra in 16 bits would not do."""
-        return torch.autocast(self._trainable[0].device.type, enabled=False)
+        return linalg.full_precision(self._trainable[0].device)
 
     @property
     def _has_new_layers(self) -> bool:

@@ -12,7 +12,8 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from bayes_kfac.curvature import Layer, Meter, Statistics
+from bayes_kfac import linalg
+from bayes_kfac.curvature import Layer, Meter, Statistics, added
 from bayes_kfac.errors import ArgumentError, UsageError, check_count
 from bayes_kfac.structures import BlockGaussian, standard_normal
 
@@ -108,7 +109,7 @@ class Sampler:
         if self.antithetic and self.contexts % 2:
             self._noise = {name: -noise for name, noise in self._noise.items()}
         else:
-            with torch.autocast(self._parameters[0].device.type, enabled=False):
+            with linalg.full_precision(self._parameters[0].device):
                 self._noise = {
                     name: gaussian.sample(standard_normal(gaussian, self.generator))
                     for name, gaussian in gaussians.items()
@@ -157,8 +158,7 @@ class Sampler:
     def _gather(self) -> None:
         for name, noise in self._noise.items():
             self.noise_sum[name] = self.noise_sum[name] + noise if name in self.noise_sum else noise
-        for name, batch in self._meter.take().items():
-            self.statistics[name] = self.statistics[name] + batch if name in self.statistics else batch
+        self.statistics = added(self.statistics, self._meter.take())
         self.contexts += 1
 
 

@@ -39,11 +39,10 @@ class BlockState:
 
     def like(self, tensor: Tensor) -> BlockState:
         """The same state on a tensor's device, in its dtype or float32 if that is wider; itself if it is already."""
-        if self.statistics is None and self.posterior is None:
-            return self
-        own = next(iter((self.statistics.sums if self.statistics else self.posterior.state).values()))  # type: ignore[union-attr]
+        held = [*(self.statistics.sums if self.statistics else {}).values()]
+        held += [*(self.posterior.state if self.posterior else {}).values()]
         dtype = torch.promote_types(tensor.dtype, torch.float32)
-        if own.dtype == dtype and own.device == tensor.device:
+        if all(own.dtype == dtype and own.device == tensor.device for own in held[:1]):
             return self
 
         def move(value: Tensor) -> Tensor:

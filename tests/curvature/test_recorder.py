@@ -264,7 +264,7 @@ def test_nothing_is_recorded_under_no_grad():
     recorder.attach()
     with torch.no_grad():
         model(randn(4, 3, seed=0))
-    assert not recorder.has_calls
+    assert not recorder.calls
     recorder.detach()
 
 
@@ -298,7 +298,7 @@ def test_clear_forgets_the_calls_so_far():
     recorder.attach()
     model(inputs + 1)
     recorder.clear()
-    assert not recorder.has_calls
+    assert not recorder.calls
     output = model(inputs)
     rows = recorder.rows(output, torch.ones_like(output)[None])
     recorder.detach()
@@ -320,12 +320,12 @@ def test_hooks_are_on_the_model_between_attach_and_detach_only():
     recorder.attach()
     assert hooks(model) == 3
     model(randn(4, 3, seed=0))
-    assert recorder.has_calls
+    assert recorder.calls
     recorder.detach()
     assert hooks(model) == 0
-    assert not recorder.has_calls
+    assert not recorder.calls
     model(randn(4, 3, seed=0))
-    assert not recorder.has_calls
+    assert not recorder.calls
     copy.deepcopy(model)
     pickle.dumps(model)
 

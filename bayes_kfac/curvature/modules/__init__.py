@@ -12,7 +12,7 @@ from bayes_kfac.curvature.modules.base import (
 from bayes_kfac.curvature.modules.convolution import ConvAdapter, ConvTransposeAdapter
 from bayes_kfac.curvature.modules.embedding import EmbeddingAdapter, EmbeddingBagAdapter
 from bayes_kfac.curvature.modules.linear import LinearAdapter, TransposedLinearAdapter
-from bayes_kfac.curvature.modules.normalization import NormalizationAdapter
+from bayes_kfac.curvature.modules.normalization import NormalizationAdapter, couples_examples
 from bayes_kfac.curvature.modules.parameter import ParameterAdapter
 from bayes_kfac.curvature.modules.recurrent import CellAdapter, RecurrentAdapter
 
@@ -32,6 +32,7 @@ __all__ = [
     "RecurrentAdapter",
     "TransposedLinearAdapter",
     "adapter_for",
+    "couples_examples",
     "register",
     "register_like",
 ]

@@ -34,6 +34,8 @@ class ModuleAdapter(ABC):
     parameter_names: tuple[str, ...] = ("weight", "bias")
     #: The structure of these blocks whatever the user's is; ``None`` for the user's.
     structure: ClassVar[str | None] = None
+    #: Whether no module multiplies the block with an input, so that its gradients come from autograd and not a hook.
+    stands_alone: ClassVar[bool] = False
     #: Whether the block is the transpose of a two-dimensional weight.
     transposes: ClassVar[bool] = False
     #: Whether the calls of one forward pass go back in time, so that the last one is the first position.

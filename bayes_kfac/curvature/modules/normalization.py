@@ -17,6 +17,11 @@ from torch.nn import functional
 from bayes_kfac.curvature.modules.base import ModuleAdapter, register
 
 
+def couples_examples(module: nn.Module) -> bool:
+    """Whether a module makes the output of each example depend on the others: batch normalisation in training."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+
+
 class NormalizationAdapter(ModuleAdapter):
     """A module that normalises its input and then scales and shifts each feature."""
 

@@ -20,6 +20,7 @@ class ParameterAdapter(ModuleAdapter):
     """
 
     structure = "diagonal"
+    stands_alone = True
 
     def __init__(self, module: nn.Module, name: str) -> None:
         super().__init__(module, bias=False)
