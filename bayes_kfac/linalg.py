@@ -58,6 +58,30 @@ def gram(root: Tensor) -> Tensor:
     return root.square() if is_diagonal(root) else root @ root.mT
 
 
+def congruence(factor: Tensor, root: Tensor) -> Tensor:
+    """Return ``Rᵀ F R`` for a factor ``F`` and a factor ``R``; diagonal where both are."""
+    if is_diagonal(factor) and is_diagonal(root):
+        return factor * root.square()
+    inner = dense(factor) if is_diagonal(factor) else factor
+    return left_product(transpose(root), right_product(inner, root))
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``F R`` for two factors; diagonal where both are."""
+    if is_diagonal(right):
+        return left * right
+    return left_product(left, right)
+
+
+def left_solve(factor: Tensor, value: Tensor, *, transposed: bool = False) -> Tensor:
+    """Return ``L⁻¹ V``, or ``L⁻ᵀ V``, for a lower triangular or diagonal factor ``L``."""
+    if is_diagonal(factor):
+        return value / factor.mT
+    if transposed:
+        return torch.linalg.solve_triangular(factor.mT, value, upper=True)
+    return torch.linalg.solve_triangular(factor, value, upper=False)
+
+
 def diagonal(factor: Tensor) -> Tensor:
     """Return the diagonal of each factor of a stack, ``[..., n]``."""
     return factor.squeeze(-2) if is_diagonal(factor) else factor.diagonal(dim1=-2, dim2=-1)
@@ -165,6 +189,14 @@ def inverse_cholesky(precision: Tensor, names: Sequence[str]) -> Tensor:
     upper = cholesky(precision.flip(-2, -1), names).flip(-2, -1)
     identity = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
     return torch.linalg.solve_triangular(upper.mT, identity.expand_as(upper), upper=False)
+
+
+def triangular_root(root: Tensor) -> Tensor:
+    """The lower triangular ``L`` with ``L Lᵀ = R Rᵀ`` and a positive diagonal, for a factor ``R``."""
+    if is_diagonal(root):
+        return root.abs()
+    lower = torch.linalg.qr(root.mT)[1].mT
+    return lower * diagonal(lower).sign().unsqueeze(-2)
 
 
 def inverse_roots(precisions: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:

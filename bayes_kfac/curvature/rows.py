@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,14 @@ class SparseRows:
     def to(self, dtype: torch.dtype) -> SparseRows:
         """The same rows with weights of another dtype."""
         return replace(self, weights=self.weights.to(dtype))
+
+    def scaled(self, scale: Tensor) -> SparseRows:
+        """The rows with each element times its own factor of ``[size]``."""
+        return replace(self, weights=self.weights * scale[self.indices])
+
+    def __getitem__(self, index: Any) -> SparseRows:
+        """Some of the rows: an index of ``batch`` and ``shared``, whole in the last dimension."""
+        return replace(self, indices=self.indices[index], weights=self.weights[index])
 
     def dense(self) -> Tensor:
         """The rows written out, ``[batch, shared, size]``."""

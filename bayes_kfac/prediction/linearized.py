@@ -67,5 +67,5 @@ def linearize(
     with linalg.full_precision(output.device):  # a covariance in 16 bits is not symmetric
         for name, layer_rows in rows.items():
             dtype = next(iter(blocks[name].state.values())).dtype
-            covariance = covariance + blocks[name].quad_rows(layer_rows.to(dtype))
+            covariance = covariance + blocks[name].whitened_rows(layer_rows.to(dtype)).covariance()
     return output.detach(), covariance

@@ -2,9 +2,10 @@
 
 A :class:`Structure` says what to measure of a layer and turns the statistics into a :class:`BlockGaussian`: a zero-mean
 Gaussian over one block ``W`` of shape ``(*blocks, out, in)`` with precision
-``P = data_scale · F̄ + prior_precision · I``, where ``F̄`` is the Fisher of one example. The posterior of a block has
-``data_scale = num_data / temperature``; an optimizer's preconditioner is the same thing with ``data_scale = 1`` and a
-damping in the place of the prior precision. ``vec`` is row-major, so ``F̄ ≈ G ⊗ A`` with ``G`` on the output side.
+``P = data_scale · F̄ + P₀``, where ``F̄`` is the Fisher of one example and ``P₀`` the precision of a prior, such as
+``prior_precision · I``. The posterior of a block has ``data_scale = num_data / temperature``; an optimizer's
+preconditioner is the same thing with ``data_scale = 1`` and a damping in the place of the prior precision. ``vec`` is
+row-major, so ``F̄ ≈ G ⊗ A`` with ``G`` on the output side.
 
 Independent blocks stack along ``*blocks``; quantities of one block have that shape.
 """
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 from bayes_kfac.curvature import SHARING_KINDS, Rows, SparseRows, Statistics
-from bayes_kfac.errors import check_choice
+from bayes_kfac.errors import ArgumentError, check_choice
+from bayes_kfac.structures.whitened import Whitened, WhitenedJacobians
 
 DAMPING_KINDS = ("factored", "optimal", "exact")
 
@@ -41,28 +43,55 @@ class BlockGaussian(ABC):
         """The block's shape, ``(*blocks, out, in)``."""
 
     @abstractmethod
-    def solve(self, value: Tensor) -> Tensor:
-        """``P⁻¹ V`` for ``V`` of shape ``[..., *blocks, out, in]``."""
-
-    @abstractmethod
     def sample(self, noise: Tensor) -> Tensor:
         """``B ε`` with ``B Bᵀ = P⁻¹``: a linear map of ``ε``, ``[..., *blocks, out, in]``."""
+
+    @abstractmethod
+    def whiten(self, value: Tensor) -> Tensor:
+        """``Bᵀ V``, the adjoint of :meth:`sample`, for ``V`` of shape ``[..., *blocks, out, in]``."""
+
+    @abstractmethod
+    def multiply(self, value: Tensor) -> Tensor:
+        """``P V`` for ``V`` of shape ``[..., *blocks, out, in]``."""
+
+    def solve(self, value: Tensor) -> Tensor:
+        """``P⁻¹ V = B Bᵀ V`` for ``V`` of shape ``[..., *blocks, out, in]``."""
+        return self.sample(self.whiten(value))
 
     @abstractmethod
     def logdet(self) -> Tensor:
         """``log det P``, ``[*blocks]``."""
 
     @abstractmethod
-    def quad(self, inputs: Tensor | SparseRows, gradients: Tensor) -> Tensor:
-        """``J_c P⁻¹ J_dᵀ`` for the Jacobians ``J_c = Σ_t g_ct a_tᵀ``, from rows.
+    def whitened(self, inputs: Tensor | SparseRows, gradients: Tensor) -> Whitened:
+        """``Bᵀ J_c`` for the Jacobians ``J_c = Σ_t g_ct a_tᵀ``, from rows.
 
         Args:
             inputs: ``a``, ``[*blocks, batch, shared, in]``; sparse where the block's input side is.
             gradients: ``g``, ``[columns, *blocks, batch, shared, out]``.
 
         Returns:
-            ``[batch, columns, columns]``, summed over blocks.
+            The whitened Jacobians, written out or not.
         """
+
+    def whitened_rows(self, rows: Rows) -> Whitened:
+        """:meth:`whitened` for all uses of a block.
+
+        Uses as it is and transposed have no rows in common, so that the Jacobians themselves are formed.
+
+        Args:
+            rows: The rows of a forward pass.
+
+        Returns:
+            The whitened Jacobians.
+        """
+        if rows.transposed is None:
+            return self.whitened(rows.inputs, rows.gradients)
+        return WhitenedJacobians(self.whiten(rows.jacobians()), num_blocks=0)
+
+    def quad(self, inputs: Tensor | SparseRows, gradients: Tensor) -> Tensor:
+        """``J_c P⁻¹ J_dᵀ`` within each example, ``[batch, columns, columns]``, from rows as in :meth:`whitened`."""
+        return self.whitened(inputs, gradients).covariance()
 
     @abstractmethod
     def marginal_variance(self) -> Tensor:
@@ -77,39 +106,28 @@ class BlockGaussian(ABC):
     def state(self) -> dict[str, Tensor]:
         """Plain tensors from which the class rebuilds the Gaussian as keyword arguments."""
 
-    def quad_rows(self, rows: Rows) -> Tensor:
-        """:meth:`quad` for all uses of a block.
-
-        Uses as it is and transposed have no rows in common, so that the Jacobians themselves are formed.
-
-        Args:
-            rows: The rows of a forward pass.
-
-        Returns:
-            ``[batch, columns, columns]``, summed over blocks.
-        """
-        if rows.transposed is None:
-            return self.quad(rows.inputs, rows.gradients)
-        jacobians = rows.jacobians()
-        return torch.einsum("cnoi,dnoi->ncd", jacobians, self.solve(jacobians))
-
     def trace_covariance(self) -> Tensor:
         """``tr P⁻¹``, ``[*blocks]``."""
         return self.marginal_variance().sum((-2, -1))
 
-    def kl(self, mean: Tensor, prior_precision: float) -> Tensor:
-        """``KL(N(mean, P⁻¹) ‖ N(0, prior_precision⁻¹ I))`` in nats, ``[*blocks]``.
+    def kl(self, mean: Tensor, prior_precision: float | Tensor) -> Tensor:
+        """``KL(N(mean, P⁻¹) ‖ N(0, diag(prior_precision)⁻¹))`` in nats, ``[*blocks]``.
 
         Args:
             mean: The mean, ``[*blocks, out, in]``.
-            prior_precision: The prior's precision.
+            prior_precision: The prior's precision: one number, or of each weight.
 
         Returns:
             The divergence.
         """
         size = mean.shape[-2] * mean.shape[-1]
-        quadratic = prior_precision * (self.trace_covariance() + mean.square().sum((-2, -1)))
-        return 0.5 * (quadratic - size + self.logdet() - size * math.log(prior_precision))
+        if isinstance(prior_precision, Tensor):
+            quadratic = (prior_precision * (self.marginal_variance() + mean.square())).sum((-2, -1))
+            log_precision = prior_precision.log().expand(mean.shape).sum((-2, -1))
+        else:
+            quadratic = prior_precision * (self.trace_covariance() + mean.square().sum((-2, -1)))
+            log_precision = size * mean.new_tensor(math.log(prior_precision))
+        return 0.5 * (quadratic - size + self.logdet() - log_precision)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> BlockGaussian:
         """The Gaussian with a function applied to every tensor of its state: a move to another device or dtype."""
@@ -118,6 +136,10 @@ class BlockGaussian(ABC):
     def to(self, target: torch.device | torch.dtype | str) -> BlockGaussian:
         """The same Gaussian on another device or in another dtype."""
         return self.map(lambda tensor: tensor.to(target))
+
+
+#: A prior's precision: see :attr:`BlockSpec.prior`.
+Prior = float | Tensor | BlockGaussian
 
 
 def standard_normal(gaussian: BlockGaussian, generator: torch.Generator | None, count: tuple[int, ...] = ()) -> Tensor:
@@ -137,15 +159,25 @@ class BlockSpec:
         name: The layer's name, for messages.
         statistics: What was measured.
         data_scale: The factor on the Fisher of one example: ``num_data / temperature`` for a posterior.
-        prior_precision: The multiple of the identity that is added.
+        prior: What is added to it: a multiple of the identity, precisions of single weights in a shape that broadcasts
+            to ``(*blocks, out, in)``, or the precision of a Gaussian, such as the posterior of an earlier task.
         previous: The Gaussian of an earlier refresh, for warm starts.
     """
 
     name: str
     statistics: Statistics
     data_scale: float
-    prior_precision: float
+    prior: Prior
     previous: BlockGaussian | None = None
+
+    def refuse_prior(self, structure: str, allowed: str) -> ArgumentError:
+        """The error of a structure that cannot add this prior's precision exactly."""
+        prior = self.prior
+        what = f"a {prior.kind} Gaussian" if isinstance(prior, BlockGaussian) else "precisions of single weights"
+        return ArgumentError(
+            f"The prior of layer {self.name!r} is {what}, which structure={structure!r} cannot add exactly. Allowed: "
+            f"{allowed}."
+        )
 
 
 class Structure(ABC):
@@ -185,6 +217,20 @@ class Structure(ABC):
 
         Returns:
             The statistics, under the names and in the shapes that :meth:`measure` gives.
+        """
+
+    @abstractmethod
+    def spectrum(self, spec: BlockSpec) -> Tensor:
+        """The eigenvalues of one example's Fisher where the prior is white, ``λ`` of ``P₀^(-1/2) F̄ P₀^(-1/2)``.
+
+        They give ``log det P = log det P₀ + Σ log(1 + data_scale · λ)``, differentiable in the prior's precisions. The
+        prior enters exactly, whatever ``damping`` says; tied weights enter as one product.
+
+        Args:
+            spec: The block.
+
+        Returns:
+            ``[*blocks, ...]``.
         """
 
     @abstractmethod

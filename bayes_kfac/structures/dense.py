@@ -15,6 +15,7 @@ from bayes_kfac import linalg
 from bayes_kfac.curvature import Rows, SparseRows
 from bayes_kfac.structures.base import BlockGaussian, BlockSpec, register, register_gaussian
 from bayes_kfac.structures.jacobian import JacobianStructure
+from bayes_kfac.structures.whitened import WhitenedJacobians
 
 
 @register_gaussian("dense")
@@ -41,16 +42,19 @@ class DenseGaussian(BlockGaussian):
     def sample(self, noise: Tensor) -> Tensor:  # noqa: D102
         return (self._root @ noise.flatten(-2).unsqueeze(-1)).reshape(noise.shape)
 
-    def solve(self, value: Tensor) -> Tensor:  # noqa: D102
-        whitened = self._root.mT @ value.flatten(-2).unsqueeze(-1)
-        return (self._root @ whitened).reshape(value.shape)
+    def whiten(self, value: Tensor) -> Tensor:  # noqa: D102
+        return (self._root.mT @ value.flatten(-2).unsqueeze(-1)).reshape(value.shape)
+
+    def multiply(self, value: Tensor) -> Tensor:  # noqa: D102
+        whitened = linalg.left_solve(self._root, value.flatten(-2).unsqueeze(-1))
+        return linalg.left_solve(self._root, whitened, transposed=True).reshape(value.shape)
 
     def logdet(self) -> Tensor:  # noqa: D102
         return -2 * linalg.diagonal(self._root).log().sum(-1)
 
-    def quad(self, inputs: Tensor | SparseRows, gradients: Tensor) -> Tensor:  # noqa: D102
-        whitened = Rows(inputs, gradients).jacobians().flatten(-2) @ self._root
-        return torch.einsum("c...nk,d...nk->ncd", whitened, whitened)
+    def whitened(self, inputs: Tensor | SparseRows, gradients: Tensor) -> WhitenedJacobians:  # noqa: D102
+        jacobians = Rows(inputs, gradients).jacobians().flatten(-2)
+        return WhitenedJacobians(jacobians @ self._root, num_blocks=self._root.ndim - 2)
 
     def marginal_variance(self) -> Tensor:  # noqa: D102
         return self.scale_tril.square().sum(-1)
@@ -77,14 +81,33 @@ class DenseStructure(JacobianStructure):
         eye = torch.eye(size, dtype=like.dtype, device=like.device)
         return eye.reshape(out_features, in_features, size).expand(*shape, size)
 
+    def spectrum(self, spec: BlockSpec) -> Tensor:  # noqa: D102
+        fisher = spec.statistics.mean("fisher").flatten(-3, -2)
+        if isinstance(spec.prior, Tensor | float | int):
+            root = _diagonal(spec, fisher).rsqrt()
+            whitened = root.unsqueeze(-1) * fisher * root.unsqueeze(-2)
+        else:
+            (root,) = linalg.inverse_roots([spec.prior.to_dense()], [spec.name])
+            whitened = linalg.congruence(fisher, root)
+        return linalg.eigh(whitened, [spec.name])[0]
+
     def gaussians(self, specs: Sequence[BlockSpec]) -> list[BlockGaussian]:  # noqa: D102
         precisions = []
         for spec in specs:
-            fisher = spec.statistics.mean("fisher").flatten(-3, -2) * spec.data_scale
-            prior = fisher.new_tensor(spec.prior_precision).expand(fisher.shape[:-2])
-            precisions.append(linalg.add_to_diagonal(fisher, prior))
+            fisher = spec.statistics.mean("fisher").flatten(-3, -2)
+            if isinstance(spec.prior, BlockGaussian):
+                prior = spec.prior.to_dense()
+            else:
+                prior = torch.diag_embed(_diagonal(spec, fisher))
+            precisions.append(fisher * spec.data_scale + prior)
         roots = linalg.inverse_roots(precisions, [spec.name for spec in specs])
         return [
             DenseGaussian(root.reshape(spec.statistics.sums["fisher"].shape))
             for spec, root in zip(specs, roots, strict=True)
         ]
+
+
+def _diagonal(spec: BlockSpec, fisher: Tensor) -> Tensor:
+    """The prior's precision of each weight, ``[*blocks, out·in]``."""
+    prior = torch.as_tensor(spec.prior, dtype=fisher.dtype, device=fisher.device)
+    return prior.expand(spec.statistics.sums["fisher"].shape[:-1]).flatten(-2)

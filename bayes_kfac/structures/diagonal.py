@@ -15,6 +15,7 @@ from torch import Tensor
 from bayes_kfac.curvature import SparseRows
 from bayes_kfac.structures.base import BlockGaussian, BlockSpec, register, register_gaussian
 from bayes_kfac.structures.jacobian import JacobianStructure
+from bayes_kfac.structures.whitened import WhitenedRows, same_for_all
 
 
 @register_gaussian("diagonal")
@@ -35,32 +36,17 @@ class DiagonalGaussian(BlockGaussian):
     def sample(self, noise: Tensor) -> Tensor:  # noqa: D102
         return noise * self.precision.rsqrt()
 
-    def solve(self, value: Tensor) -> Tensor:  # noqa: D102
-        return value / self.precision
+    def whiten(self, value: Tensor) -> Tensor:  # noqa: D102
+        return value * self.precision.rsqrt()
+
+    def multiply(self, value: Tensor) -> Tensor:  # noqa: D102
+        return value * self.precision
 
     def logdet(self) -> Tensor:  # noqa: D102
         return self.precision.log().sum((-2, -1))
 
-    def quad(self, inputs: Tensor | SparseRows, gradients: Tensor) -> Tensor:  # noqa: D102
-        if isinstance(inputs, SparseRows):
-            return self._quad_sparse(inputs, gradients)
-        if inputs.shape[-2] == 1:
-            # a Jacobian of rank one needs no Jacobian: Σ_oi g_co g_do a_i² / P_oi
-            weights = inputs.squeeze(-2).square() @ self.precision.reciprocal().mT
-            rows = gradients.squeeze(-2)
-            return torch.einsum("c...no,...no,d...no->ncd", rows, weights, rows)
-        jacobians = torch.einsum("c...nto,...nti->c...noi", gradients, inputs)
-        jacobians = jacobians * self.precision.rsqrt().unsqueeze(-3)
-        return torch.einsum("c...noi,d...noi->ncd", jacobians, jacobians)
-
-    def _quad_sparse(self, inputs: SparseRows, gradients: Tensor) -> Tensor:
-        # one position for each element of a row; two of them meet where they have the same index: Σ_o g_ct g_du / P_oi
-        batch, _, count = inputs.indices.shape
-        words = SparseRows(inputs.indices.reshape(batch, -1, 1), inputs.weights.reshape(batch, -1, 1), inputs.size)
-        spread = gradients.repeat_interleave(count, dim=-2)
-        variances = self.precision.reciprocal().mT[words.indices.squeeze(-1)]  # [batch, positions, out]
-        meet = words.gram(variances.new_ones(inputs.size))
-        return torch.einsum("cnto,nto,ntu,dnuo->ncd", spread, variances, meet, spread)
+    def whitened(self, inputs: Tensor | SparseRows, gradients: Tensor) -> WhitenedRows:  # noqa: D102
+        return WhitenedRows(inputs, same_for_all(gradients), self.precision.reciprocal())
 
     def marginal_variance(self) -> Tensor:  # noqa: D102
         return self.precision.reciprocal()
@@ -83,7 +69,17 @@ class DiagonalStructure(JacobianStructure):
     def _identity(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         return like.new_ones(shape)
 
+    def spectrum(self, spec: BlockSpec) -> Tensor:  # noqa: D102
+        return spec.statistics.mean("fisher") / _prior(spec)
+
     def gaussians(self, specs: Sequence[BlockSpec]) -> list[BlockGaussian]:  # noqa: D102
-        return [
-            DiagonalGaussian(spec.statistics.mean("fisher") * spec.data_scale + spec.prior_precision) for spec in specs
-        ]
+        return [DiagonalGaussian(spec.statistics.mean("fisher") * spec.data_scale + _prior(spec)) for spec in specs]
+
+
+def _prior(spec: BlockSpec) -> float | Tensor:
+    """The prior's precision of each weight."""
+    if not isinstance(spec.prior, BlockGaussian):
+        return spec.prior
+    if not isinstance(spec.prior, DiagonalGaussian):
+        raise spec.refuse_prior("diagonal", "precisions, or a posterior of structure='diagonal'")
+    return spec.prior.precision

@@ -9,12 +9,17 @@ itself has its optimum. ``U`` and ``V`` solve ``U⁻¹ = (tr(AV) G + γ tr(V) I)
 ``V⁻¹ = (tr(GU) A + γ tr(U) I) / out`` in turns.
 
 ``exact``: ``G ⊗ A + γ I`` itself, in its eigenbasis; not a matrix normal.
+
+Any prior ``R ⊗ S`` is made white first: ``G`` and ``A`` are taken in the coordinates of its roots, where its precision
+is ``I`` and ``γ = τ/N``, and the result is brought back. So the posterior of an earlier task, or a precision of its own
+for the bias, enters as ``δ I`` does.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -55,64 +60,125 @@ class KroneckerStructure(Structure):
             sums["transposed_gradient"] = torch.zeros_like(sums["input"])
         return Statistics(sums, dict.fromkeys(sums, 1.0))
 
+    def spectrum(self, spec: BlockSpec) -> Tensor:  # noqa: D102
+        white = _White.of(spec)
+        d_A, _ = linalg.eigh(white.A, [spec.name])
+        d_G, _ = linalg.eigh(white.G, [spec.name])
+        return d_G.unsqueeze(-1) * d_A.unsqueeze(-2)
+
     def gaussians(self, specs: Sequence[BlockSpec]) -> list[BlockGaussian]:  # noqa: D102
-        return list(_BUILDERS[self.damping](specs))
+        return list(_BUILDERS[self.damping]([_White.of(spec) for spec in specs]))
 
 
-def _factored(specs: Sequence[BlockSpec]) -> list[MatrixNormalGaussian]:
+@dataclass(frozen=True)
+class _White:
+    """A block in the coordinates in which its prior is white: ``W = R_row W' R_columnᵀ``.
+
+    Attributes:
+        spec: The block.
+        A: The input factor there.
+        G: The gradient factor there.
+        row_root: ``R_row``, a factor; with ``column_root`` a root of the prior's covariance.
+        column_root: ``R_column``.
+    """
+
+    spec: BlockSpec
+    A: Tensor
+    G: Tensor
+    row_root: Tensor
+    column_root: Tensor
+
+    @classmethod
+    def of(cls, spec: BlockSpec) -> _White:
+        """The block of a spec."""
+        A, G = spec.statistics.mean("input"), spec.statistics.mean("gradient")
+        if "transposed_input" in spec.statistics.sums:
+            B, H = spec.statistics.mean("transposed_gradient"), spec.statistics.mean("transposed_input")
+            A, G = _sum_of_products(A, G, B, H)
+        row_root, column_root = _prior_roots(spec, A, G)
+        return cls(spec, linalg.congruence(A, column_root), linalg.congruence(G, row_root), row_root, column_root)
+
+    @property
+    def gamma(self) -> Tensor:
+        """``γ``: the prior's precision over the data's scale."""
+        return self.A.new_tensor(1 / self.spec.data_scale)
+
+
+def _prior_roots(spec: BlockSpec, A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """Roots of the prior's covariance on the two sides of a block, as factors."""
+    prior = spec.prior
+    if isinstance(prior, MatrixNormalGaussian):
+        return prior.scale_tril_row, prior.scale_tril_column
+    ones = G.new_ones(*G.shape[:-2], 1, G.shape[-1])
+    if isinstance(prior, BlockGaussian):
+        raise spec.refuse_prior(
+            "kron", "a posterior with damping='factored' or 'optimal', or Posterior.nearest_matrix_normal() of it"
+        )
+    precision = torch.as_tensor(prior, dtype=A.dtype, device=A.device)
+    if precision.ndim > 1 and not bool((precision == precision[..., :1, :]).all()):
+        raise spec.refuse_prior("kron", "one precision for each column of a block, or structure='diagonal'")
+    by_column = precision[..., :1, :] if precision.ndim > 1 else precision
+    return ones, by_column.rsqrt().expand(*A.shape[:-2], 1, A.shape[-1])
+
+
+def _factored(blocks: Sequence[_White]) -> list[MatrixNormalGaussian]:
+    return _matrix_normals(blocks, *_factored_roots(blocks))
+
+
+def _factored_roots(blocks: Sequence[_White]) -> tuple[list[Tensor], list[Tensor]]:
     rows, columns = [], []
-    for spec in specs:
-        A, G, gamma = _factors(spec)
-        pi, A, G = _pi(A, G)
-        rows.append(linalg.add_to_diagonal(G, gamma.sqrt() / pi))
-        columns.append(linalg.add_to_diagonal(A, gamma.sqrt() * pi))
-    return [
-        MatrixNormalGaussian(root / spec.data_scale**0.5, column)
-        for spec, root, column in zip(specs, _inverse_roots(rows, specs), _inverse_roots(columns, specs), strict=True)
+    for block in blocks:
+        pi, A, G = _pi(block.A, block.G)
+        rows.append(linalg.add_to_diagonal(G, block.gamma.sqrt() / pi))
+        columns.append(linalg.add_to_diagonal(A, block.gamma.sqrt() * pi))
+    return _inverse_roots(rows, blocks), _inverse_roots(columns, blocks)
+
+
+def _optimal(blocks: Sequence[_White]) -> list[MatrixNormalGaussian]:
+    previous = [block.spec.previous for block in blocks]
+    earlier = [
+        linalg.left_solve(block.column_root, linalg.dense(old.scale_tril_column))
+        for block, old in zip(blocks, previous, strict=True)
+        if isinstance(old, MatrixNormalGaussian)
     ]
-
-
-def _optimal(specs: Sequence[BlockSpec]) -> list[MatrixNormalGaussian]:
-    previous = [spec.previous for spec in specs if isinstance(spec.previous, MatrixNormalGaussian)]
-    if len(previous) == len(specs):
+    if len(earlier) == len(blocks):
+        rows: list[Tensor] = []
+        columns = earlier
         for _ in range(WARM_SWEEPS):
-            previous = _sweep(specs, previous)
-        return previous
-    gaussians, last = _factored(specs), math.inf
+            rows, columns = _sweep(blocks, columns)
+        return _matrix_normals(blocks, rows, columns)
+    rows, columns = _factored_roots(blocks)
+    last = math.inf
     for _ in range(COLD_SWEEPS):
-        old, gaussians = gaussians, _sweep(specs, gaussians)
-        moved = max(map(_distance, old, gaussians), default=0.0)
+        old_columns = columns
+        rows, columns = _sweep(blocks, columns)
+        moved = max(map(_distance, old_columns, columns), default=0.0)
         if moved < TOLERANCE or moved >= last:  # in float32 rounding may end the progress first
             break
         last = moved
-    return gaussians
+    return _matrix_normals(blocks, rows, columns)
 
 
-def _exact(specs: Sequence[BlockSpec]) -> list[KroneckerEigenGaussian]:
-    names = [spec.name for spec in specs]
-    factors = [_factors(spec) for spec in specs]
-    columns = linalg.map_by_shape(linalg.eigh, [A for A, _, _ in factors], names)
-    rows = linalg.map_by_shape(linalg.eigh, [G for _, G, _ in factors], names)
+def _exact(blocks: Sequence[_White]) -> list[KroneckerEigenGaussian]:
+    names = [block.spec.name for block in blocks]
+    columns = linalg.map_by_shape(linalg.eigh, [block.A for block in blocks], names)
+    rows = linalg.map_by_shape(linalg.eigh, [block.G for block in blocks], names)
     return [
-        KroneckerEigenGaussian(Q_G, Q_A, spec.data_scale * d_G.unsqueeze(-1) * d_A.unsqueeze(-2) + spec.prior_precision)
-        for spec, (d_G, Q_G), (d_A, Q_A) in zip(specs, rows, columns, strict=True)
+        KroneckerEigenGaussian(
+            linalg.product(block.row_root, Q_G),
+            linalg.product(block.column_root, Q_A),
+            block.spec.data_scale * d_G.unsqueeze(-1) * d_A.unsqueeze(-2) + 1,
+            Q_A.shape[-1] * _log_det(block.row_root) + Q_G.shape[-1] * _log_det(block.column_root),
+        )
+        for block, (d_G, Q_G), (d_A, Q_A) in zip(blocks, rows, columns, strict=True)
     ]
 
 
-_BUILDERS: dict[str, Callable[[Sequence[BlockSpec]], Sequence[BlockGaussian]]] = {
+_BUILDERS: dict[str, Callable[[Sequence[_White]], Sequence[BlockGaussian]]] = {
     "factored": _factored,
     "optimal": _optimal,
     "exact": _exact,
 }
-
-
-def _factors(spec: BlockSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """``A``, ``G`` and ``γ`` of a block."""
-    A, G = spec.statistics.mean("input"), spec.statistics.mean("gradient")
-    if "transposed_input" in spec.statistics.sums:
-        B, H = spec.statistics.mean("transposed_gradient"), spec.statistics.mean("transposed_input")
-        A, G = _sum_of_products(A, G, B, H)
-    return A, G, A.new_tensor(spec.prior_precision / spec.data_scale)
 
 
 def _sum_of_products(A: Tensor, G: Tensor, B: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,6 +202,18 @@ def _sum_of_products(A: Tensor, G: Tensor, B: Tensor, H: Tensor) -> tuple[Tensor
     return (tr_G * A + tr_H * B) / total, tr_A * G + tr_B * H
 
 
+def _matrix_normals(
+    blocks: Sequence[_White], rows: Sequence[Tensor], columns: Sequence[Tensor]
+) -> list[MatrixNormalGaussian]:
+    """The matrix normals with these roots of ``(P / data_scale)⁻¹`` in white coordinates, in the weights' own."""
+    return [
+        MatrixNormalGaussian(
+            linalg.product(block.row_root, row / block.spec.data_scale**0.5), linalg.product(block.column_root, column)
+        )
+        for block, row, column in zip(blocks, rows, columns, strict=True)
+    ]
+
+
 def _pi(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """How the damping splits, the root of the ratio of mean eigenvalues, and the factors to damp."""
     # where one factor is zero (no gradient reaches the layer) the Fisher is too: with both at zero and π = 1 the damped
@@ -146,23 +224,13 @@ def _pi(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return pi, A * alive[..., None, None], G * alive[..., None, None]
 
 
-def _sweep(specs: Sequence[BlockSpec], gaussians: Sequence[MatrixNormalGaussian]) -> list[MatrixNormalGaussian]:
+def _sweep(blocks: Sequence[_White], columns: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """One flip-flop: the output side given the input side, then the input side given the output side."""
-    factors = [_factors(spec) for spec in specs]
     rows = _inverse_roots(
-        [
-            _side(G, A, _of_norm_one(old.scale_tril_column), gamma)
-            for (A, G, gamma), old in zip(factors, gaussians, strict=True)
-        ],
-        specs,
+        [_side(b.G, b.A, _of_norm_one(root), b.gamma) for b, root in zip(blocks, columns, strict=True)], blocks
     )
-    columns = _inverse_roots(
-        [_side(A, G, root, gamma) for (A, G, gamma), root in zip(factors, rows, strict=True)], specs
-    )
-    return [
-        MatrixNormalGaussian(root / spec.data_scale**0.5, column)
-        for spec, root, column in zip(specs, rows, columns, strict=True)
-    ]
+    columns = _inverse_roots([_side(b.A, b.G, root, b.gamma) for b, root in zip(blocks, rows, strict=True)], blocks)
+    return rows, columns
 
 
 def _side(own: Tensor, other: Tensor, other_root: Tensor, gamma: Tensor) -> Tensor:
@@ -179,11 +247,14 @@ def _of_norm_one(root: Tensor) -> Tensor:
     return root / torch.linalg.matrix_norm(root, keepdim=True)
 
 
-def _inverse_roots(precisions: Sequence[Tensor], specs: Sequence[BlockSpec]) -> list[Tensor]:
-    return linalg.inverse_roots(precisions, [spec.name for spec in specs])
+def _inverse_roots(precisions: Sequence[Tensor], blocks: Sequence[_White]) -> list[Tensor]:
+    return linalg.inverse_roots(precisions, [block.spec.name for block in blocks])
 
 
-def _distance(old: MatrixNormalGaussian, new: MatrixNormalGaussian) -> float:
+def _distance(old: Tensor, new: Tensor) -> float:
     """The relative change of a flip-flop; the input side tells, as the output side follows from it."""
-    change = torch.linalg.vector_norm(new.scale_tril_column - old.scale_tril_column)
-    return float(change / torch.linalg.vector_norm(new.scale_tril_column))
+    return float(torch.linalg.vector_norm(new - old) / torch.linalg.vector_norm(new))
+
+
+def _log_det(root: Tensor) -> Tensor:
+    return linalg.diagonal(root).log().sum(-1)

@@ -1,63 +1,106 @@
-"""A block that is diagonal in a Kronecker-factored basis: ``P = (Q_G ⊗ Q_A) diag(Λ) (Q_G ⊗ Q_A)ᵀ``.
+"""A block that is diagonal in a Kronecker-factored basis: ``P⁻¹ = (B_G ⊗ B_A) diag(Λ)⁻¹ (B_G ⊗ B_A)ᵀ``.
 
-``Q_G`` (out×out) and ``Q_A`` (in×in) are orthogonal, ``Λ`` is any positive ``out×in`` matrix: the exactly damped
-Kronecker product has ``Λ = data_scale · d_G d_Aᵀ + prior_precision``. Not a matrix normal in general. The basis of a
-diagonal factor is the identity, kept as ones ``[*blocks, 1, size]``.
+``B_G`` (out×out) and ``B_A`` (in×in) are regular, ``Λ`` is any positive ``out×in`` matrix. Every sum of two Kronecker
+products ``R ⊗ S + s G ⊗ A`` is of this form, by the eigenvectors ``Q`` of ``G`` and ``A`` whitened by ``R`` and ``S``:
+``B_G = R^(-1/2) Q_G``, ``B_A = S^(-1/2) Q_A`` and ``Λ = 1 + s d_G d_Aᵀ``. Where ``R ⊗ S`` is a multiple of the
+identity the bases are orthogonal. Not a matrix normal in general. A diagonal side is kept as its diagonal,
+``[*blocks, 1, size]``.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bayes_kfac import linalg
 from bayes_kfac.curvature import SparseRows
-from bayes_kfac.structures.base import register_gaussian
-from bayes_kfac.structures.diagonal import DiagonalGaussian
+from bayes_kfac.structures.base import BlockGaussian, register_gaussian
+from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
+from bayes_kfac.structures.whitened import WhitenedRows, product_rows
+
+#: Sweeps of :meth:`KroneckerEigenGaussian.nearest_matrix_normal`, and the relative change at which they end.
+SWEEPS = 500
+TOLERANCE = 1e-10
 
 
 @register_gaussian("kron_eigen")
-class KroneckerEigenGaussian(DiagonalGaussian):
-    """A zero-mean Gaussian with Kronecker-factored eigenvectors.
+class KroneckerEigenGaussian(BlockGaussian):
+    """A zero-mean Gaussian that is white in a Kronecker-factored basis, up to a diagonal.
 
     Args:
-        basis_row: ``Q_G``, ``[*blocks, out, out]``, eigenvectors as columns.
-        basis_column: ``Q_A``, ``[*blocks, in, in]``, eigenvectors as columns.
+        basis_row: ``B_G``, ``[*blocks, out, out]``.
+        basis_column: ``B_A``, ``[*blocks, in, in]``.
         precision: ``Λ``, ``[*blocks, out, in]``.
+        log_volume: ``log |det (B_G ⊗ B_A)|``, ``[*blocks]``; 0 by default, as for orthogonal bases.
     """
 
-    def __init__(self, basis_row: Tensor, basis_column: Tensor, precision: Tensor) -> None:
-        super().__init__(precision)
+    def __init__(
+        self, basis_row: Tensor, basis_column: Tensor, precision: Tensor, log_volume: Tensor | None = None
+    ) -> None:
         self.basis_row = basis_row
         self.basis_column = basis_column
+        self.precision = precision
+        self.log_volume = precision.new_zeros(precision.shape[:-2]) if log_volume is None else log_volume
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
+        return tuple(self.precision.shape)
 
     def sample(self, noise: Tensor) -> Tensor:  # noqa: D102
-        return self._from_basis(super().sample(noise))
+        rotated = linalg.left_product(self.basis_row, noise * self.precision.rsqrt())
+        return linalg.right_product(rotated, linalg.transpose(self.basis_column))
 
-    def solve(self, value: Tensor) -> Tensor:  # noqa: D102
+    def whiten(self, value: Tensor) -> Tensor:  # noqa: D102
         rotated = linalg.left_product(linalg.transpose(self.basis_row), value)
-        return self._from_basis(super().solve(linalg.right_product(rotated, self.basis_column)))
+        return linalg.right_product(rotated, self.basis_column) * self.precision.rsqrt()
 
-    def quad(self, inputs: Tensor | SparseRows, gradients: Tensor) -> Tensor:  # noqa: D102
-        # [*blocks, 1, ...]: one basis for all examples of a block
-        if isinstance(inputs, Tensor):  # sparse rows come with the identity for their basis
-            inputs = linalg.right_product(inputs, self.basis_column.unsqueeze(-3))
-        return super().quad(inputs, linalg.right_product(gradients, self.basis_row.unsqueeze(-3)))
+    def multiply(self, value: Tensor) -> Tensor:  # noqa: D102
+        inner = _solve(self.basis_column, _solve(self.basis_row, value).mT).mT * self.precision
+        by_row = _solve(linalg.transpose(self.basis_row), inner)
+        return _solve(linalg.transpose(self.basis_column), by_row.mT).mT
+
+    def logdet(self) -> Tensor:  # noqa: D102
+        return self.precision.log().sum((-2, -1)) - 2 * self.log_volume
+
+    def whitened(self, inputs: Tensor | SparseRows, gradients: Tensor) -> WhitenedRows:  # noqa: D102
+        return product_rows(self.basis_row, self.basis_column, inputs, gradients, self.precision.reciprocal())
 
     def marginal_variance(self) -> Tensor:  # noqa: D102
         variance = linalg.left_product(self.basis_row.square(), self.precision.reciprocal())
         return linalg.right_product(variance, linalg.transpose(self.basis_column.square()))
 
-    def trace_covariance(self) -> Tensor:  # noqa: D102
-        return self.precision.reciprocal().sum((-2, -1))
-
     def to_dense(self) -> Tensor:  # noqa: D102
-        basis = linalg.kron(linalg.dense(self.basis_row), linalg.dense(self.basis_column))
-        return (basis * self.precision.flatten(-2).unsqueeze(-2)) @ basis.mT
+        inverse = linalg.kron(*(torch.linalg.inv(linalg.dense(basis)) for basis in (self.basis_row, self.basis_column)))
+        return (inverse.mT * self.precision.flatten(-2).unsqueeze(-2)) @ inverse
 
     @property
     def state(self) -> dict[str, Tensor]:  # noqa: D102
-        return {"basis_row": self.basis_row, "basis_column": self.basis_column, "precision": self.precision}
+        return {
+            "basis_row": self.basis_row,
+            "basis_column": self.basis_column,
+            "precision": self.precision,
+            "log_volume": self.log_volume,
+        }
 
-    def _from_basis(self, value: Tensor) -> Tensor:
-        rotated = linalg.left_product(self.basis_row, value)
-        return linalg.right_product(rotated, linalg.transpose(self.basis_column))
+    def nearest_matrix_normal(self) -> MatrixNormalGaussian:
+        """The matrix normal ``q`` nearest in ``KL(q ‖ p)`` to this Gaussian ``p``.
+
+        In the basis it is ``diag(u) ⊗ diag(v)`` with ``1/u_o = Σ_i Λ_oi v_i / in`` and ``1/v_i = Σ_o Λ_oi u_o / out``.
+
+        Returns:
+            The matrix normal.
+        """
+        out_features, in_features = self.shape[-2:]
+        column = self.precision.new_ones(*self.shape[:-2], in_features)
+        for _ in range(SWEEPS):
+            row = in_features / (self.precision @ column.unsqueeze(-1)).squeeze(-1)
+            before, column = column, out_features / (self.precision.mT @ row.unsqueeze(-1)).squeeze(-1)
+            if bool(((column - before).abs() <= TOLERANCE * column).all()):
+                break
+        row_root = linalg.product(self.basis_row, row.sqrt().unsqueeze(-2))
+        column_root = linalg.product(self.basis_column, column.sqrt().unsqueeze(-2))
+        return MatrixNormalGaussian(linalg.triangular_root(row_root), linalg.triangular_root(column_root))
+
+
+def _solve(basis: Tensor, value: Tensor) -> Tensor:
+    return value / basis.mT if linalg.is_diagonal(basis) else torch.linalg.solve(basis, value)

@@ -13,6 +13,7 @@ from torch import Tensor
 from bayes_kfac import linalg
 from bayes_kfac.curvature import SparseRows
 from bayes_kfac.structures.base import BlockGaussian, register_gaussian
+from bayes_kfac.structures.whitened import WhitenedRows, product_rows
 
 
 @register_gaussian("matrix_normal")
@@ -37,9 +38,13 @@ class MatrixNormalGaussian(BlockGaussian):
         product = linalg.left_product(self.scale_tril_row, noise)
         return linalg.right_product(product, linalg.transpose(self.scale_tril_column))
 
-    def solve(self, value: Tensor) -> Tensor:  # noqa: D102
+    def whiten(self, value: Tensor) -> Tensor:  # noqa: D102
         product = linalg.left_product(linalg.transpose(self.scale_tril_row), value)
-        return self.sample(linalg.right_product(product, self.scale_tril_column))
+        return linalg.right_product(product, self.scale_tril_column)
+
+    def multiply(self, value: Tensor) -> Tensor:  # noqa: D102
+        by_row = _precision_product(self.scale_tril_row, value)
+        return _precision_product(self.scale_tril_column, by_row.mT).mT
 
     def logdet(self) -> Tensor:  # noqa: D102
         out_features, in_features = self.shape[-2:]
@@ -47,21 +52,8 @@ class MatrixNormalGaussian(BlockGaussian):
         log_v = 2 * linalg.diagonal(self.scale_tril_column).log().sum(-1)
         return -(in_features * log_u + out_features * log_v)
 
-    def quad(self, inputs: Tensor | SparseRows, gradients: Tensor) -> Tensor:  # noqa: D102
-        # [*blocks, 1, ...]: one root for all examples of a block
-        whitened_gradients = linalg.right_product(gradients, self.scale_tril_row.unsqueeze(-3))
-        if isinstance(inputs, SparseRows):
-            kernel = inputs.gram(self.scale_tril_column.flatten().square())
-            return _from_kernel(whitened_gradients, kernel)
-        whitened_inputs = linalg.right_product(inputs, self.scale_tril_column.unsqueeze(-3))
-        (columns, shared), (out_features, in_features) = (gradients.shape[0], inputs.shape[-2]), self.shape[-2:]
-        # the Gram costs columns²·shared²·(out + in) operations, the Jacobians columns·out·in·(shared + columns)
-        gram_cost = columns**2 * shared**2 + shared**2 * in_features + columns**2 * shared**2 * out_features
-        if gram_cost <= columns * out_features * in_features * (shared + columns):
-            kernel = torch.einsum("...nti,...nui->...ntu", whitened_inputs, whitened_inputs)
-            return _from_kernel(whitened_gradients, kernel)
-        jacobians = torch.einsum("c...nto,...nti->c...noi", whitened_gradients, whitened_inputs)
-        return torch.einsum("c...noi,d...noi->ncd", jacobians, jacobians)
+    def whitened(self, inputs: Tensor | SparseRows, gradients: Tensor) -> WhitenedRows:  # noqa: D102
+        return product_rows(self.scale_tril_row, self.scale_tril_column, inputs, gradients)
 
     def marginal_variance(self) -> Tensor:  # noqa: D102
         variance_row, variance_column = _variances(self.scale_tril_row), _variances(self.scale_tril_column)
@@ -79,10 +71,9 @@ class MatrixNormalGaussian(BlockGaussian):
         return {"scale_tril_row": self.scale_tril_row, "scale_tril_column": self.scale_tril_column}
 
 
-def _from_kernel(gradients: Tensor, kernel: Tensor) -> Tensor:
-    """``Σ_tu (a_t·a_u)(g_ct·g_du)`` from the Gram ``[*blocks, batch, shared, shared]`` of whitened inputs."""
-    left = torch.einsum("c...nto,...ntu->c...nuo", gradients, kernel)
-    return torch.einsum("c...nuo,d...nuo->ncd", left, gradients)
+def _precision_product(root: Tensor, value: Tensor) -> Tensor:
+    """``(R Rᵀ)⁻¹ V``."""
+    return linalg.left_solve(root, linalg.left_solve(root, value), transposed=True)
 
 
 def _variances(root: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ class Blocks:
                 name,
                 self._blended(name, state) if in_training else state.measured(name),
                 data_scale=self.num_data / self.temperature,
-                prior_precision=self._options(name)["prior_precision"],
+                prior=self._options(name)["prior_precision"],
                 previous=state.posterior if in_training else None,
             )
             for name, state in states.items()
@@ -118,7 +118,7 @@ class Blocks:
                 name,
                 self._blended(name, state),
                 data_scale=1.0,
-                prior_precision=self.intrinsic_damping(name) + self._options(name)["extrinsic_damping"],
+                prior=self.intrinsic_damping(name) + self._options(name)["extrinsic_damping"],
                 previous=state.preconditioner,
             )
             for name, state in fresh.items()

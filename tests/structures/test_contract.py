@@ -169,7 +169,9 @@ def test_quad_of_words_is_that_of_the_rows_written_out(structure, columns):
     """Sparse rows meet the diagonal side that they were measured with; words occur several times in a row."""
     rows = Rows(words(10, 3, 2, size=IN), randn(columns, 10, 3, OUT, seed=1))
     (gaussian,) = structure.gaussians([BlockSpec("layer", structure.measure(rows), DATA_SCALE, PRIOR_PRECISION)])
-    assert_close(gaussian.quad_rows(rows), gaussian.quad_rows(written_out(rows)), **TIGHT)
+    assert_close(
+        gaussian.whitened_rows(rows).covariance(), gaussian.whitened_rows(written_out(rows)).covariance(), **TIGHT
+    )
 
 
 @pytest.mark.parametrize("sparse", [True, False])
@@ -178,7 +180,7 @@ def test_quad_of_tied_weights_is_that_of_their_jacobians(structure, sparse):
     rows = tied_rows(batch=10, size=OUT, width=IN, sparse=sparse)
     (gaussian,) = structure.gaussians([BlockSpec("layer", structure.measure(rows), DATA_SCALE, PRIOR_PRECISION)])
     J = rows.jacobians().movedim(0, 1).flatten(-2)
-    assert_close(gaussian.quad_rows(rows), J @ covariance_of(gaussian) @ J.mT, **TIGHT)
+    assert_close(gaussian.whitened_rows(rows).covariance(), J @ covariance_of(gaussian) @ J.mT, **TIGHT)
 
 
 @pytest.mark.parametrize(("out", "in_"), [(1, 1), (1, 6), (6, 1), (5, 2)])
@@ -232,7 +234,7 @@ def test_standard_normal_is_shaped_and_typed_like_the_block_and_obeys_its_genera
 def test_data_and_prior_scale_the_precision_together(structure, blocks):
     """``P = data_scale · F̄ + prior_precision · I``: noise has the scale ``sqrt(τ/N)``, not ``τ/N``."""
     spec = spec_for(structure, blocks)
-    scaled = replace(spec, data_scale=100 * spec.data_scale, prior_precision=100 * spec.prior_precision)
+    scaled = replace(spec, data_scale=100 * spec.data_scale, prior=100 * spec.prior)
     (gaussian,), (tighter,) = structure.gaussians([spec]), structure.gaussians([scaled])
     noise = randn(*gaussian.shape, seed=0)
     assert_close(tighter.to_dense(), 100 * gaussian.to_dense(), **TIGHT)
@@ -292,7 +294,7 @@ def test_blocks_built_together_are_those_built_one_by_one(structure):
         replace(
             spec_for(structure, *shape, name=f"layer{i}", seed=10 * i),
             data_scale=DATA_SCALE * (i + 1),
-            prior_precision=PRIOR_PRECISION / (i + 1),
+            prior=PRIOR_PRECISION / (i + 1),
         )
         for i, shape in enumerate(shapes)
     ]

@@ -1,0 +1,233 @@
+"""Jacobians in the coordinates in which a Gaussian is white, and their inner products: ``J_c P⁻¹ J_dᵀ``.
+
+A layer's Jacobian is ``J_c = Σ_t g_ct a_tᵀ``. Where the Gaussian is Kronecker-factored, up to weights ``w`` for each
+element, the rows ``a`` and ``g`` are whitened instead of the Jacobian:
+
+    ``⟨J_c, J_d⟩ = Σ_oi w_oi J̃_coi J̃_doi``, or with ``w = 1``, ``Σ_tu (ã_t · ã_u) (g̃_ct · g̃_du)``.
+
+The second form needs no Jacobian. It is taken where positions are few, the first where they are many: by count.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bayes_kfac import linalg
+from bayes_kfac.curvature import SparseRows
+
+#: Bytes of Jacobians that are formed at a time.
+JACOBIAN_BYTES = 1 << 27
+
+
+class Whitened(ABC):
+    """Whitened Jacobians of ``columns`` outputs of each of ``batch`` examples."""
+
+    @abstractmethod
+    def covariance(self) -> Tensor:
+        """``⟨J_c, J_d⟩`` within each example, ``[batch, columns, columns]``, summed over blocks."""
+
+    @abstractmethod
+    def variance(self) -> Tensor:
+        """Its diagonal, ``⟨J_c, J_c⟩``, ``[batch, columns]``."""
+
+    @abstractmethod
+    def jacobians(self) -> Tensor:
+        """The Jacobians themselves, ``[batch, columns, size]``."""
+
+    def between(self, other: Whitened) -> Tensor:
+        """``⟨J_c, J'_d⟩`` for all pairs of examples, ``[batch, other batch, columns, columns]``.
+
+        Args:
+            other: Those of other examples, by the same Gaussian.
+
+        Returns:
+            The products.
+        """
+        return torch.einsum("nck,mdk->nmcd", self.jacobians(), other.jacobians())
+
+
+@dataclass(frozen=True)
+class WhitenedJacobians(Whitened):
+    """Jacobians written out.
+
+    Attributes:
+        values: ``[columns, *blocks, batch, ...]``.
+        num_blocks: The number of dimensions of ``*blocks``.
+    """
+
+    values: Tensor
+    num_blocks: int
+
+    def jacobians(self) -> Tensor:  # noqa: D102
+        return self.values.movedim(self.num_blocks + 1, 0).flatten(2)
+
+    def covariance(self) -> Tensor:  # noqa: D102
+        jacobians = self.jacobians()
+        return jacobians @ jacobians.mT
+
+    def variance(self) -> Tensor:  # noqa: D102
+        return self.jacobians().square().sum(-1)
+
+
+@dataclass(frozen=True)
+class WhitenedRows(Whitened):
+    """Jacobians as whitened rows.
+
+    Attributes:
+        inputs: ``ã``, ``[*blocks, batch, shared, in]``.
+        gradients: ``g̃``, ``[columns, *blocks, batch, shared, out]``; a batch of 1 where all examples have the same.
+        weights: ``w``, ``[*blocks, out, in]``; ``None`` for ones.
+    """
+
+    inputs: Tensor | SparseRows
+    gradients: Tensor
+    weights: Tensor | None = None
+
+    def covariance(self) -> Tensor:  # noqa: D102
+        if isinstance(self.inputs, SparseRows) and self.weights is not None:
+            variances, kernel, gradients = self._meetings()
+            return torch.einsum("cnto,nto,ntu,dnuo->ncd", gradients, variances, kernel, gradients)
+        if self._shared == 1 and self.weights is not None:
+            variances, gradients = self._output_variances(), self.gradients.squeeze(-2)
+            return torch.einsum("c...no,...no,d...no->ncd", gradients, variances, gradients)
+        if self._prefers_kernel(self._columns**2):
+            left = self._by_kernel()
+            return torch.einsum("c...nuo,d...nuo->ncd", left, self.gradients.expand_as(left))
+        parts = (part.jacobians() for part in self._parts())
+        return torch.cat([jacobians @ jacobians.mT for jacobians in parts])
+
+    def variance(self) -> Tensor:  # noqa: D102
+        if isinstance(self.inputs, SparseRows) and self.weights is not None:
+            variances, kernel, gradients = self._meetings()
+            return torch.einsum("cnto,nto,ntu,cnuo->nc", gradients, variances, kernel, gradients)
+        if self._shared == 1 and self.weights is not None:
+            return torch.einsum("c...no,...no->nc", self.gradients.squeeze(-2).square(), self._output_variances())
+        if self._prefers_kernel(self._columns):
+            return torch.einsum("c...nuo,c...nuo->nc", self._by_kernel(), self.gradients)
+        return torch.cat([part.jacobians().square().sum(-1) for part in self._parts()])
+
+    def between(self, other: Whitened) -> Tensor:  # noqa: D102
+        assert isinstance(other, WhitenedRows)
+        if self._shared == other._shared == 1 and self.weights is None and not self._is_sparse:
+            kernel = torch.einsum("...nti,...mui->...nm", self.inputs, other.inputs)
+            return torch.einsum("c...nto,d...muo,...nm->nmcd", self.gradients, other.gradients, kernel)
+        return torch.cat(
+            [
+                torch.cat([torch.einsum("nck,mdk->nmcd", mine, theirs.jacobians()) for theirs in other._parts()], dim=1)
+                for mine in (part.jacobians() for part in self._parts())
+            ]
+        )
+
+    def jacobians(self) -> Tensor:  # noqa: D102
+        inputs = self.inputs.dense() if isinstance(self.inputs, SparseRows) else self.inputs
+        *blocks, batch, shared, in_features = inputs.shape
+        # one product for each example, [columns·out, shared] with [shared, in]
+        gradients = self.gradients.movedim(0, -3).expand(*blocks, batch, -1, shared, -1)
+        jacobians = gradients.mT.flatten(-3, -2) @ inputs
+        jacobians = jacobians.reshape(*blocks, batch, self._columns, -1, in_features)
+        if self.weights is not None:
+            jacobians = jacobians * self.weights.sqrt()[..., None, None, :, :]
+        return jacobians.movedim(-4, 0).movedim(-3, 1).flatten(2)
+
+    @property
+    def _is_sparse(self) -> bool:
+        return isinstance(self.inputs, SparseRows)
+
+    @property
+    def _columns(self) -> int:
+        return self.gradients.shape[0]
+
+    @property
+    def _shared(self) -> int:
+        return self.inputs.shape[-2]
+
+    def _prefers_kernel(self, products: int) -> bool:
+        """Whether the Gram of positions costs fewer operations than Jacobians, for so many products of columns."""
+        if self.weights is not None:
+            return False
+        shared, in_features, out_features = self._shared, self.inputs.shape[-1], self.gradients.shape[-1]
+        kernel_cost = shared**2 * (in_features + self._columns * out_features) + products * shared * out_features
+        jacobian_cost = out_features * in_features * (self._columns * shared + products)
+        return self._is_sparse or kernel_cost <= jacobian_cost
+
+    def _by_kernel(self) -> Tensor:
+        """``Σ_t (ã_t · ã_u) g̃_ct``, ``[columns, *blocks, batch, shared, out]``."""
+        if isinstance(self.inputs, SparseRows):
+            kernel = self.inputs.gram(self.gradients.new_ones(self.inputs.size))
+        else:
+            kernel = self.inputs @ self.inputs.mT
+        return kernel.mT @ self.gradients
+
+    def _output_variances(self) -> Tensor:
+        """``Σ_i w_oi a_i²`` where an example has one position, ``[*blocks, batch, out]``."""
+        assert isinstance(self.inputs, Tensor)
+        assert self.weights is not None
+        return self.inputs.squeeze(-2).square() @ self.weights.mT
+
+    def _meetings(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of sparse rows one position for each element: ``w`` of it, which of them meet at an index, and gradients."""
+        assert isinstance(self.inputs, SparseRows)
+        assert self.weights is not None
+        batch, _, count = self.inputs.indices.shape
+        indices, weights = self.inputs.indices.reshape(batch, -1, 1), self.inputs.weights.reshape(batch, -1, 1)
+        words = SparseRows(indices, weights, self.inputs.size)
+        kernel = words.gram(self.weights.new_ones(words.size))
+        return self.weights.mT[indices.squeeze(-1)], kernel, self.gradients.repeat_interleave(count, dim=-2)
+
+    def _parts(self) -> Iterator[WhitenedRows]:
+        """The same in pieces of the batch whose Jacobians are of bounded size."""
+        batch, in_features = self.inputs.shape[-3], self.inputs.shape[-1]
+        blocks = self.gradients.shape[1:-3].numel()
+        size = self.gradients.element_size() * self._columns * blocks * self.gradients.shape[-1] * in_features
+        step = max(1, JACOBIAN_BYTES // max(size, 1))
+        for start in range(0, max(batch, 1), step):
+            piece = slice(start, start + step)
+            gradients = self.gradients
+            if gradients.shape[-3] > 1:
+                gradients = gradients[..., piece, :, :]
+            yield replace(self, inputs=self.inputs[..., piece, :, :], gradients=gradients)
+
+
+def product_rows(
+    row_root: Tensor,
+    column_root: Tensor,
+    inputs: Tensor | SparseRows,
+    gradients: Tensor,
+    weights: Tensor | None = None,
+) -> WhitenedRows:
+    """Rows whitened by a Gaussian whose root is ``R_G ⊗ R_A``, up to weights.
+
+    Args:
+        row_root: ``R_G``, a factor ``[*blocks, out, out]``.
+        column_root: ``R_A``, a factor ``[*blocks, in, in]``; diagonal where inputs are sparse.
+        inputs: ``[*blocks, batch, shared, in]``.
+        gradients: ``[columns, *blocks, batch, shared, out]``.
+        weights: ``[*blocks, out, in]``, or ``None``.
+
+    Returns:
+        The rows.
+    """
+    if isinstance(inputs, SparseRows):
+        whitened: Tensor | SparseRows = inputs.scaled(column_root.flatten())
+    else:  # [*blocks, 1, ...]: one root for all examples of a block
+        whitened = linalg.right_product(inputs, column_root.unsqueeze(-3))
+    return WhitenedRows(whitened, linalg.right_product(same_for_all(gradients), row_root.unsqueeze(-3)), weights)
+
+
+def same_for_all(gradients: Tensor) -> Tensor:
+    """Gradients ``[columns, *blocks, batch, shared, out]``, with a batch of 1 where all examples share their memory.
+
+    Those of an output layer are unit vectors, the same for every example.
+
+    Args:
+        gradients: The gradients.
+
+    Returns:
+        A view of them.
+    """
+    return gradients[..., :1, :, :] if gradients.stride(-3) == 0 else gradients
