@@ -2,8 +2,8 @@
 
 ``python benchmarks/laplace.py agreement speed scaling`` runs the parts that are named and writes
 ``benchmarks/results/laplace/*.json`` with versions, machine and seed. A result that exists is shown, not computed
-again: delete its file to take it anew. ``pip install -e '.[peers]'`` brings laplace-torch; see ``peer.py`` for what it
-computes and how it differs.
+again: delete its file to take it anew. ``pip install -e '.[peers]'`` brings laplace-torch; ``libraries.py`` says what
+it computes and how it differs.
 
 - ``agreement``: mean and covariance of the linearised output, ours against laplace-torch's and against dense Jacobians.
 - ``speed``: seconds and added memory on a CPU with two threads, each in a process of its own, libraries in turns.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,53 +24,16 @@ from typing import Any
 
 import measure
 import networks
-import numpy as np
-import peer
+import scaling
 import torch
+from libraries import LIBRARIES, fit, linearized
 from networks import CLASSES, Batches, mlp, random_data
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from tqdm import tqdm
 from uci import HERE
 
-import bayes_kfac as bk
-
-LIBRARIES = ("laplace-torch", "bayes_kfac")
-PLOT = HERE.parent / "docs" / "images" / "laplace_cost.png"
 SEED, THREADS = 0, 2
-
-# Both libraries
-
-
-def fit(
-    library: str,
-    model: nn.Module,
-    data: tuple[Tensor, Tensor],
-    batch_size: int,
-    subset: str = "all",
-    *,
-    factorise: bool = True,
-) -> Any:
-    """The posterior of a classifier: Kronecker-factored exact GGN, prior precision 1 added in the eigenbasis.
-
-    Without ``factorise`` ours is left as sums, before their eigenvectors are taken; laplace-torch's has them always.
-    """
-    batches = Batches(*data, batch_size)
-    if library == "laplace-torch":
-        return peer.fit(model, batches, subset)
-    options = {"structure": "kron", "damping": "exact", "fisher": "exact", "subset": subset, "num_data": len(data[0])}
-    laplace = bk.Laplace(model, bk.likelihoods.Categorical(), **options).fit(batches, progress=False)
-    return laplace.posterior() if factorise else laplace
-
-
-def linearized(posterior: Any, x: Tensor, output_covariance: str = "full") -> tuple[Tensor, Tensor]:
-    """The mean and the covariance, or the variances, of the linearised output."""
-    if not isinstance(posterior, bk.Posterior):
-        mean, covariance = peer.linearized(posterior, x)
-        return mean, covariance if output_covariance == "full" else covariance.diagonal(dim1=-2, dim2=-1)
-    output = posterior.predict(x, output_covariance=output_covariance).output
-    return output.mean, output.spread
-
 
 # Agreement
 
@@ -97,15 +60,15 @@ def agreement() -> dict[str, Any]:
 def beside_theirs(model: nn.Module, shape: tuple[int, ...], same: nn.Module | None = None) -> dict[str, float]:
     """Ours against laplace-torch's, on the same network or on another way to write it."""
     data, x = example(model, shape)
-    mean, covariance = linearized(fit("bayes_kfac", model, data, 16), x)
-    their_mean, their_covariance = linearized(fit("laplace-torch", same or model, data, 16), x)
+    mean, covariance = linearized(fit("bayes_kfac", model, Batches(*data, 16)), x)
+    their_mean, their_covariance = linearized(fit("laplace-torch", same or model, Batches(*data, 16)), x)
     return {"mean": error(mean, their_mean), "covariance": error(covariance, their_covariance)}
 
 
 def beside_dense(model: nn.Module, shape: tuple[int, ...]) -> dict[str, float]:
     """Ours against ``J P⁻¹ Jᵀ`` with Jacobians by torch.func and the precision of each layer written out."""
     data, x = example(model, shape)
-    posterior = fit("bayes_kfac", model, data, 16)
+    posterior = fit("bayes_kfac", model, Batches(*data, 16))
     mean, covariance = linearized(posterior, x)
     parameters = {name: value.detach() for name, value in model.named_parameters()}
     jacobians = jacrev(lambda values: functional_call(model, values, x))(parameters)
@@ -202,10 +165,10 @@ def cost(name: str, library: str) -> dict[str, Any]:
     def call(examples: int | None = None) -> Any:
         if work.inputs:
             return linearized(posterior, data[0][: examples or work.inputs], work.output_covariance)
-        return fit(library, model, (data[0][:examples], data[1][:examples]), work.batch_size)
+        return fit(library, model, Batches(data[0][:examples], data[1][:examples], work.batch_size))
 
     if work.inputs:
-        posterior = fit(library, model, data, work.batch_size, work.subset)
+        posterior = fit(library, model, Batches(*data, work.batch_size), work.subset)
     call(1)
     resident = measure.resident_bytes(call)
     taken = measure.seconds(call, work.calls[LIBRARIES.index(library)])
@@ -220,94 +183,6 @@ def compared(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     theirs, ours = (medians[library] for library in LIBRARIES)
     ratio = {key: theirs[key] / max(ours[key], 1e-9) for key in ours}
     return {**medians, "ratio": ratio, "seconds": {name: [run["seconds"] for run in r] for name, r in runs.items()}}
-
-
-# Scaling
-
-
-@dataclass(frozen=True)
-class Size:
-    """Inputs at once, classes, and the width of the two hidden layers and of the input."""
-
-    inputs: int = 64
-    classes: int = 10
-    width: int = 512
-
-    def operations(self) -> float:
-        """Multiplications that the method asks for: the count that ``docs/laplace_cost.md`` derives."""
-        n, C, h = self.inputs, self.classes, self.width
-        hidden = h * h + h * h + C * h * h + h * h + C * C * h  # forward, whiten a and g, variances, covariance
-        pulled_back = C * h * h + C * h  # through the output layer and the second hidden layer
-        output = C * h + h * h + C * h  # forward, whiten a, variances
-        return n * (2 * hidden + pulled_back + output + C**3) + C**3
-
-    def elements(self) -> float:
-        """Numbers held at once: gradients of both hidden layers and their whitened copies, and the covariance."""
-        return self.inputs * (4 * self.classes * self.width + self.classes**2)
-
-
-SWEEPS = {
-    "inputs": [Size(inputs=2**k) for k in range(4, 12)],
-    "classes": [Size(inputs=16, classes=2**k, width=256) for k in range(2, 9)],
-    "width": [Size(width=2**k) for k in range(6, 12)],
-}
-
-
-def scaling() -> dict[str, Any]:
-    """Seconds and bytes of our linearised prediction, and slopes over the upper half of each sweep."""
-    torch.set_num_threads(THREADS)
-    figures: dict[str, Any] = {}
-    bar = tqdm(total=sum(map(len, SWEEPS.values())), desc="scaling")
-    for name, sizes in SWEEPS.items():
-        rows = []
-        for size in sizes:
-            torch.manual_seed(SEED)
-            model = mlp(size.width, size.width, size.width, size.classes)
-            x, y = random_data(max(size.inputs, 64), (size.width,), size.classes, SEED)
-            posterior = fit("bayes_kfac", model, (x[:64], y[:64]), 64)
-
-            def call(x: Tensor = x[: size.inputs], posterior: Any = posterior) -> Any:
-                return linearized(posterior, x)
-
-            measure.seconds(call, 1)
-            row = {"seconds": median(measure.seconds(call, 7)), "bytes": measure.allocated_bytes(call)}
-            rows.append({**asdict(size), **row, "operations": size.operations(), "elements": size.elements()})
-            bar.update()
-        upper = rows[len(rows) // 2 :]
-        slopes = {key: slope(upper, name, key) for key in ("seconds", "operations", "bytes", "elements")}
-        figures[name] = {"rows": rows, "slopes": slopes}
-    bar.close()
-    plot(figures)
-    return {"seed": SEED, "sweeps": figures}
-
-
-def slope(rows: list[dict[str, Any]], by: str, key: str) -> float:
-    """The exponent of a power law, by least squares on logarithms."""
-    return float(np.polyfit(np.log([row[by] for row in rows]), np.log([row[key] for row in rows]), 1)[0])
-
-
-def plot(figures: dict[str, Any]) -> None:
-    """Measured cost as dots, the count as a line through the last one."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(9, 5), sharex="col", layout="constrained")
-    kinds = (("seconds", "operations", "milliseconds", 1e3), ("bytes", "elements", "megabytes", 1e-6))
-    for column, (name, found) in zip(axes.T, figures.items(), strict=True):
-        for axis, (key, theory, label, unit) in zip(column, kinds, strict=True):
-            rows = found["rows"]
-            at, value, count = (np.array([row[one] for row in rows]) for one in (name, key, theory))
-            axis.loglog(at, unit * value, "o", color="C0")
-            measured, counted = found["slopes"][key], found["slopes"][theory]
-            axis.loglog(at, unit * count * value[-1] / count[-1], color="C1", linewidth=1)
-            axis.set_title(f"slope {measured:.2f}, by count {counted:.2f}", fontsize=9)
-            axis.set_ylabel(label if column is axes.T[0] else "")
-        column[-1].set_xlabel(name)
-    PLOT.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PLOT, dpi=90)
-    plt.close(figure)
 
 
 # GPU
@@ -337,7 +212,7 @@ def gpu(repeats: int = 7) -> dict[str, Any] | None:
         model, (x, y) = make().cuda(), random_data(examples, shape, 10, SEED)
         x, y = x.cuda(), y.cuda()
         for library in LIBRARIES:
-            fitting = partial(fit, library, model, (x, y), batch_size)
+            fitting = partial(fit, library, model, Batches(x, y, batch_size))
             found = {f"{name}, fit on {examples}": gpu_cost(partial(fitting, factorise=False), repeats)}
             found[f"{name}, fit on {examples} and factors"] = gpu_cost(fitting, repeats)
             posterior = fitting()
@@ -365,7 +240,7 @@ def gpu_cost(call: Callable[[], Any], repeats: int) -> dict[str, float] | str:
 PARTS: dict[str, Callable[[], dict[str, Any] | None]] = {
     "agreement": agreement,
     "speed": speed,
-    "scaling": scaling,
+    "scaling": scaling.scaling,
     "gpu": gpu,
 }
 

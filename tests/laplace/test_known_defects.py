@@ -68,7 +68,7 @@ def validation_data() -> tuple[list, list]:
 
 
 def test_each_value_of_a_grid_is_judged_by_itself():
-    """There: one metric runs on over all values, so that each is judged by the mean of all before; the last is chosen."""
+    """There: one metric runs on over all values, so each is judged by the mean of all before; the last was chosen."""
     train, validation = validation_data()
     model = seeded(nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 3)))
     optimizer = torch.optim.Adam(model.parameters(), 3e-2)
@@ -209,13 +209,15 @@ def test_an_exception_leaves_the_model_as_it_was(what):
     """There: sampling overwrites the weights, and an exception in the model leaves a sample in their place."""
     model = Fragile().train()
     posterior = laplace(model).posterior()
+    calls = {
+        "fit": lambda: laplace(model),
+        "predict linearized": lambda: posterior.predict(X),
+        "predict by sampling": lambda: posterior.predict(X, "sampling", num_samples=5),
+    }
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.calls_left = 1 if what == "predict linearized" else 2
     with pytest.raises(RuntimeError, match="out of memory"):
-        if what == "fit":
-            laplace(model)
-        else:
-            posterior.predict(X, "sampling" if what == "predict by sampling" else "linearized", num_samples=5)
+        calls[what]()
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert model.training
