@@ -7,7 +7,7 @@ from bayes_kfac.prediction.classification import (
     MeanBernoulliPrediction,
     MeanCategoricalPrediction,
 )
-from bayes_kfac.prediction.linearized import linearize
+from bayes_kfac.prediction.linearized import MEMORY_BUDGET, LinearizedModel
 from bayes_kfac.prediction.links import LINKS
 from bayes_kfac.prediction.output import GaussianOutput
 from bayes_kfac.prediction.regression import GaussianPrediction, MixturePrediction
@@ -16,12 +16,14 @@ from bayes_kfac.prediction.sampling import Draws, sampled_outputs
 
 __all__ = [
     "LINKS",
+    "MEMORY_BUDGET",
     "BernoulliPrediction",
     "CategoricalPrediction",
     "DirichletPrediction",
     "Draws",
     "GaussianOutput",
     "GaussianPrediction",
+    "LinearizedModel",
     "MeanBernoulliPrediction",
     "MeanCategoricalPrediction",
     "MixturePrediction",
@@ -31,6 +33,5 @@ __all__ = [
     "concatenate",
     "from_gaussian",
     "from_outputs",
-    "linearize",
     "sampled_outputs",
 ]
