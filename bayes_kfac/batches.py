@@ -71,6 +71,26 @@ def unpack(batch: Any) -> Batch:
     return Batch(named, target, mask)
 
 
+def inputs_of(batch: Any, device: torch.device) -> Any:
+    """What a model is called with for a batch of a loader, with targets or without.
+
+    Args:
+        batch: A batch as in :func:`unpack`; a tensor; a list of one tensor, as loaders make of a data set without
+            targets; or a mapping of keyword arguments.
+        device: Where to put it.
+
+    Returns:
+        The inputs, on that device.
+    """
+    if isinstance(batch, list | tuple) and len(batch) == 1:
+        batch = batch[0]
+    try:
+        inputs = unpack(batch).inputs
+    except ArgumentError:
+        inputs = batch
+    return Batch(inputs, torch.empty(0)).to(device).inputs
+
+
 def weighing_examples(mask: Tensor) -> Tensor:
     """Which examples of a batch have anything that weighs, ``[batch]``, for a mask ``[batch, ...]``."""
     return mask.reshape(len(mask), -1).any(1)

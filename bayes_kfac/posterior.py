@@ -7,18 +7,30 @@ object serves as the function only, and is left as it was by every call here.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from bayes_kfac import linalg, structures
+from bayes_kfac.batches import inputs_of
 from bayes_kfac.curvature import Layer, Summary, find_layers, summarize
 from bayes_kfac.errors import ArgumentError, check_choice, check_count
 from bayes_kfac.likelihoods import Likelihood
-from bayes_kfac.prediction import Draws, Prediction, Source, from_gaussian, from_outputs, linearize, sampled_outputs
+from bayes_kfac.prediction import (
+    MEMORY_BUDGET,
+    Draws,
+    LinearizedModel,
+    Prediction,
+    Source,
+    concatenate,
+    from_gaussian,
+    from_outputs,
+    sampled_outputs,
+)
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import BlockGaussian, MatrixNormalGaussian, standard_normal
 
@@ -26,6 +38,7 @@ if TYPE_CHECKING:
     from bayes_kfac.distributions import MatrixNormal
 
 METHODS = ("linearized", "sampling")
+OUTPUT_COVARIANCES = ("full", "diagonal")
 
 
 class Posterior:
@@ -35,9 +48,11 @@ class Posterior:
         model: The model, whose current weights are the mean; it is kept as the function, not copied.
         likelihood: What its output means; copied.
         blocks: The zero-mean Gaussian of each layer, by the layer's name.
-        prior_precision: The prior's precision of each layer, by the same names.
+        prior_precision: The prior's precision of each layer, by the same names: a number, or that of each weight in the
+            shape of its block.
         provenance: How the posterior was made.
         layers: The layers; by default those of the model's parameters that are not frozen.
+        mean: All parameters and buffers at the mean; by default the model's own.
     """
 
     def __init__(
@@ -46,9 +61,10 @@ class Posterior:
         likelihood: Likelihood,
         blocks: Mapping[str, BlockGaussian],
         *,
-        prior_precision: Mapping[str, float],
+        prior_precision: Mapping[str, float | Tensor],
         provenance: Provenance,
         layers: Mapping[str, Layer] | None = None,
+        mean: Mapping[str, Tensor] | None = None,
     ) -> None:
         found, self.reasons = find_layers(model)
         self.model = model
@@ -64,8 +80,9 @@ class Posterior:
         self.provenance = provenance
         self.mean = {
             name: value.detach().clone(memory_format=torch.contiguous_format)
-            for name, value in _named_state(model).items()
+            for name, value in (_named_state(model) if mean is None else mean).items()
         }
+        self._linearized = LinearizedModel(model, self.mean, self.layers, self.blocks)
 
     # -- draws and predictions ----------------------------------------------------------------------------------------
 
@@ -96,37 +113,127 @@ class Posterior:
         inputs: Any,
         method: str | None = None,
         *,
+        link: str | None = None,
+        output_covariance: str = "full",
         num_samples: int = 64,
         draws: Draws | None = None,
         generator: torch.Generator | None = None,
+        memory_budget: int = MEMORY_BUDGET,
+        progress: bool = True,
     ) -> Prediction:
         """The predictive distribution of the targets at some inputs.
 
         Args:
-            inputs: The model's input: one argument, a tuple of arguments, or a dictionary of keyword arguments.
-            method: ``"linearized"``, the default: the model is taken as affine in its weights, the output's Gaussian is
-                exact then (classes are sampled from it). ``"sampling"``: the model is run under draws of the weights.
-            num_samples: Draws of the weights, or of the linearised output where classes need them.
-            draws: Draws from :meth:`sample`, instead of new ones; implies ``method="sampling"``.
+            inputs: The model's input: one argument, a tuple of arguments, or a dictionary of keyword arguments; or a
+                ``DataLoader``, whose targets are left aside. Linearised predictions are differentiable in inputs that
+                require gradients.
+            method: ``"linearized"``, the default: the model is taken as affine in its weights, and the output's
+                Gaussian is exact then. ``"sampling"``: the model is run under draws of the weights.
+            link: How class probabilities come from the linearised output: ``"mc"`` (draws of it), the default,
+                ``"probit"``, ``"extended_probit"``, ``"laplace_bridge"`` or ``"laplace_bridge_norm"``; see
+                :mod:`bayes_kfac.prediction.links`.
+            output_covariance: ``"full"`` between the linearised outputs of an example, or ``"diagonal"``, their
+                variances alone: for a thousand classes.
+            num_samples: Draws of the weights, or of the linearised output for ``link="mc"``.
+            draws: Draws from :meth:`sample`, instead of new ones. The method is ``"sampling"`` then by default; with
+                ``"linearized"`` they are draws of the affine model.
             generator: The source of randomness.
+            memory_budget: Bytes that a linearised prediction may use beside the model; larger batches go through in
+                parts.
+            progress: Whether to show a progress bar over a ``DataLoader``.
 
         Returns:
             The prediction; its kind depends on the likelihood.
 
         Raises:
-            ArgumentError: If the method is unknown, or draws come with ``method="linearized"``.
+            ArgumentError: If an argument is unknown, or one that does not go with the method or the likelihood.
         """
         method = check_choice("method", method or ("linearized" if draws is None else "sampling"), METHODS)
-        if draws is not None and method == "linearized":
-            raise ArgumentError("draws= are for method='sampling', but method='linearized'. Leave one of them out.")
+        check_choice("output_covariance", output_covariance, OUTPUT_COVARIANCES)
         check_count("num_samples", num_samples)
-        if method == "sampling":
-            draws = draws or self.sample(num_samples, generator=generator)
-            outputs = sampled_outputs(self.model, self.mean, draws, inputs)
-            return from_outputs(self.likelihood, outputs, Source("sampling", len(draws), self.provenance))
-        mean, covariance = linearize(self.model, self.mean, self.layers, self.blocks, inputs)
-        source = Source("linearized", None, self.provenance)
-        return from_gaussian(self.likelihood, mean, covariance, source, num_samples=num_samples, generator=generator)
+        check_count("memory_budget", memory_budget)
+        if link is not None and (method == "sampling" or draws is not None):
+            raise ArgumentError(
+                f"link={link!r} is for the closed form of method='linearized', but method={method!r} and draws are "
+                f"{'given' if draws is not None else 'made'}. Leave one of them out."
+            )
+        if method == "sampling" and draws is None:
+            draws = self.sample(num_samples, generator=generator)
+
+        def predict(part: Any) -> Prediction:
+            if draws is None:
+                output = self._linearized.output(
+                    part, diagonal=output_covariance == "diagonal", memory_budget=memory_budget
+                )
+                source = Source(method, None, self.provenance)
+                return from_gaussian(
+                    self.likelihood, output, source, link=link, num_samples=num_samples, generator=generator
+                )
+            if method == "linearized":
+                outputs = self._linearized.draws(part, self._changes(draws), memory_budget=memory_budget)
+            else:
+                outputs = sampled_outputs(self.model, self.mean, draws, part)
+            return from_outputs(self.likelihood, outputs, Source(method, len(draws), self.provenance))
+
+        if isinstance(inputs, DataLoader):
+            return concatenate([predict(part) for part in self._parts(inputs, progress)])
+        return predict(inputs)
+
+    def function_covariance(self, inputs: Any, others: Any = None, *, memory_budget: int = MEMORY_BUDGET) -> Tensor:
+        """The covariance of the linearised model's outputs between all pairs of examples.
+
+        Args:
+            inputs: The model's input, as in :meth:`predict`.
+            others: The input to take the pairs' second examples from; by default the same.
+            memory_budget: As in :meth:`predict`.
+
+        Returns:
+            ``[batch, other batch, outputs, outputs]``; noise of the targets is not in it. At ``[n, m, c, d]`` is the
+            covariance of output ``c`` of example ``n`` with output ``d`` of example ``m``.
+        """
+        check_count("memory_budget", memory_budget)
+        return self._linearized.covariance(inputs, inputs if others is None else others, memory_budget=memory_budget)
+
+    def function_samples(
+        self,
+        inputs: Any,
+        num_samples: int = 64,
+        *,
+        draws: Draws | None = None,
+        generator: torch.Generator | None = None,
+        memory_budget: int = MEMORY_BUDGET,
+    ) -> Tensor:
+        """Functions drawn from the linearised model: each is one draw of the weights at all inputs.
+
+        Their covariance over examples is :meth:`function_covariance`.
+
+        Args:
+            inputs: The model's input, as in :meth:`predict`.
+            num_samples: How many functions.
+            draws: Draws from :meth:`sample`, instead of new ones: the same functions at every call.
+            generator: The source of randomness.
+            memory_budget: As in :meth:`predict`.
+
+        Returns:
+            ``[num_samples, batch, ...]``, without noise of the targets.
+        """
+        draws = self.sample(num_samples, generator=generator) if draws is None else draws
+        return self._linearized.draws(inputs, self._changes(draws), memory_budget=memory_budget)
+
+    def _changes(self, draws: Draws) -> dict[str, Tensor]:
+        """How far each layer's draws are from the mean, ``[num_samples, *blocks, out, in]``."""
+        return {
+            name: torch.vmap(layer.matrix)({key: draws.values[key] - self.mean[key] for key in layer.parameters})
+            for name, layer in self.layers.items()
+        }
+
+    def _parts(self, loader: Iterable[Any], progress: bool) -> Iterator[Any]:
+        """The inputs of a loader's batches, on the model's device."""
+        from tqdm.auto import tqdm
+
+        device = next(iter(self.mean.values())).device
+        for batch in tqdm(loader, desc="predict", unit="batch", disable=not progress):
+            yield inputs_of(batch, device)
 
     # -- the Gaussian itself ------------------------------------------------------------------------------------------
 
@@ -189,6 +296,7 @@ class Posterior:
             name: value.to(target) if value.is_floating_point() or not isinstance(target, torch.dtype) else value
             for name, value in self.mean.items()
         }
+        moved._linearized = LinearizedModel(moved.model, moved.mean, moved.layers, moved.blocks)
         return moved
 
     # -- files --------------------------------------------------------------------------------------------------------

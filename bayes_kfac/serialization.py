@@ -95,16 +95,15 @@ def load(posterior_type: type[Posterior], path: Path, model: nn.Module, likeliho
             f"path={str(path)!r} was saved with the likelihood {header['likelihood']}, whose state does not fit "
             f"likelihood={likelihood!r}: {error}"
         ) from error
-    posterior = posterior_type(
+    return posterior_type(
         model,
         likelihood,
         {layers[name].name: block for name, block in blocks.items()},
         prior_precision={layers[name].name: value for name, value in header["prior_precision"].items()},
         provenance=Provenance(**header["provenance"]),
         layers={layer.name: layer for layer in layers.values()},
+        mean={name: mean[_plain(name)] for name, _ in [*model.named_parameters(), *model.named_buffers()]},
     )
-    posterior.mean = {name: mean[_plain(name)] for name in posterior.mean}
-    return posterior
 
 
 def _read(path: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -277,10 +277,21 @@ def test_outputs_of_which_none_stands_out_are_refused(method: str) -> None:
         posterior.predict({"x": randn(5, 3, seed=1), "name": "first"}, method)
 
 
-def test_draws_with_the_linearized_method_are_refused() -> None:
-    posterior = random_posterior(mlp(), Gaussian(0.5))
-    with pytest.raises(ArgumentError, match="Leave one of them out"):
-        posterior.predict(randn(5, 3, seed=1), "linearized", draws=posterior.sample(2))
+def test_draws_with_the_linearized_method_are_draws_of_the_affine_model() -> None:
+    """``f(x) + J(x) (w − M)`` with torch.func's Jacobians, the same functions at every call."""
+    model, x = mlp(), randn(5, 3, seed=1)
+    posterior = random_posterior(model, Gaussian(0.5))
+    draws = posterior.sample(7, generator=rng(0))
+    outputs = posterior.predict(x, "linearized", draws=draws).outputs
+
+    def forward(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, weights, x)
+
+    for index, draw in enumerate(draws):
+        changes = {name: value - posterior.mean[name] for name, value in draw.items()}
+        mean, change = torch.func.jvp(forward, (dict(posterior.mean),), (changes,))
+        assert_close(outputs[index], mean + change, **CLOSE)
+    assert torch.equal(outputs[:, 2:3], posterior.predict(x[2:3], "linearized", draws=draws).outputs)
 
 
 def test_unknown_method_says_what_there_is() -> None:

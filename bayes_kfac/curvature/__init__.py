@@ -4,6 +4,7 @@ from bayes_kfac.curvature.fisher import FISHER_KINDS, output_gradients
 from bayes_kfac.curvature.layers import Layer, find_layers
 from bayes_kfac.curvature.meter import Meter
 from bayes_kfac.curvature.modules import CompositeAdapter, ModuleAdapter, register, register_like
+from bayes_kfac.curvature.pullback import PullBack
 from bayes_kfac.curvature.recorder import Recorder
 from bayes_kfac.curvature.rows import Rows, SparseRows
 from bayes_kfac.curvature.statistics import SHARING_KINDS, Statistics, added, kronecker_factors
@@ -16,6 +17,7 @@ __all__ = [
     "Layer",
     "Meter",
     "ModuleAdapter",
+    "PullBack",
     "Recorder",
     "Rows",
     "SparseRows",

@@ -29,7 +29,7 @@ from bayes_kfac.batches import count_examples, output_tensor
 from bayes_kfac.curvature.fisher import FISHER_KINDS, output_gradients
 from bayes_kfac.curvature.layers import Layer
 from bayes_kfac.curvature.modules import couples_examples
-from bayes_kfac.curvature.pullback import Call, PullBack
+from bayes_kfac.curvature.pullback import Call
 from bayes_kfac.curvature.recorder import Recorder
 from bayes_kfac.curvature.rows import Rows
 from bayes_kfac.curvature.statistics import Statistics, added
@@ -152,10 +152,9 @@ class Meter:
         gradients = output_gradients(
             self.likelihood, output, self.fisher, target=target, mask=mask, generator=self.generator
         )
-        pull_back = PullBack(
-            self.recorder.layers,
-            passed.calls,
+        pull_back = self.recorder.pull_back(
             output,
+            passed.calls,
             # targets sampled for each example have gradients of mean zero; those of other kinds add up
             independent=self.fisher == "mc",
             coupled=any(couples_examples(module) for module in self.model.modules()),

@@ -8,7 +8,7 @@ gradient is pulled back by itself, or that of a few groups of examples where thi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -38,6 +38,7 @@ class Call:
         use: The module that used it.
         captured: What its adapter keeps of the call.
         edge: The call's output in the autograd graph.
+        size: How many elements the output has.
         versions: How often each captured tensor had been changed in place.
     """
 
@@ -45,12 +46,14 @@ class Call:
     use: Use
     captured: Any
     edge: GradientEdge
+    size: int
     versions: tuple[int, ...]
 
     @classmethod
     def of(cls, layer: str, use: Use, captured: Any, output: Tensor) -> Call:
         """The call that gave ``output``."""
-        return cls(layer, use, captured, torch.autograd.graph.get_gradient_edge(output), _versions(captured))
+        edge = torch.autograd.graph.get_gradient_edge(output)
+        return cls(layer, use, captured, edge, output.numel(), _versions(captured))
 
     def check(self) -> None:
         """Check that what was captured is still what it was.
@@ -79,6 +82,9 @@ class PullBack:
             of the examples' squares (Liu et al. 2023, "Sophia").
         coupled: Whether all examples depend on each other, as by batch normalisation in training. Rows then belong to
             the examples in whose place they are.
+        spread: The layers in which the gradient of one example's output reaches the rows of another, where they are
+            known; otherwise :meth:`probe` finds them.
+        create_graph: Whether rows are to be differentiable with respect to the model's inputs.
     """
 
     layers: Mapping[str, Layer]
@@ -87,6 +93,8 @@ class PullBack:
     parameters: Mapping[str, Tensor] | None = None
     independent: bool = False
     coupled: bool = False
+    spread: Set[str] | None = None
+    create_graph: bool = False
 
     def rows(self, output_gradients: Tensor, mask: Tensor | None = None) -> dict[str, Rows]:
         """Pull gradients with respect to the output back to every block; the graph is kept.
@@ -98,10 +106,12 @@ class PullBack:
         Returns:
             The rows of each layer that was used and that the output depends on.
         """
-        for call in self.calls:
-            call.check()
         if not self.output.requires_grad:
             return {}
+        with torch.set_grad_enabled(self.create_graph):
+            return self._rows(output_gradients, mask)
+
+    def _rows(self, output_gradients: Tensor, mask: Tensor | None) -> dict[str, Rows]:
         found = self._rows_in_place(output_gradients)
         apart = {call.layer for call, rows in found if not self._is_in_place(call, rows)}
         uses: dict[tuple[str, bool], list[Rows]] = {}
@@ -118,7 +128,9 @@ class PullBack:
 
     def _rows_in_place(self, output_gradients: Tensor) -> list[tuple[Call, Rows]]:
         """The rows of each call that the output depends on, as they lie in it."""
-        pulled = _pull_back(self.output, [call.edge for call in self.calls], output_gradients)
+        for call in self.calls:
+            call.check()
+        pulled = self._pull_back([call.edge for call in self.calls], output_gradients)
         found = [
             (call, Rows(*call.use.adapter.rows(call.captured, gradients)))
             for call, gradients in zip(self.calls, pulled, strict=True)
@@ -134,11 +146,18 @@ class PullBack:
         return self.independent or self.coupled or call.layer not in self._spread
 
     @cached_property
-    def _spread(self) -> set[str]:
-        """The layers in which the gradient of one example's output reaches the rows of another.
+    def _spread(self) -> Set[str]:
+        return self.probe() if self.spread is None else self.spread
+
+    @torch.no_grad()
+    def probe(self) -> set[str]:
+        """Find the layers in which the gradient of one example's output reaches the rows of another.
 
         Any two examples differ in a binary digit of their place. So all pairs are told apart by the gradients of the
         outputs whose places have a digit set: they must be those of all outputs in rows there, and none elsewhere.
+
+        Returns:
+            Their names.
         """
         size, device = len(self.output), self.output.device
         generator = torch.Generator(device).manual_seed(0)
@@ -182,7 +201,7 @@ class PullBack:
         index = torch.arange(batch, device=self.output.device)
         members = (index % groups == index[:groups, None]).reshape(groups, batch, *[1] * (self.output.ndim - 1))
         apart = (output_gradients.unsqueeze(1) * members).flatten(0, 1)
-        chunks = [_pull_back(self.output, edges, chunk) for chunk in apart.split(CHUNK)]
+        chunks = [self._pull_back(edges, chunk) for chunk in apart.split(CHUNK)]
         return [
             None if parts[0] is None else torch.cat(parts).unflatten(0, (columns, groups))
             for parts in zip(*chunks, strict=True)
@@ -202,16 +221,20 @@ class PullBack:
             UnsupportedModelError: If they do not; the message names the layer.
         """
         watched = {n: layer for n, layer in self.layers.items() if not layer.adapter.stands_alone}
-        parameters = [p for layer in watched.values() for p in layer.parameters.values()]
-        if not parameters:
+        tensors = {
+            key: parameter if self.parameters is None else self.parameters[key]
+            for layer in watched.values()
+            for key, parameter in layer.parameters.items()
+        }
+        if not tensors:
             return
-        pulled = _pull_back(self.output, parameters, output_gradient.unsqueeze(0))
-        by_parameter = dict(zip(parameters, pulled, strict=True))
+        pulled = self._pull_back(list(tensors.values()), output_gradient.unsqueeze(0))
+        gradients = dict(zip(tensors, pulled, strict=True))
         for name, layer in watched.items():
-            expected = {key: by_parameter[parameter] for key, parameter in layer.parameters.items()}
+            expected = {key: gradients[key] for key in layer.parameters}
             if all(gradient is None for gradient in expected.values()):
                 continue
-            filled = {k: layer.parameters[k] * 0 if g is None else g[0] for k, g in expected.items()}
+            filled = {k: tensors[k].detach() * 0 if g is None else g[0] for k, g in expected.items()}
             if not _agree(layer.matrix(filled).float(), rows.get(name), self.output.dtype):
                 raise UnsupportedModelError(
                     f"Layer {name!r} ({type(layer.module).__name__}): the calls that were seen do not account for the "
@@ -220,27 +243,35 @@ class PullBack:
                     "others='diagonal' by holding them in a module without adapter."
                 )
 
+    def _pull_back(self, edges: Sequence[Any], output_gradients: Tensor) -> Sequence[Tensor | None]:
+        """Gradients ``[columns, ...]`` at each edge; at the output's own, the gradients as they are."""
+        own = torch.autograd.graph.get_gradient_edge(self.output)
+        others = [edge for edge in edges if edge != own]
+        pulled = iter(_pull_back(self.output, others, output_gradients, create_graph=self.create_graph))
+        return [output_gradients if edge == own else next(pulled) for edge in edges]
+
 
 def _versions(captured: Any) -> tuple[int, ...]:
     tensors = [leaf for leaf in tree_leaves(captured) if isinstance(leaf, Tensor)]
     return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
-def _pull_back(output: Tensor, edges: Sequence[Any], output_gradients: Tensor) -> Sequence[Tensor | None]:
+def _pull_back(
+    output: Tensor, edges: Sequence[Any], output_gradients: Tensor, *, create_graph: bool
+) -> Sequence[Tensor | None]:
     """Gradients ``[columns, ...]`` at each edge; one batched backward pass for all columns where that is possible."""
     if not edges:
         return []
+    options = {"retain_graph": True, "allow_unused": True, "create_graph": create_graph}
     try:
         if output_gradients.shape[0] > 1:
             try:
-                return torch.autograd.grad(
-                    output, edges, output_gradients, retain_graph=True, allow_unused=True, is_grads_batched=True
-                )
+                return torch.autograd.grad(output, edges, output_gradients, is_grads_batched=True, **options)
             except RuntimeError:
                 # some formulas do not batch (images in channels_last, functions of the user's own): column by column
                 # below, where any other error is raised again
                 pass
-        each = [torch.autograd.grad(output, edges, g, retain_graph=True, allow_unused=True) for g in output_gradients]
+        each = [torch.autograd.grad(output, edges, gradient, **options) for gradient in output_gradients]
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise

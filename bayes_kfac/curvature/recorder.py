@@ -10,13 +10,15 @@ or compiled at any other time carries none. Compiled modules run uncompiled in b
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from bayes_kfac.curvature.layers import Layer, Use
@@ -34,14 +36,17 @@ class Recorder:
 
     Attributes:
         is_recording: Whether calls are taken down; set to ``False`` to let forward passes go by.
-        calls: What was taken down since the last :meth:`clear`; what :meth:`rows` goes by.
+        keeps_graph: Whether what is taken down stays in the autograd graph, for derivatives of rows.
+        calls: What was taken down since the last :meth:`clear`.
     """
 
     def __init__(self, layers: Mapping[str, Layer]) -> None:
         self.layers = layers
         self.is_recording = True
+        self.keeps_graph = False
         self.calls: list[Call] = []
         self._attached: ExitStack | None = None
+        self._spread: dict[tuple[int, ...], set[str]] = {}
 
     def attach(self) -> None:
         """Put a forward hook on every module that uses a block.
@@ -81,21 +86,37 @@ class Recorder:
         """Forget what was recorded."""
         self.calls = []  # a new one: the old may be kept for later
 
-    def rows(
-        self, output: Tensor, output_gradients: Tensor, *, mask: Tensor | None = None, **options: Any
-    ) -> dict[str, Rows]:
-        """Pull gradients with respect to the model's output back to every block; the graph is kept.
+    def pull_back(self, output: Tensor, calls: Sequence[Call] | None = None, **options: Any) -> PullBack:
+        """What pulls gradients with respect to the model's output back to every block; the graph is kept.
+
+        Whether examples meet in a layer is a property of the model: it is probed once for each shape of an example's
+        output, on the first batch of several.
 
         Args:
             output: The model's output, ``[batch, ...]``, of the forward pass that was recorded.
-            output_gradients: ``[columns, batch, ...]``.
-            mask: Which elements of the output weigh.
+            calls: The calls of that pass, where they are not those of :attr:`calls`.
             options: Further arguments of :class:`PullBack`.
 
         Returns:
-            The rows of each layer that was used and that the output depends on.
+            The pull-back.
         """
-        return PullBack(self.layers, self.calls, output, **options).rows(output_gradients, mask)
+        calls = self.calls if calls is None else calls
+        pull_back = PullBack(self.layers, calls, output, create_graph=self.keeps_graph, **options)
+        if pull_back.independent or pull_back.coupled or not output.requires_grad:
+            return pull_back
+        shape = tuple(output.shape[1:])  # tokens meet where sequences do not
+        spread = self._spread.get(shape)
+        if spread is None:
+            spread = pull_back.probe()
+            if len(output) > 1:
+                self._spread[shape] = spread
+        return replace(pull_back, spread=spread)
+
+    def rows(
+        self, output: Tensor, output_gradients: Tensor, *, mask: Tensor | None = None, **options: Any
+    ) -> dict[str, Rows]:
+        """The rows of each layer that was used and that the output depends on: :meth:`PullBack.rows`."""
+        return self.pull_back(output, **options).rows(output_gradients, mask)
 
     def _hook(
         self, name: str, use: Use, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor
@@ -118,6 +139,8 @@ class Recorder:
         if output._is_view():  # an operation in place on a view would take its edge out of the graph
             output = output.clone()
         captured = capture()
+        if not self.keeps_graph:
+            captured = tree_map_only(Tensor, Tensor.detach, captured)
         self.calls += [Call.of(name, use, captured, output) for name, use in uses]
         return output
 

@@ -102,6 +102,8 @@ class Rows:
             layer: their inputs are on the block's ``out`` side, their gradients on its ``in`` side.
         mask: Which positions weigh, ``[batch, shared]``; ``None`` for all.
         examples: How many examples the rows come from, where it is not the length of the batch.
+        share: Which part these are of the columns that were pulled back. What is summed over columns adds up over
+            parts; what is not, counts by its share.
     """
 
     inputs: Tensor | SparseRows
@@ -109,17 +111,18 @@ class Rows:
     transposed: Rows | None = None
     mask: Tensor | None = None
     examples: float | None = None
+    share: float = 1.0
 
     @property
     def num_examples(self) -> float:
-        """How many examples the rows come from."""
-        return float(self.inputs.shape[-3]) if self.examples is None else self.examples
+        """How many examples the rows come from, by their share of the columns."""
+        return self.share * (self.inputs.shape[-3] if self.examples is None else self.examples)
 
     @property
     def num_rows(self) -> float:
-        """How many positions of all examples weigh."""
+        """How many positions of all examples weigh, by their share of the columns."""
         batch, shared = self.inputs.shape[-3:-1]
-        return float(batch * shared if self.mask is None else self.mask.sum())
+        return self.share * float(batch * shared if self.mask is None else self.mask.sum())
 
     def to(self, dtype: torch.dtype) -> Rows:
         """The same rows in another dtype."""
@@ -142,7 +145,7 @@ class Rows:
         else:
             flat = (self.inputs.weights * weights.unsqueeze(-1)).flatten(1).unsqueeze(1)
             inputs = SparseRows(self.inputs.indices.flatten(1).unsqueeze(1), flat, self.inputs.size)
-        return Rows(inputs, gradients, mask=mask, examples=self.examples)
+        return Rows(inputs, gradients, mask=mask, examples=self.examples, share=self.share)
 
     def total(self, column: int) -> Tensor:
         """The sum of one column's Jacobians over all examples, ``[*blocks, out, in]``: a gradient of the weights."""
@@ -162,6 +165,23 @@ class Rows:
         values = self.inputs.weights if isinstance(self.inputs, SparseRows) else self.inputs
         own = torch.linalg.vector_norm(values.float()) * torch.linalg.vector_norm(self.gradients[column].float())
         return own if self.transposed is None else own + self.transposed.magnitude(column)
+
+    def response(self, change: Tensor) -> Tensor:
+        """What changes of the weights do to the outputs to first order, ``Σ_t g_ct · (δW a_t)``.
+
+        Args:
+            change: ``δW``, ``[draws, *blocks, out, in]``.
+
+        Returns:
+            ``[draws, batch, columns]``, summed over blocks.
+        """
+        if isinstance(self.inputs, SparseRows):
+            chosen = change.mT[:, self.inputs.indices]  # [draws, batch, shared, k, out]
+            outputs = (chosen * self.inputs.weights.unsqueeze(-1)).sum(-2)
+        else:
+            outputs = torch.einsum("...nti,s...oi->s...nto", self.inputs, change)
+        own = torch.einsum("c...nto,s...nto->snc", self.gradients, outputs)
+        return own if self.transposed is None else own + self.transposed.response(change.mT)
 
     def jacobians(self) -> Tensor:
         """``J_c = Σ_t g_ct a_tᵀ`` over all uses, ``[columns, *blocks, batch, out, in]``."""

@@ -112,6 +112,8 @@ def _factors(rows: Rows, sharing: str, *, diagonal_gradients: bool) -> Statistic
         flat = inputs.flatten(-3, -2)
         weighted = flat if rows.mask is None else flat * rows.mask.flatten().unsqueeze(-1)
         input_sum = weighted.mT @ flat
+    if rows.share < 1:
+        input_sum = input_sum * rows.share
     gradient_sum = by_block.square().sum(-2, keepdim=True) if diagonal_gradients else by_block.mT @ by_block
     return Statistics(
         {"input": input_sum, "gradient": gradient_sum}, {"input": rows.num_rows, "gradient": rows.num_examples}

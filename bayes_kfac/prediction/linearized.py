@@ -1,71 +1,240 @@
 """Linearised prediction: the model as an affine function of its weights around the mean, ``f(x) + J(x) (w − M)``.
 
 The output is then Gaussian in closed form, with covariance ``Σ_blocks J P⁻¹ Jᵀ``. Jacobians are never formed as such:
-each block takes the rows ``a`` and ``g`` of its layer.
+each block takes the rows ``a`` and ``g`` of its layer, of all outputs from one batched backward pass. Where the inputs
+require gradients, mean and covariance are differentiable in them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bayes_kfac import linalg
-from bayes_kfac.curvature import Layer, Recorder
+from bayes_kfac.curvature import Layer, PullBack, Recorder, Rows
 from bayes_kfac.errors import UsageError
 from bayes_kfac.prediction.forward import call, differentiable, evaluating
-from bayes_kfac.structures import BlockGaussian
+from bayes_kfac.prediction.output import GaussianOutput
+from bayes_kfac.structures import BlockGaussian, Whitened
+
+#: Bytes that the rows of a batch may take up by default; larger batches go through in parts.
+MEMORY_BUDGET = 1 << 30
+#: How many times an activation's gradient is held while it is pulled back and whitened.
+COPIES = 3
 
 
-def linearize(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    layers: Mapping[str, Layer],
-    blocks: Mapping[str, BlockGaussian],
-    inputs: Any,
-) -> tuple[Tensor, Tensor]:
-    """The mean and covariance of the linearised model's output.
+@dataclass(frozen=True)
+class _Sizes:
+    """How much an example takes.
 
-    Args:
-        model: The model; left as it was.
+    Attributes:
+        bytes: What layers put out, in bytes.
+        outputs: The elements of its output.
+        splits: Whether a batch can be taken apart. It cannot where examples depend on each other, or where tensors do
+            not all have the batch first; then sizes are not known either.
+    """
+
+    bytes: int = 1
+    outputs: int = 1
+    splits: bool = False
+
+    def columns(self, budget: int) -> int:
+        """How many outputs' gradients of one example fit into the budget together."""
+        return max(1, budget // (COPIES * self.bytes) - 1)
+
+
+@dataclass
+class LinearizedModel:
+    """A model that is affine in its weights.
+
+    Attributes:
+        model: The model; left as it was by every call.
         state: All parameters and buffers at the mean.
         layers: The layers that have a posterior.
         blocks: The zero-mean Gaussians of these layers.
-        inputs: The model's input.
-
-    Returns:
-        The mean ``[batch, ...]`` and the covariance ``[batch, outputs, outputs]``, where ``outputs`` counts all
-        elements of one example's output.
-
-    Raises:
-        UsageError: If autograd sees none of the layers.
     """
-    recorder = Recorder(layers)
-    weights = {name for layer in layers.values() for name in layer.parameters}
-    recorder.attach()
-    try:
-        # without a graph no Jacobian would be seen, and the covariance would be a silent zero
-        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
-            attached = {
-                name: differentiable(value).detach().requires_grad_(name in weights) for name, value in state.items()
-            }
-            output = call(model, attached, tree_map_only(Tensor, differentiable, inputs))
-            size = output[0].numel()
-            basis = torch.eye(size, dtype=output.dtype, device=output.device).reshape(size, 1, *output.shape[1:])
-            rows = recorder.rows(output, basis.expand(size, *output.shape), parameters=attached)
-            if blocks and not rows:
-                raise UsageError(
-                    "No layer with a posterior was seen by autograd, so the linearised model has no variance. Does its "
-                    "forward run under torch.no_grad(), or use none of these layers? method='sampling' needs no graph."
-                )
-    finally:
-        recorder.detach()
-    covariance = output.new_zeros(output.shape[0], size, size)
-    with linalg.full_precision(output.device):  # a covariance in 16 bits is not symmetric
-        for name, layer_rows in rows.items():
-            dtype = next(iter(blocks[name].state.values())).dtype
-            covariance = covariance + blocks[name].whitened_rows(layer_rows.to(dtype)).covariance()
-    return output.detach(), covariance
+
+    model: nn.Module
+    state: Mapping[str, Tensor]
+    layers: Mapping[str, Layer]
+    blocks: Mapping[str, BlockGaussian]
+    _recorder: Recorder = field(init=False, repr=False)
+    _is_checked: bool = field(default=False, init=False, repr=False)
+    _sizes: dict[Any, _Sizes] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        #: Which layers examples meet in is probed once, so that it serves all calls.
+        self._recorder = Recorder(self.layers)
+
+    def output(self, inputs: Any, *, diagonal: bool = False, memory_budget: int = MEMORY_BUDGET) -> GaussianOutput:
+        """The Gaussian of the model's output.
+
+        Args:
+            inputs: The model's input.
+            diagonal: Whether to leave out the covariances between outputs.
+            memory_budget: Bytes that rows may take up.
+
+        Returns:
+            The mean ``[batch, ...]``, and the covariance ``[batch, outputs, outputs]``, where ``outputs`` counts all
+            elements of one example's output, or the variances ``[batch, outputs]``.
+
+        Raises:
+            UsageError: If autograd sees none of the layers.
+        """
+
+        def gaussian(part: Any) -> tuple[Tensor, Tensor]:
+            with self._forward(part) as (output, pull_back):
+                if not diagonal:
+                    whitened = self._whitened(pull_back, _unit_vectors(output)).values()
+                    size = output[0].numel()
+                    total = sum((own.covariance() for own in whitened), output.new_zeros(len(output), size, size))
+                    return output, total
+                variances = []
+                for columns in _unit_vectors(output).split(self._sizes_of(part).columns(memory_budget)):
+                    whitened = self._whitened(pull_back, columns).values()
+                    zero = output.new_zeros(len(output), len(columns))
+                    variances.append(sum((own.variance() for own in whitened), zero))
+                return output, torch.cat(variances, dim=-1)
+
+        means, spreads = zip(*self._in_parts(gaussian, inputs, memory_budget, diagonal=diagonal), strict=True)
+        return GaussianOutput(torch.cat(means), torch.cat(spreads))
+
+    def covariance(self, inputs: Any, others: Any, *, memory_budget: int = MEMORY_BUDGET) -> Tensor:
+        """The covariance between the outputs at some inputs and those at others.
+
+        Args:
+            inputs: The model's input.
+            others: Another.
+            memory_budget: Bytes that rows may take up.
+
+        Returns:
+            ``[batch, other batch, outputs, outputs]``.
+        """
+
+        def whitened(part: Any) -> dict[str, Whitened]:
+            with self._forward(part) as (output, pull_back):
+                return self._whitened(pull_back, _unit_vectors(output))
+
+        def against(mine: dict[str, Whitened]) -> Tensor:
+            def products(part: Any) -> Tensor:
+                theirs = mine if others is inputs and part is inputs else whitened(part)
+                return torch.stack([mine[name].between(theirs[name]) for name in mine if name in theirs]).sum(0)
+
+            return torch.cat(list(self._in_parts(products, others, memory_budget)), dim=1)
+
+        return torch.cat(list(self._in_parts(lambda part: against(whitened(part)), inputs, memory_budget)))
+
+    def draws(self, inputs: Any, changes: Mapping[str, Tensor], *, memory_budget: int = MEMORY_BUDGET) -> Tensor:
+        """The affine model's outputs under draws of the weights: the same functions at every call.
+
+        Args:
+            inputs: The model's input.
+            changes: For each layer the draws' distance from the mean, ``[num_samples, *blocks, out, in]``.
+            memory_budget: Bytes that rows may take up.
+
+        Returns:
+            ``[num_samples, batch, ...]``.
+        """
+
+        def outputs(part: Any) -> Tensor:
+            with self._forward(part) as (output, pull_back):
+                rows = self._rows(pull_back, _unit_vectors(output))
+                responses = torch.stack([own.response(changes[name].to(output)) for name, own in rows.items()])
+                return output + responses.sum(0).reshape(-1, *output.shape)
+
+        return torch.cat(list(self._in_parts(outputs, inputs, memory_budget)), dim=1)
+
+    @contextmanager
+    def _forward(self, inputs: Any) -> Iterator[tuple[Tensor, PullBack]]:
+        """The output, and what pulls its gradients back, of a pass at the mean."""
+        leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        self._recorder.keeps_graph = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+        weights = {name for layer in self.layers.values() for name in layer.parameters}
+        self._recorder.attach()
+        try:
+            # without a graph no Jacobian would be seen, and the covariance would be a silent zero
+            with evaluating(self.model), torch.inference_mode(False), torch.enable_grad():
+                attached = {
+                    name: differentiable(value).detach().requires_grad_(name in weights)
+                    for name, value in self.state.items()
+                }
+                output = call(self.model, attached, tree_map_only(Tensor, differentiable, inputs))
+                pull_back = self._recorder.pull_back(output, parameters=attached)
+                # a covariance in 16 bits is not symmetric
+                with torch.set_grad_enabled(self._recorder.keeps_graph), linalg.full_precision(output.device):
+                    yield output if self._recorder.keeps_graph else output.detach(), pull_back
+        finally:
+            self._recorder.detach()
+
+    def _rows(self, pull_back: PullBack, columns: Tensor) -> dict[str, Rows]:
+        """The rows of all layers, in their Gaussians' dtype."""
+        rows = pull_back.rows(columns)
+        if self.blocks and not rows:
+            raise UsageError(
+                "No layer with a posterior was seen by autograd, so the linearised model has no variance. Does its "
+                "forward run under torch.no_grad(), or use none of these layers? method='sampling' needs no graph."
+            )
+        if not self._is_checked:
+            pull_back.check_complete(columns[0], rows)
+            self._is_checked = True
+        return {name: own.to(next(iter(self.blocks[name].state.values())).dtype) for name, own in rows.items()}
+
+    def _whitened(self, pull_back: PullBack, columns: Tensor) -> dict[str, Whitened]:
+        return {name: self.blocks[name].whitened_rows(rows) for name, rows in self._rows(pull_back, columns).items()}
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    def _in_parts(
+        self, function: Callable[[Any], Any], inputs: Any, budget: int, *, diagonal: bool = False
+    ) -> Iterator[Any]:
+        """A function's results for parts of the batch whose rows fit into the budget."""
+        batch, sizes = _batch_size(inputs), self._sizes_of(inputs)
+        columns = min(sizes.outputs, sizes.columns(budget)) if diagonal else sizes.outputs
+        step = max(1, budget // (COPIES * sizes.bytes * (columns + 1)))
+        if not sizes.splits or batch is None or step >= batch:
+            yield function(inputs)
+            return
+        for start in range(0, batch, step):
+            yield function(_some(inputs, slice(start, start + step)))
+
+    def _sizes_of(self, inputs: Any) -> _Sizes:
+        """The sizes of an example of this kind, from the first two of a batch."""
+        kinds = [(leaf.shape[1:], leaf.dtype) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
+        batch = _batch_size(inputs)
+        key = (batch is not None and batch > 1, *kinds)
+        if key not in self._sizes:
+            self._sizes[key] = _Sizes() if batch is None else self._measure(inputs)
+        return self._sizes[key]
+
+    def _measure(self, inputs: Any) -> _Sizes:
+        try:
+            with torch.no_grad(), self._forward(_some(inputs, slice(0, 1))) as (alone, pull_back):
+                made = sum(made.size for made in pull_back.calls)
+            with torch.no_grad(), self._forward(_some(inputs, slice(0, 2))) as (both, _):
+                splits = len(both) == 2 and torch.allclose(alone[0], both[0], rtol=1e-3, atol=1e-4)
+        except Exception:  # a model may say in any way that it does not take a part of its batch
+            return _Sizes()
+        return _Sizes(max(made, 1) * alone.element_size(), alone[0].numel(), splits=splits)
+
+
+def _unit_vectors(output: Tensor) -> Tensor:
+    """Gradients of each output, ``[outputs, batch, ...]``; all examples share their memory."""
+    size = output[0].numel()
+    basis = torch.eye(size, dtype=output.dtype, device=output.device).reshape(size, 1, *output.shape[1:])
+    return basis.expand(size, *output.shape)
+
+
+def _batch_size(inputs: Any) -> int | None:
+    """The first dimension of all tensors that a model is called with, where it is one."""
+    sizes = {len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _some(inputs: Any, examples: slice) -> Any:
+    return tree_map_only(Tensor, lambda tensor: tensor[examples] if tensor.ndim else tensor, inputs)

@@ -4,22 +4,35 @@ All of them split the variance of a new target: ``variance = aleatoric_variance 
 first is the expected noise of the target given the weights, the second the variance of its mean over the weights. The
 first dimension of everything is the batch.
 
+A result class is a frozen dataclass whose fields say along which dimension they hold the batch, with
+``field(metadata=batch_dim(...))``; the others are the same for every batch. That is all :func:`concatenate` needs.
+
 A likelihood gets its results by one line each of ``from_gaussian.register`` and ``from_outputs.register``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import singledispatch
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.likelihoods import Likelihood
+from bayes_kfac.prediction.output import GaussianOutput
 from bayes_kfac.provenance import Provenance
+
+P = TypeVar("P", bound="Prediction")
+
+
+def batch_dim(dim: int) -> Mapping[str, int]:
+    """The metadata of a dataclass field that holds the batch along ``dim``: a tensor, or a :class:`GaussianOutput`."""
+    return {"batch_dim": dim}
 
 
 @dataclass(frozen=True)
@@ -30,11 +43,13 @@ class Source:
         method: ``"linearized"`` or ``"sampling"``.
         num_samples: The number of draws, or ``None`` where the result is in closed form.
         posterior: How the posterior was made.
+        link: How class probabilities came from a Gaussian of logits; ``None`` for regression and for sampled weights.
     """
 
     method: str
     num_samples: int | None
     posterior: Provenance
+    link: str | None = None
 
 
 class Prediction(ABC):
@@ -45,6 +60,10 @@ class Prediction(ABC):
     """
 
     source: Source
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self.mean)
 
     @property
     @abstractmethod
@@ -84,10 +103,10 @@ class Prediction(ABC):
 @singledispatch
 def from_gaussian(
     likelihood: Likelihood,
-    mean: Tensor,
-    covariance: Tensor,
+    output: GaussianOutput,
     source: Source,
     *,
+    link: str | None,
     num_samples: int,
     generator: torch.Generator | None,
 ) -> Prediction:
@@ -95,14 +114,15 @@ def from_gaussian(
 
     Args:
         likelihood: What the output means.
-        mean: The output's mean, ``[batch, ...]``.
-        covariance: The output's covariance, ``[batch, outputs, outputs]``.
+        output: The output's mean, and its covariance or variances.
         source: Where it came from.
-        num_samples: Draws of the output where the likelihood has no closed form.
+        link: How class probabilities come from the output, one of :data:`bayes_kfac.prediction.links.LINKS`; ``None``
+            for ``"mc"`` there, and for likelihoods that need no link.
+        num_samples: Draws of the output for ``link="mc"``.
         generator: The source of randomness for them.
 
     Raises:
-        ArgumentError: If the likelihood has no such result.
+        ArgumentError: If the likelihood has no such result, or no such link.
     """
     raise ArgumentError(f"{type(likelihood).__name__} has no prediction: register it with from_gaussian.register.")
 
@@ -120,3 +140,72 @@ def from_outputs(likelihood: Likelihood, outputs: Tensor, source: Source) -> Pre
         ArgumentError: If the likelihood has no such result.
     """
     raise ArgumentError(f"{type(likelihood).__name__} has no prediction: register it with from_outputs.register.")
+
+
+def concatenate(predictions: Sequence[P]) -> P:
+    """One prediction for the examples of several, in their order: the results of a loader's batches, say.
+
+    Every example keeps its own result. Draws with the same index are the same function in all of the batches only if
+    all were made from the same ``draws=``.
+
+    Args:
+        predictions: At least one, all of one kind, from one posterior, by one method.
+
+    Returns:
+        The prediction for all examples.
+
+    Raises:
+        ArgumentError: If there is none, or they differ in more than the batch.
+    """
+    if not predictions:
+        raise ArgumentError("predictions=[] is empty. Allowed: one prediction or more.")
+    kind = type(predictions[0])
+    for index, prediction in enumerate(predictions):
+        if type(prediction) is not kind:
+            raise ArgumentError(
+                f"predictions[{index}] is a {type(prediction).__name__} and predictions[0] a {kind.__name__}. Allowed: "
+                "predictions of one kind. Concatenate those of each kind by themselves."
+            )
+    joined = {}
+    for own in fields(kind):  # type: ignore[arg-type]  # each kind is a dataclass; their base has no fields
+        values = [getattr(prediction, own.name) for prediction in predictions]
+        dim = own.metadata.get("batch_dim")
+        joined[own.name] = _shared(own.name, values) if dim is None else _joined(own.name, values, dim)
+    return kind(**joined)
+
+
+def _joined(name: str, values: Sequence[Any], dim: int) -> Any:
+    """Tensors along their batch dimension; Gaussian outputs field by field."""
+    if isinstance(values[0], GaussianOutput):
+        names = [own.name for own in fields(GaussianOutput)]
+        return GaussianOutput(*(_joined(f"{name}.{each}", [getattr(v, each) for v in values], dim) for each in names))
+    shapes = [tuple(value.shape) for value in values]
+    for index, shape in enumerate(shapes):
+        if shape[:dim] + shape[dim + 1 :] != shapes[0][:dim] + shapes[0][dim + 1 :]:
+            raise ArgumentError(
+                f"predictions[{index}].{name} has shape {shape} and predictions[0].{name} {shapes[0]}. Allowed: shapes "
+                f"that differ in the batch, dimension {dim}, only. Predict with the same num_samples and outputs."
+            )
+    return torch.cat(list(values), dim)
+
+
+def _shared(name: str, values: Sequence[Any]) -> Any:
+    """The value that all of them have."""
+    for index, value in enumerate(values):
+        if not _same(values[0], value):
+            raise ArgumentError(
+                f"predictions[{index}].{name}={value!r} differs from predictions[0].{name}={values[0]!r}. Allowed: "
+                "predictions of one posterior by one method, link and number of draws. Concatenate the others apart."
+            )
+    return values[0]
+
+
+def _same(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, nn.Module) and type(left) is type(
+        right
+    ):  # modules compare by identity, a loaded one is another
+        own, other = left.state_dict(), right.state_dict()
+        return own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
+    return bool(left == right)

@@ -4,6 +4,7 @@ from bayes_kfac.structures.base import (
     DAMPING_KINDS,
     BlockGaussian,
     BlockSpec,
+    Prior,
     Structure,
     available,
     gaussian_from_state,
@@ -17,6 +18,7 @@ from bayes_kfac.structures.diagonal import DiagonalGaussian, DiagonalStructure
 from bayes_kfac.structures.kron import KroneckerStructure
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
+from bayes_kfac.structures.whitened import Whitened
 
 __all__ = [
     "DAMPING_KINDS",
@@ -29,7 +31,9 @@ __all__ = [
     "KroneckerEigenGaussian",
     "KroneckerStructure",
     "MatrixNormalGaussian",
+    "Prior",
     "Structure",
+    "Whitened",
     "available",
     "gaussian_from_state",
     "get",

@@ -214,9 +214,14 @@ def product_rows(
     """
     if isinstance(inputs, SparseRows):
         whitened: Tensor | SparseRows = inputs.scaled(column_root.flatten())
-    else:  # [*blocks, 1, ...]: one root for all examples of a block
-        whitened = linalg.right_product(inputs, column_root.unsqueeze(-3))
-    return WhitenedRows(whitened, linalg.right_product(same_for_all(gradients), row_root.unsqueeze(-3)), weights)
+    else:
+        whitened = _right_product(inputs, column_root)
+    return WhitenedRows(whitened, _right_product(same_for_all(gradients), row_root), weights)
+
+
+def _right_product(rows: Tensor, root: Tensor) -> Tensor:
+    """Rows times a root ``[*blocks, size, size]``: one product for all examples and positions of a block."""
+    return linalg.right_product(rows.flatten(-3, -2), root).unflatten(-2, rows.shape[-3:-1])
 
 
 def same_for_all(gradients: Tensor) -> Tensor:

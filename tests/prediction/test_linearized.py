@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from bayes_kfac.errors import UsageError
 from bayes_kfac.likelihoods import Gaussian
-from bayes_kfac.prediction import linearize
+from bayes_kfac.prediction import LinearizedModel
 from tests.helpers import randn, seeded
 from tests.posteriors import DAMPING_KINDS, dense_output_covariance, random_posterior
 
@@ -141,7 +141,8 @@ def test_mean_and_covariance_are_the_dense_ones(name: str, damping: str) -> None
     model, x = build(name)
     posterior = random_posterior(model, Gaussian(0.5), damping=damping)
     expected_mean, expected = dense_output_covariance(posterior, x)
-    mean, covariance = linearize(model, posterior.mean, posterior.layers, posterior.blocks, x)
+    output = LinearizedModel(model, posterior.mean, posterior.layers, posterior.blocks).output(x)
+    mean, covariance = output.mean, output.covariance
     assert_close(mean, expected_mean, **CLOSE)
     assert_close(covariance, expected, **CLOSE)
     assert expected.diagonal(dim1=-2, dim2=-1).min() > 1e-3
@@ -380,14 +381,22 @@ def test_covariance_is_not_rounded_by_autocast() -> None:
     assert_close(log_prob.double(), expected.log_prob(torch.zeros(5, 2).double()), rtol=0.05, atol=0.05)
 
 
-def test_inputs_that_require_gradients_get_none() -> None:
-    """Predictions are results, not parts of the caller's graph."""
-    model, x = build("mlp")
-    leaf = x.clone().requires_grad_()
-    prediction = random_posterior(model, Gaussian("learned").double()).predict(leaf)
-    for value in (prediction.mean, prediction.variance, prediction.log_prob(torch.zeros(5, 2, dtype=torch.float64))):
-        assert not value.requires_grad
-    assert leaf.grad is None
+@pytest.mark.parametrize("damping", DAMPING_KINDS)
+def test_predictions_are_differentiable_in_inputs_that_require_gradients(damping: str) -> None:
+    """Mean and variance against finite differences: an acquisition function is climbed along them."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    posterior = random_posterior(model, Gaussian("learned").double(), damping=damping)
+
+    def predict(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        prediction = posterior.predict(x)
+        return prediction.mean, prediction.covariance, posterior.function_covariance(x)
+
+    leaf = randn(3, 3, seed=5).requires_grad_()
+    assert torch.autograd.gradcheck(predict, leaf)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with torch.no_grad():
+        assert not posterior.predict(leaf).variance.requires_grad
+    assert not posterior.predict(leaf.detach()).variance.requires_grad
 
 
 def test_float32_is_close_to_float64() -> None:

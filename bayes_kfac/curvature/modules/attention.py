@@ -88,7 +88,7 @@ class MultiheadAttentionAdapter(CompositeAdapter):
             output = recorded_linear(record, name, tensor, getattr(module, f"{name}_weight"), None)
             if module.in_proj_bias is not None:
                 output = output + module.in_proj_bias[i * width : (i + 1) * width]
-                output = record("in_proj", Captured(tensor.detach(), i * width), output)
+                output = record("in_proj", Captured(tensor, i * width), output)
             projected.append(output)
         return projected
 

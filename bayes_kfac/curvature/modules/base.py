@@ -58,7 +58,7 @@ class ModuleAdapter(ABC):
 
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Any:
         """What to keep of a call until its rows are asked for: the first argument, as it is."""
-        return next(iter((*args, *kwargs.values()))).detach()
+        return next(iter((*args, *kwargs.values())))
 
     def rows(self, captured: Any, gradients: Tensor) -> tuple[Tensor | SparseRows, Tensor]:
         """The rows of one call.

@@ -58,10 +58,10 @@ class EmbeddingBagAdapter(ModuleAdapter):
         if bag.padding_idx is not None:
             weights = weights * (indices != bag.padding_idx)
         if indices.ndim == 1:
-            indices, weights = self._from_offsets(indices, weights.detach(), inputs["offsets"])
+            indices, weights = self._from_offsets(indices, weights, inputs["offsets"])
         if bag.mode == "mean":
             weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
-        return SparseRows(indices.unsqueeze(1), weights.detach().unsqueeze(1), bag.num_embeddings)
+        return SparseRows(indices.unsqueeze(1), weights.unsqueeze(1), bag.num_embeddings)
 
     def gradient_rows(self, gradient: Tensor) -> Tensor:  # noqa: D102
         return as_rows(gradient)

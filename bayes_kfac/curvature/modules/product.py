@@ -92,4 +92,4 @@ def recorded_linear(
     Returns:
         ``[time, batch, out]``.
     """
-    return record(part, Captured(inputs.detach(), offset), functional.linear(inputs, weight, bias))
+    return record(part, Captured(inputs, offset), functional.linear(inputs, weight, bias))
