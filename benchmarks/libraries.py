@@ -1,10 +1,10 @@
 """The same fit and the same prediction by both libraries: ours and laplace-torch 0.3 (Daxberger et al. 2021).
 
 What laplace-torch does, read from its source and confirmed by ``laplace.py agreement``: for a layer with weight ``W``
-it takes ``N G ⊗ A + δ I`` in the joint eigenbasis, the damping that is ``"exact"`` here, with ``A`` the mean of ``a aᵀ``
-and ``N G`` the sum of ``g gᵀ`` over examples and positions, as in ``sharing="expand"``. A bias is a block of its own,
-``N G + δ I``: its covariance with the weights is left out, which is kept here. So the two posteriors are the same where
-the layers have no biases, and not otherwise.
+it takes ``N G ⊗ A + δ I`` in the joint eigenbasis, the damping that is ``"exact"`` here, with ``A`` the mean of
+``a aᵀ`` and ``N G`` the sum of ``g gᵀ`` over examples and positions, as in ``sharing="expand"``. A bias is a block of
+its own, ``N G + δ I``: its covariance with the weights is left out, which is kept here. So the two posteriors are the
+same where layers have no biases, and not otherwise.
 """
 
 from __future__ import annotations
@@ -66,10 +66,9 @@ def fit(library: str, model: nn.Module, batches: Batches, subset: str = "all", *
 
 
 def linearized(posterior: Any, x: Tensor, output_covariance: str = "full") -> tuple[Tensor, Tensor]:
-    """The mean and the covariance, or the variances, of the linearised output."""
+    """The mean and the covariance, or the variances, of the linearised output: what both compute before a link."""
     if isinstance(posterior, bk.Posterior):
-        output = posterior.predict(x, output_covariance=output_covariance).output
+        output = posterior._linearized.output(x, diagonal=output_covariance == "diagonal")
         return output.mean, output.spread
-    # the first thing that a call of it computes, and whichever is asked for it has the covariance
     mean, covariance = posterior._glm_predictive_distribution(x)
     return mean, covariance if output_covariance == "full" else covariance.diagonal(dim1=-2, dim2=-1)
