@@ -188,10 +188,10 @@ def test_a_diagonal_request_forms_no_jacobian_and_no_covariance(subset):
     with Largest() as largest:
         output = posterior.predict(X[:inputs], output_covariance="diagonal").output
     assert_close(output.variance, variance, **TIGHT)
-    assert largest.elements < inputs * outputs * outputs
-    assert (
-        largest.elements < inputs * outputs * sum(block.precision.numel() for block in posterior.blocks.values()) / 20
-    )
+    parameters = sum(block.precision.numel() for block in posterior.blocks.values())
+    assert largest.elements < inputs * outputs * parameters / 20
+    if subset == "last_layer":  # with all layers every output's gradient by all outputs is what is pulled back
+        assert largest.elements < inputs * outputs * outputs
 
 
 class Fragile(nn.Module):
