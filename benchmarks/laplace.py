@@ -1,9 +1,9 @@
 """Laplace fits and linearised prediction beside laplace-torch 0.3, both libraries in the same run.
 
-``python benchmarks/laplace.py agreement speed scaling`` runs the parts that are named and writes
-``benchmarks/results/laplace/*.json`` with versions, machine and seed. A result that exists is shown, not computed
-again: delete its file to take it anew. ``pip install -e '.[peers]'`` brings laplace-torch; ``libraries.py`` says what
-it computes and how it differs.
+``python benchmarks/laplace.py agreement speed/predict`` runs the parts, or items of a part, that are named and writes
+``benchmarks/results/laplace/<part>/<item>.json`` with versions, machine and seed. A result that exists is shown, not
+computed again: delete its file to take it anew. ``pip install -e '.[peers]'`` brings laplace-torch; ``libraries.py``
+says what it computes and how it differs.
 
 - ``agreement``: mean and covariance of the linearised output, ours against laplace-torch's and against dense Jacobians.
 - ``speed``: seconds and added memory on a CPU with two threads, each in a process of its own, libraries in turns.
@@ -34,27 +34,30 @@ from tqdm import tqdm
 from uci import HERE
 
 SEED, THREADS = 0, 2
+Rows = dict[str, dict[str, float]]
 
-# Agreement
+# Agreement: the largest over examples of ``‖ours − reference‖ / ‖reference‖``
+
+#: A network, with biases or without, and the shape of one input.
+NETWORKS: dict[str, tuple[Callable[[bool], nn.Module], tuple[int, ...]]] = {
+    "mlp": (lambda bias: mlp(12, 16, CLASSES, bias=bias), (12,)),
+    "cnn": (networks.cnn, (2, 8, 8)),
+    "attention": (lambda bias: networks.Attention(4, 8, bias), (6, 4)),
+}
 
 
-def agreement() -> dict[str, Any]:
-    """How far the outputs are apart: the largest over examples of ``‖ours − theirs‖ / ‖theirs‖``."""
-    images, tokens, vectors = (2, 8, 8), (6, 4), (12,)
-    cases = {
-        "mlp": (lambda bias: mlp(12, 16, CLASSES, bias=bias), vectors),
-        "cnn": (networks.cnn, images),
-        "attention": (lambda bias: networks.Attention(4, 8, bias), tokens),
-    }
-    figures: dict[str, dict[str, float]] = {}
-    for name, (make, shape) in cases.items():
-        for dtype in (torch.float32, torch.float64):
-            torch.manual_seed(SEED)
-            figures[f"{name}, {str(dtype)[6:]}"] = beside_theirs(make(bias=False).to(dtype), shape)
-        figures[f"{name} with biases, dense"] = beside_dense(make(bias=True).double(), shape)
-    model = mlp(12, 16, CLASSES).double()
-    figures["mlp with biases, as weights of a 1"] = beside_theirs(model, vectors, networks.biases_as_weights(model))
-    return {"seed": SEED, "errors": figures}
+def agreement(name: str) -> dict[str, Any]:
+    """Against laplace-torch without biases, which it treats in another way, and against dense Jacobians with them."""
+    make, shape = NETWORKS[name]
+    torch.manual_seed(SEED)
+    plain, biased = make(False), make(True).double()
+    rows = {"laplace-torch, float32": beside_theirs(plain, shape)}
+    rows["laplace-torch, float64"] = beside_theirs(plain.double(), shape)
+    rows["dense Jacobians, biases, float64"] = beside_dense(biased, shape)
+    if isinstance(biased, nn.Sequential) and name == "mlp":
+        same = networks.biases_as_weights(biased)
+        rows["laplace-torch, biases as weights of a 1, float64"] = beside_theirs(biased, shape, same)
+    return {"rows": rows}
 
 
 def beside_theirs(model: nn.Module, shape: tuple[int, ...], same: nn.Module | None = None) -> dict[str, float]:
@@ -106,15 +109,13 @@ class Work:
         subset: Which weights have a posterior.
         output_covariance: What is asked for of the outputs.
         calls: How often it is timed in one process, by library.
-        batch_size: Examples in a batch of the fit.
     """
 
     make: Callable[[], tuple[nn.Module, tuple[Tensor, Tensor]]]
     inputs: int
     subset: str = "all"
     output_covariance: str = "full"
-    calls: tuple[int, int] = (1, 10)
-    batch_size: int = 500
+    calls: tuple[int, int] = (1, 20)
 
 
 def mnist_network(examples: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
@@ -123,7 +124,7 @@ def mnist_network(examples: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     x, y = networks.mnist("train")
     model = mlp(784, 512, 10)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    for batch_x, batch_y in zip(x.split(250), y.split(250), strict=True):
+    for batch_x, batch_y in Batches(x, y, 250):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(batch_x), batch_y).backward()
         optimizer.step()
@@ -131,159 +132,146 @@ def mnist_network(examples: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 
 
 def thousand_classes() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    """Features as wide as those of ResNet-18 and a linear layer to 1000 classes."""
+    """A last layer from features as wide as those of ResNet-18 to 1000 classes."""
     torch.manual_seed(SEED)
     return mlp(32, 512, 1000), random_data(64, (32,), 1000, SEED)
 
 
 WORK = {
-    "fit": Work(lambda: mnist_network(10_000), 0, calls=(1, 3)),
-    "predict": Work(lambda: mnist_network(1000), 64),
-    "predict, variances": Work(lambda: mnist_network(1000), 64, output_covariance="diagonal"),
-    "last layer": Work(thousand_classes, 1, "last_layer"),
-    "last layer, variances": Work(thousand_classes, 1, "last_layer", "diagonal"),
+    "fit": Work(partial(mnist_network, 10_000), 0, calls=(1, 3)),
+    "predict": Work(partial(mnist_network, 1000), 64),
+    "predict_variances": Work(partial(mnist_network, 1000), 64, output_covariance="diagonal"),
+    "last_layer": Work(thousand_classes, 1, "last_layer"),
+    "last_layer_variances": Work(thousand_classes, 1, "last_layer", "diagonal"),
 }
-#: How many times as much laplace-torch is to need.
-TARGETS = {"predict": {"seconds": 100, "bytes": 50}, "last layer": {"seconds": 1000}}
 
 
-def speed(repeats: int = 3) -> dict[str, Any]:
-    """Medians over processes, the libraries in turns."""
-    found: dict[str, dict[str, list[Any]]] = {name: {library: [] for library in LIBRARIES} for name in WORK}
-    turns = [(name, library) for name in WORK for _ in range(repeats) for library in LIBRARIES]
-    for name, library in tqdm(turns, desc="speed"):
-        found[name][library].append(measure.in_fresh_process(cost, name, library))
-    return {"seed": SEED, "repeats": repeats, "work": {name: compared(runs) for name, runs in found.items()}}
+def speed(name: str, repeats: int = 3) -> dict[str, Any]:
+    """Medians over processes, the libraries in turns, and how many times ours laplace-torch's are."""
+    runs: dict[str, list[dict[str, float]]] = {library: [] for library in LIBRARIES}
+    for library in tqdm(LIBRARIES * repeats, desc=f"speed/{name}"):
+        runs[library].append(measure.in_fresh_process(cost, name, library))
+    rows = {library: {key: median(run[key] for run in own) for key in own[0]} for library, own in runs.items()}
+    theirs, ours = (rows[library] for library in LIBRARIES)
+    rows["times as much"] = {key: theirs[key] / ours[key] for key in ours}
+    return {"rows": rows, "runs": runs}
 
 
-def cost(name: str, library: str) -> dict[str, Any]:
+def cost(name: str, library: str) -> dict[str, float]:
     """Seconds and added bytes of one piece of work, after a tiny one to warm up; runs in a process of its own."""
     torch.set_num_threads(THREADS)
     work = WORK[name]
-    model, data = work.make()
+    model, (x, y) = work.make()
+    posterior = fit(library, model, Batches(x, y, 500), work.subset) if work.inputs else None
 
-    def call(examples: int | None = None) -> Any:
-        if work.inputs:
-            return linearized(posterior, data[0][: examples or work.inputs], work.output_covariance)
-        return fit(library, model, Batches(data[0][:examples], data[1][:examples], work.batch_size))
+    def call(examples: int) -> Any:
+        if posterior is None:
+            return fit(library, model, Batches(x[:examples], y[:examples], 500), work.subset)
+        return linearized(posterior, x[:examples], work.output_covariance)
 
-    if work.inputs:
-        posterior = fit(library, model, Batches(*data, work.batch_size), work.subset)
     call(1)
-    resident = measure.resident_bytes(call)
-    taken = measure.seconds(call, work.calls[LIBRARIES.index(library)])
-    return {"seconds": median(taken), "resident_bytes": resident, "allocated_bytes": measure.allocated_bytes(call)}
+    whole = partial(call, work.inputs or len(x))
+    resident = measure.resident_bytes(whole)
+    taken = measure.seconds(whole, work.calls[LIBRARIES.index(library)])
+    return {"seconds": median(taken), "resident_bytes": resident, "tensor_bytes": measure.tensor_bytes(whole)}
 
 
-def compared(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """The medians of each library, and how many times ours laplace-torch's are."""
-    medians: dict[str, Any] = {
-        library: {key: median(run[key] for run in those) for key in those[0]} for library, those in runs.items()
-    }
-    theirs, ours = (medians[library] for library in LIBRARIES)
-    ratio = {key: theirs[key] / max(ours[key], 1e-9) for key in ours}
-    return {**medians, "ratio": ratio, "seconds": {name: [run["seconds"] for run in r] for name, r in runs.items()}}
+# GPU: to be reached on an H200 in float32 with TF32. MLP: fit 80 ms, 256 inputs 2.5 ms and 0.5 GB. VGG16: fit 1300 ms,
+# 16 inputs 20 ms and 3 GB, 256 inputs 90 ms and 8 GB
 
 
-# GPU
+@dataclass(frozen=True)
+class GPUWork:
+    """A network and random data, as large as those of the targets.
 
-#: What the rows are to reach on an H200 in float32 with TF32: milliseconds and gigabytes.
-GPU_TARGETS = {
-    "MLP, fit on 60000": (80.0, None),
-    "VGG16, fit on 5000": (1300.0, None),
-    "MLP, 256 inputs": (2.5, 0.5),
-    "VGG16, 16 inputs": (20.0, 3.0),
-    "VGG16, 256 inputs": (90.0, 8.0),
+    Attributes:
+        make: The network.
+        shape: The shape of one input.
+        examples: How many the fit is on.
+        batch_size: How many of them at a time.
+        inputs: How many are predicted at.
+    """
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    examples: int
+    batch_size: int
+    inputs: tuple[int, ...]
+
+
+GPU_WORK = {
+    "mlp": GPUWork(partial(mlp, 784, 1000, 1000, 10), (784,), 60_000, 6000, (256,)),
+    "vgg16": GPUWork(networks.vgg16, (3, 32, 32), 5000, 500, (16, 256)),
 }
 
 
-def gpu(repeats: int = 7) -> dict[str, Any] | None:
-    """The rows of :data:`GPU_TARGETS` for both libraries; what does not fit into the memory is said to."""
+def gpu(name: str, repeats: int = 7) -> dict[str, Any] | None:
+    """Milliseconds and peak gigabytes of fits and predictions, for both libraries where the memory suffices."""
     if not torch.cuda.is_available():
         print("gpu: needs a CUDA device, which this machine does not have.")
         return None
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    rows: dict[str, Any] = {}
-    for name, make, shape, examples, batch_size, counts in (
-        ("MLP", lambda: mlp(784, 1000, 1000, 10), (784,), 60_000, 6000, (256,)),
-        ("VGG16", networks.vgg16, (3, 32, 32), 5000, 500, (16, 256)),
-    ):
-        torch.manual_seed(SEED)
-        model, (x, y) = make().cuda(), random_data(examples, shape, 10, SEED)
-        x, y = x.cuda(), y.cuda()
-        for library in LIBRARIES:
-            fitting = partial(fit, library, model, Batches(x, y, batch_size))
-            found = {f"{name}, fit on {examples}": gpu_cost(partial(fitting, factorise=False), repeats)}
-            found[f"{name}, fit on {examples} and factors"] = gpu_cost(fitting, repeats)
-            posterior = fitting()
-            for count in counts:
-                found[f"{name}, {count} inputs"] = gpu_cost(partial(linearized, posterior, x[:count]), repeats)
-            for row, figures in found.items():
-                rows.setdefault(row, {})[library] = figures
-    return {"seed": SEED, "repeats": repeats, "rows": rows}
+    torch.manual_seed(SEED)
+    work = GPU_WORK[name]
+    model, (x, y) = work.make().cuda(), (part.cuda() for part in random_data(work.examples, work.shape, 10, SEED))
+    rows: Rows = {}
+    for library in LIBRARIES:
+        fitting = partial(fit, library, model, Batches(x, y, work.batch_size))
+        rows[f"fit without factors, {library}"] = gpu_cost(partial(fitting, factorise=False), repeats)
+        rows[f"fit, {library}"] = gpu_cost(fitting, repeats)
+        posterior = fitting()
+        for count in work.inputs:
+            rows[f"{count} inputs, {library}"] = gpu_cost(partial(linearized, posterior, x[:count]), repeats)
+    return {"rows": rows}
 
 
-def gpu_cost(call: Callable[[], Any], repeats: int) -> dict[str, float] | str:
-    """Milliseconds and gigabytes, or that it does not fit."""
+def gpu_cost(call: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Milliseconds and gigabytes; none where the memory does not suffice."""
     try:
         call()
         milliseconds = 1e3 * median(measure.seconds(call, repeats))
-        return {"milliseconds": milliseconds, "gigabytes": measure.allocated_bytes(call) / 1e9}
+        return {"milliseconds": milliseconds, "gigabytes": measure.tensor_bytes(call) / 1e9}
     except torch.OutOfMemoryError:
-        return "out of memory"
+        return {}
     finally:
         torch.cuda.empty_cache()
 
 
 # The command
 
-PARTS: dict[str, Callable[[], dict[str, Any] | None]] = {
-    "agreement": agreement,
-    "speed": speed,
-    "scaling": scaling.scaling,
-    "gpu": gpu,
+ITEMS: dict[str, Callable[[], dict[str, Any] | None]] = {
+    **{f"agreement/{name}": partial(agreement, name) for name in NETWORKS},
+    **{f"speed/{name}": partial(speed, name) for name in WORK},
+    **{f"scaling/{name}": partial(scaling.sweep, name) for name in scaling.SWEEPS},
+    **{f"gpu/{name}": partial(gpu, name) for name in GPU_WORK},
 }
+PARTS = tuple(dict.fromkeys(item.split("/")[0] for item in ITEMS))
 
 
-def show(part: str, result: dict[str, Any]) -> None:
-    """Print the figures of a part."""
-    print(f"\n{part}")
-    if part == "agreement":
-        for name, errors in result["errors"].items():
-            print(f"  {name:36s} mean {errors['mean']:.1e}   covariance {errors['covariance']:.1e}")
-    elif part == "speed":
-        for name, found in result["work"].items():
-            theirs, ours, ratio = (found[key] for key in (*LIBRARIES, "ratio"))
-            for key, unit, label in (
-                ("seconds", 1e3, "ms"),
-                ("resident_bytes", 1e-6, "MB resident"),
-                ("allocated_bytes", 1e-6, "MB of tensors"),
-            ):
-                line = (
-                    f"  {name:24s} {unit * theirs[key]:12.1f} → {unit * ours[key]:9.2f} {label:14s} {ratio[key]:8.1f}×"
-                )
-                print(line)
-    elif part == "scaling":
-        for name, found in result["sweeps"].items():
-            print(f"  {name:8s}", "  ".join(f"{key} {value:.2f}" for key, value in found["slopes"].items()))
-    else:
-        for name, found in result["rows"].items():
-            print(f"  {name:32s}", found, "targets (ms, GB)", GPU_TARGETS.get(name))
+def show(item: str, result: dict[str, Any]) -> None:
+    """Print the rows of a result."""
+    print(f"\n{item}")
+    for name, figures in result["rows"].items():
+        print(f"  {name:50s}", "  ".join(f"{key} {value:.3g}" for key, value in figures.items()) or "out of memory")
 
 
 def main() -> None:
-    """Run the parts that are asked for and not yet there; print their figures."""
+    """Run what is asked for and not yet there; print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=PARTS)
+    parser.add_argument("parts", nargs="+", choices=(*PARTS, *ITEMS), metavar="PART", help=", ".join((*PARTS, *ITEMS)))
     parser.add_argument("--results", type=Path, default=HERE / "results" / "laplace")
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
-    for part in arguments.parts:
-        path = arguments.results / f"{part}.json"
-        result = json.loads(path.read_text()) if path.exists() else PARTS[part]()
-        if result is None:
+    for item, run in ITEMS.items():
+        if item not in arguments.parts and item.split("/")[0] not in arguments.parts:
             continue
-        show(part, result if path.exists() else measure.keep(path, result))
+        path = arguments.results / f"{item}.json"
+        result = json.loads(path.read_text()) if path.exists() else run()
+        if result is not None:
+            show(item, result)
+            if not path.exists():
+                measure.keep(path, {"seed": SEED, **result})
+    scaling.plot(arguments.results / "scaling")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def resident_bytes(call: Callable[[], Any]) -> int | None:
     return read("VmHWM") - before
 
 
-def allocated_bytes(call: Callable[[], Any]) -> int:
+def tensor_bytes(call: Callable[[], Any]) -> int:
     """The peak of what torch allocates for tensors, above what there was before; on a GPU that of its memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -85,7 +85,7 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return executor.submit(function, *arguments).result()
 
 
-def keep(path: Path, figures: dict[str, Any]) -> dict[str, Any]:
+def keep(path: Path, figures: dict[str, Any]) -> None:
     """Write figures with the versions and the machine that they came from."""
     versions = {"bayes_kfac": bk.__version__, "python": platform.python_version()}
     for name in PEERS:
@@ -99,7 +99,6 @@ def keep(path: Path, figures: dict[str, Any]) -> dict[str, Any]:
     result = {**figures, "commit": commit(), "versions": versions, "machine": machine}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    return result
 
 
 def _wait() -> None:

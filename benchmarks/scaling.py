@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -50,41 +53,38 @@ SWEEPS = {
 }
 
 
-def scaling() -> dict[str, Any]:
-    """Every sweep, with exponents over its upper half, where the fixed cost of small operations no longer counts."""
-    figures: dict[str, Any] = {}
-    with tqdm(total=sum(map(len, SWEEPS.values())), desc="scaling") as bar:
-        for name, sizes in SWEEPS.items():
-            rows = []
-            for size in sizes:
-                rows.append(
-                    {**asdict(size), **cost(size), "operations": size.operations(), "elements": size.elements()}
-                )
-                bar.update()
-            upper = rows[len(rows) // 2 :]
-            slopes = {key: slope(upper, name, key) for key in ("seconds", "operations", "bytes", "elements")}
-            figures[name] = {"rows": rows, "slopes": slopes}
-    plot(figures)
-    return {"seed": SEED, "sweeps": figures}
+def sweep(name: str, repeats: int = 7) -> dict[str, Any]:
+    """One sweep, its sizes in turns; exponents over its upper half, where fixed costs no longer count."""
+    calls = {getattr(size, name): prediction(size) for size in SWEEPS[name]}
+    taken: dict[int, list[float]] = {at: [] for at in calls}
+    for at, call in tqdm(list(calls.items()) * repeats, desc=f"scaling/{name}"):
+        taken[at] += measure.seconds(call, 1)
+    rows = {}
+    for size, (at, call) in zip(SWEEPS[name], calls.items(), strict=True):
+        own = {"seconds": median(taken[at]), "operations": size.operations()}
+        rows[str(at)] = {**own, "bytes": measure.tensor_bytes(call), "elements": size.elements()}
+    upper = list(rows.items())[len(rows) // 2 :]
+    at = np.log([int(key) for key, _ in upper])
+    rows["exponent"] = {
+        key: float(np.polyfit(at, np.log([row[key] for _, row in upper]), 1)[0]) for key in rows[upper[0][0]]
+    }
+    return {"rows": rows, "sizes": [asdict(size) for size in SWEEPS[name]]}
 
 
-def cost(size: Size) -> dict[str, float]:
-    """Seconds and bytes of one prediction."""
+def prediction(size: Size) -> Callable[[], Any]:
+    """A prediction of this size, ready to be made and made once."""
     torch.manual_seed(SEED)
     model = mlp(size.width, size.width, size.width, size.classes)
     x, y = random_data(max(size.inputs, 64), (size.width,), size.classes, SEED)
     predict = partial(linearized, fit("bayes_kfac", model, Batches(x[:64], y[:64], 64)), x[: size.inputs])
     predict()
-    return {"seconds": median(measure.seconds(predict, 7)), "bytes": measure.allocated_bytes(predict)}
+    return predict
 
 
-def slope(rows: list[dict[str, Any]], by: str, key: str) -> float:
-    """The exponent of a power law, by least squares on logarithms."""
-    return float(np.polyfit(np.log([row[by] for row in rows]), np.log([row[key] for row in rows]), 1)[0])
-
-
-def plot(figures: dict[str, Any]) -> None:
-    """Measured cost as dots, the count as a line through the last one."""
+def plot(folder: Path) -> None:
+    """Measured cost as dots, the count as a line through the last one, where all sweeps are there."""
+    if not all((folder / f"{name}.json").exists() for name in SWEEPS):
+        return
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -92,16 +92,18 @@ def plot(figures: dict[str, Any]) -> None:
 
     figure, axes = plt.subplots(2, 3, figsize=(9, 5), sharex="col", layout="constrained")
     kinds = (("seconds", "operations", "milliseconds", 1e3), ("bytes", "elements", "megabytes", 1e-6))
-    for column, (name, found) in zip(axes.T, figures.items(), strict=True):
+    for column, name in zip(axes.T, SWEEPS, strict=True):
+        rows = json.loads((folder / f"{name}.json").read_text())["rows"]
+        exponents = rows.pop("exponent")
+        at = [int(key) for key in rows]
         for axis, (key, theory, label, unit) in zip(column, kinds, strict=True):
+            measured, count = (np.array([row[one] for row in rows.values()]) for one in (key, theory))
+            axis.loglog(at, unit * measured, "o", color="C0", label="measured")
+            axis.loglog(at, unit * count * measured[-1] / count[-1], color="C1", linewidth=1, label="by count")
+            axis.set_title(f"exponent {exponents[key]:.2f}, by count {exponents[theory]:.2f}", fontsize=9)
             axis.set_ylabel(label)
-            rows = found["rows"]
-            at, value, count = (np.array([row[one] for row in rows]) for one in (name, key, theory))
-            axis.loglog(at, unit * value, "o", color="C0")
-            measured, counted = found["slopes"][key], found["slopes"][theory]
-            axis.loglog(at, unit * count * value[-1] / count[-1], color="C1", linewidth=1)
-            axis.set_title(f"slope {measured:.2f}, by count {counted:.2f}", fontsize=9)
         column[-1].set_xlabel(name)
+    axes[0, 0].legend(fontsize=8)
     PLOT.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PLOT, dpi=90)
     plt.close(figure)
