@@ -3,6 +3,7 @@
 from bayes_kfac.curvature.fisher import FISHER_KINDS, output_gradients
 from bayes_kfac.curvature.layers import Layer, find_layers
 from bayes_kfac.curvature.meter import Meter
+from bayes_kfac.curvature.models import OTHERS, check_coverage, check_types, unwrapped
 from bayes_kfac.curvature.modules import CompositeAdapter, ModuleAdapter, register, register_like
 from bayes_kfac.curvature.pullback import PullBack
 from bayes_kfac.curvature.recorder import Recorder
@@ -12,6 +13,7 @@ from bayes_kfac.curvature.summary import Summary, SummaryRow, summarize
 
 __all__ = [
     "FISHER_KINDS",
+    "OTHERS",
     "SHARING_KINDS",
     "CompositeAdapter",
     "Layer",
@@ -25,10 +27,13 @@ __all__ = [
     "Summary",
     "SummaryRow",
     "added",
+    "check_coverage",
+    "check_types",
     "find_layers",
     "kronecker_factors",
     "output_gradients",
     "register",
     "register_like",
     "summarize",
+    "unwrapped",
 ]
