@@ -5,13 +5,14 @@ from bayes_kfac.curvature.layers import Layer, find_layers
 from bayes_kfac.curvature.meter import Meter
 from bayes_kfac.curvature.models import OTHERS, check_coverage, check_types, unwrapped
 from bayes_kfac.curvature.modules import CompositeAdapter, ModuleAdapter, register, register_like
-from bayes_kfac.curvature.pullback import PullBack
+from bayes_kfac.curvature.pullback import COPIES, PullBack
 from bayes_kfac.curvature.recorder import Recorder
 from bayes_kfac.curvature.rows import Rows, SparseRows
 from bayes_kfac.curvature.statistics import SHARING_KINDS, Statistics, added, kronecker_factors
 from bayes_kfac.curvature.summary import Summary, SummaryRow, summarize
 
 __all__ = [
+    "COPIES",
     "FISHER_KINDS",
     "OTHERS",
     "SHARING_KINDS",
