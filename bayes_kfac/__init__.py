@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from bayes_kfac import curvature, errors, likelihoods, structures
+from bayes_kfac.laplace import Laplace
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.training import NoisyKFAC, NoisyNaturalGradient, fit
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Laplace",
     "NoisyKFAC",
     "NoisyNaturalGradient",
     "Posterior",

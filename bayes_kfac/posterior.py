@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from bayes_kfac import linalg, structures
 from bayes_kfac.batches import inputs_of
 from bayes_kfac.curvature import Layer, Summary, find_layers, summarize
-from bayes_kfac.errors import ArgumentError, check_choice, check_count
+from bayes_kfac.errors import ArgumentError, UsageError, check_choice, check_count
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.prediction import (
     MEMORY_BUDGET,
@@ -32,7 +33,7 @@ from bayes_kfac.prediction import (
     sampled_outputs,
 )
 from bayes_kfac.provenance import Provenance
-from bayes_kfac.structures import BlockGaussian, MatrixNormalGaussian, standard_normal
+from bayes_kfac.structures import BlockGaussian, KroneckerEigenGaussian, MatrixNormalGaussian, standard_normal
 
 if TYPE_CHECKING:
     from bayes_kfac.distributions import MatrixNormal
@@ -238,12 +239,55 @@ class Posterior:
     # -- the Gaussian itself ------------------------------------------------------------------------------------------
 
     def kl(self) -> Tensor:
-        """``KL(posterior ‖ prior)`` in nats, the likelihood's own parameters included."""
+        """``KL(posterior ‖ prior)`` in nats, the likelihood's own parameters included.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            UsageError: If the prior was another posterior.
+        """
+        if self.blocks.keys() - self.prior_precision.keys():
+            raise UsageError("kl() is of posteriors whose prior is centred at zero, but this one's was a posterior.")
         total = self.likelihood.kl()
         for name, block in self.blocks.items():
             mean = self.layers[name].matrix(self.mean)
             total = total + block.kl(mean, self.prior_precision[name]).sum()
         return total
+
+    def penalty(self) -> Tensor:
+        """``½ (w − M)ᵀ P (w − M)`` at the model's weights ``w``: minus its log-density, up to a constant.
+
+        Differentiable in the weights: with ``penalty() / num_data`` added to the mean loss of a new task's data, their
+        mode has this posterior as its prior.
+
+        Returns:
+            A scalar.
+        """
+        named = dict(self.model.named_parameters())
+        total = torch.zeros((), device=next(iter(self.mean.values())).device)
+        for name, block in self.blocks.items():
+            away = self.layers[name].matrix({key: named[key] - self.mean[key] for key in self.layers[name].parameters})
+            away = away.to(next(iter(block.state.values())).dtype)
+            total = total + 0.5 * (away * block.multiply(away)).sum()
+        return total
+
+    def nearest_matrix_normal(self) -> Posterior:
+        """The posterior whose blocks are the matrix normals nearest to these in ``KL(q ‖ p)``, where they are not.
+
+        A matrix normal can be the prior of a new task exactly; a sum of Kronecker products cannot.
+
+        Returns:
+            A new posterior.
+        """
+        nearest = copy.copy(self)
+        nearest.blocks = {
+            name: block.nearest_matrix_normal() if isinstance(block, KroneckerEigenGaussian) else block
+            for name, block in self.blocks.items()
+        }
+        nearest.provenance = replace(self.provenance, damping="optimal")
+        nearest._linearized = LinearizedModel(nearest.model, nearest.mean, nearest.layers, nearest.blocks)
+        return nearest
 
     def distribution(self, layer: str) -> MatrixNormal:
         """The posterior of one layer's ``[weight, bias]`` as a Pyro distribution over ``(*blocks, out, in)``.

@@ -1,7 +1,7 @@
 """Posteriors as safetensors files: tensors, and a header of JSON with numbers and strings. Nothing in them is executed.
 
-Tensors are named ``mean/<parameter>``, ``block/<layer>/<tensor>`` and ``likelihood/<tensor>``, with the names that
-parameters and layers have where no part of the model is compiled.
+Tensors are named ``mean/<parameter>``, ``block/<layer>/<tensor>``, ``prior/<layer>`` (precisions of single weights) and
+``likelihood/<tensor>``, with the names that parameters and layers have where no part of the model is compiled.
 """
 
 from __future__ import annotations
@@ -41,11 +41,16 @@ def save(posterior: Posterior, path: Path) -> None:
     tensors = {f"mean/{_plain(name)}": value for name, value in posterior.mean.items()}
     for layer, block in posterior.blocks.items():
         tensors.update({f"block/{_plain(layer)}/{name}": value for name, value in block.state.items()})
+    tensors.update(
+        {f"prior/{_plain(layer)}": own for layer, own in posterior.prior_precision.items() if isinstance(own, Tensor)}
+    )
     tensors.update({f"likelihood/{name}": value for name, value in posterior.likelihood.state_dict().items()})
     header = {
         "format": FORMAT,
         "provenance": asdict(posterior.provenance),
-        "prior_precision": {_plain(layer): value for layer, value in posterior.prior_precision.items()},
+        "prior_precision": {
+            _plain(layer): value for layer, value in posterior.prior_precision.items() if not isinstance(value, Tensor)
+        },
         "parameters": {
             _plain(name): [_plain(parameter) for parameter in layer.parameters]
             for name, layer in posterior.layers.items()
@@ -99,7 +104,9 @@ def load(posterior_type: type[Posterior], path: Path, model: nn.Module, likeliho
         model,
         likelihood,
         {layers[name].name: block for name, block in blocks.items()},
-        prior_precision={layers[name].name: value for name, value in header["prior_precision"].items()},
+        prior_precision={
+            layers[name].name: value for name, value in (header["prior_precision"] | _under("prior/", tensors)).items()
+        },
         provenance=Provenance(**header["provenance"]),
         layers={layer.name: layer for layer in layers.values()},
         mean={name: mean[_plain(name)] for name, _ in [*model.named_parameters(), *model.named_buffers()]},

@@ -3,15 +3,18 @@
 from bayes_kfac.curvature.fisher import FISHER_KINDS, output_gradients
 from bayes_kfac.curvature.layers import Layer, find_layers
 from bayes_kfac.curvature.meter import Meter
+from bayes_kfac.curvature.models import OTHERS, check_coverage, check_types, unwrapped
 from bayes_kfac.curvature.modules import CompositeAdapter, ModuleAdapter, register, register_like
-from bayes_kfac.curvature.pullback import PullBack
+from bayes_kfac.curvature.pullback import COPIES, PullBack
 from bayes_kfac.curvature.recorder import Recorder
 from bayes_kfac.curvature.rows import Rows, SparseRows
 from bayes_kfac.curvature.statistics import SHARING_KINDS, Statistics, added, kronecker_factors
 from bayes_kfac.curvature.summary import Summary, SummaryRow, summarize
 
 __all__ = [
+    "COPIES",
     "FISHER_KINDS",
+    "OTHERS",
     "SHARING_KINDS",
     "CompositeAdapter",
     "Layer",
@@ -25,10 +28,13 @@ __all__ = [
     "Summary",
     "SummaryRow",
     "added",
+    "check_coverage",
+    "check_types",
     "find_layers",
     "kronecker_factors",
     "output_gradients",
     "register",
     "register_like",
     "summarize",
+    "unwrapped",
 ]

@@ -25,6 +25,8 @@ from bayes_kfac.errors import UnsupportedModelError, UsageError
 
 #: Examples times columns that one batched backward pass takes on, where gradients of single examples are needed.
 CHUNK = 64
+#: How many times an activation's gradient is held while it is pulled back and turned into something.
+COPIES = 3
 #: Groups of examples whose gradients are summed where that is enough; more of them cost time and save variance.
 GROUPS = 8
 
@@ -95,6 +97,18 @@ class PullBack:
     coupled: bool = False
     spread: Set[str] | None = None
     create_graph: bool = False
+
+    def columns_within(self, budget: int) -> int:
+        """How many columns of gradients can be pulled back at a time within so many bytes.
+
+        Args:
+            budget: Bytes.
+
+        Returns:
+            At least 1.
+        """
+        elements = sum(call.size for call in self.calls)
+        return max(1, budget // max(1, COPIES * elements * self.output.element_size()))
 
     def rows(self, output_gradients: Tensor, mask: Tensor | None = None) -> dict[str, Rows]:
         """Pull gradients with respect to the output back to every block; the graph is kept.

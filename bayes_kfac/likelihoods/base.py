@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from bayes_kfac.batches import weighing_examples, widened
-from bayes_kfac.errors import TargetError, check_choice
+from bayes_kfac.errors import ArgumentError, TargetError, check_choice
 
 _REGISTRY: dict[str, type[Likelihood]] = {}
 
@@ -87,6 +87,32 @@ class Likelihood(nn.Module, ABC):
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """What rebuilds this likelihood through :func:`from_config`, in numbers, strings, lists and dictionaries."""
+
+    def at_noise_scale(self, nll: Tensor, num_targets: float, noise_scale: Tensor) -> tuple[Tensor, Tensor]:
+        """What another scale of the noise makes of a negative log-likelihood, and the factor on the Fisher.
+
+        Both are differentiable in ``noise_scale``.
+
+        Args:
+            nll: The negative log-likelihood of a data set, summed, at the present noise.
+            num_targets: How many numbers its targets hold.
+            noise_scale: The other scale, in the target's units.
+
+        Raises:
+            ArgumentError: If the likelihood has no noise with one scale.
+        """
+        raise ArgumentError(f"noise_scale= is for likelihoods.Gaussian with one scale, but this is {self!r}.")
+
+    def set_noise_scale(self, noise_scale: float) -> None:
+        """Change the scale of the noise in place.
+
+        Args:
+            noise_scale: The scale, in the target's units.
+
+        Raises:
+            ArgumentError: If the likelihood has no noise with one scale.
+        """
+        raise ArgumentError(f"{self!r} has no noise with one scale to be set.")
 
     def kl(self) -> Tensor:
         """KL of the posterior of the likelihood's own parameters from their prior; 0 where they have none."""

@@ -50,6 +50,18 @@ class Gaussian(Likelihood):
     def distribution(self, output: Tensor) -> Distribution:  # noqa: D102
         return self.noise.distribution(output)
 
+    def at_noise_scale(self, nll: Tensor, num_targets: float, noise_scale: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        precision, log_precision = self.noise.precision().detach(), self.noise.log_precision().detach()
+        if precision.numel() != 1:
+            return super().at_noise_scale(nll, num_targets, noise_scale)
+        constant = num_targets * math.log(2 * math.pi)
+        squares = (2 * nll - constant + num_targets * log_precision) / precision  # of all residuals
+        changed = 0.5 * (squares / noise_scale**2 + 2 * num_targets * noise_scale.log() + constant)
+        return changed, noise_scale**-2 / precision
+
+    def set_noise_scale(self, noise_scale: float) -> None:  # noqa: D102
+        self.noise.set_scale(noise_scale)
+
     def kl(self) -> Tensor:  # noqa: D102
         return self.noise.kl()
 

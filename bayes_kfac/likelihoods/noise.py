@@ -46,6 +46,19 @@ class Noise(nn.Module, ABC):
         """KL of the belief from its prior; 0 where there is no prior."""
         return torch.zeros(())
 
+    def set_scale(self, scale: float) -> None:
+        """Change the scale in place, where the belief is one scale.
+
+        Args:
+            scale: The standard deviation, in the target's units.
+
+        Raises:
+            ArgumentError: If the belief is more than one scale.
+        """
+        raise ArgumentError(
+            f"{type(self).__name__} is more than one scale. Use likelihoods.Gaussian('learned') to have it tuned."
+        )
+
 
 class FixedNoise(Noise):
     """Noise of a known scale.
@@ -68,6 +81,9 @@ class FixedNoise(Noise):
 
     def variance(self) -> Tensor:  # noqa: D102
         return self.scale**2
+
+    def set_scale(self, scale: float) -> None:  # noqa: D102
+        self.scale.fill_(check_positive("noise_scale", scale))
 
     def distribution(self, mean: Tensor) -> Distribution:  # noqa: D102
         return Normal(mean, self.scale.to(mean).expand_as(mean))
@@ -95,6 +111,10 @@ class LearnedNoise(Noise):
 
     def variance(self) -> Tensor:  # noqa: D102
         return (2 * self.log_scale).exp()
+
+    def set_scale(self, scale: float) -> None:  # noqa: D102
+        with torch.no_grad():
+            self.log_scale.fill_(math.log(check_positive("noise_scale", scale)))
 
     def distribution(self, mean: Tensor) -> Distribution:  # noqa: D102
         return Normal(mean, self.log_scale.exp().to(mean).expand_as(mean))

@@ -1,4 +1,4 @@
-"""Calling a model with weights that are not its own, leaving it as it was."""
+"""Calling a model with weights that are not its own, watched or not, leaving it as it was."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
 
 from bayes_kfac import batches
 from bayes_kfac.batches import expect_output_tensor
+from bayes_kfac.curvature import PullBack, Recorder
 
 
 @contextmanager
@@ -52,3 +55,35 @@ def call(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Tensor:
         return functional_call(model, own, args, kwargs)
 
     return expect_output_tensor(batches.call(function, inputs))
+
+
+@contextmanager
+def watched(
+    recorder: Recorder, model: nn.Module, state: Mapping[str, Tensor], inputs: Any, **options: Any
+) -> Iterator[tuple[Tensor, PullBack]]:
+    """Run a model in evaluation mode, and see the use of every layer.
+
+    Only the weights of the recorder's layers are in the graph: with the last layer alone it costs a forward pass.
+
+    Args:
+        recorder: Watches the layers.
+        model: The model; left as it was.
+        state: All parameters and buffers.
+        inputs: The model's input.
+        options: Further arguments of :class:`PullBack`.
+
+    Yields:
+        The output, in the graph, and what pulls its gradients back.
+    """
+    weights = {name for layer in recorder.layers.values() for name in layer.parameters}
+    recorder.attach()
+    try:
+        # without a graph no Jacobian would be seen, and a covariance would be a silent zero
+        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+            attached = {
+                name: differentiable(value).detach().requires_grad_(name in weights) for name, value in state.items()
+            }
+            output = call(model, attached, tree_map_only(Tensor, differentiable, inputs))
+            yield output, recorder.pull_back(output, parameters=attached, **options)
+    finally:
+        recorder.detach()

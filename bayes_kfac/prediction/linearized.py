@@ -17,16 +17,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bayes_kfac import linalg
-from bayes_kfac.curvature import Layer, PullBack, Recorder, Rows
+from bayes_kfac.curvature import COPIES, Layer, PullBack, Recorder, Rows
 from bayes_kfac.errors import UsageError
-from bayes_kfac.prediction.forward import call, differentiable, evaluating
+from bayes_kfac.prediction.forward import watched
 from bayes_kfac.prediction.output import GaussianOutput
 from bayes_kfac.structures import BlockGaussian, Whitened
 
 #: Bytes that the rows of a batch may take up by default; larger batches go through in parts.
 MEMORY_BUDGET = 1 << 30
-#: How many times an activation's gradient is held while it is pulled back and whitened.
-COPIES = 3
 
 
 @dataclass(frozen=True)
@@ -155,22 +153,12 @@ class LinearizedModel:
         """The output, and what pulls its gradients back, of a pass at the mean."""
         leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         self._recorder.keeps_graph = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-        weights = {name for layer in self.layers.values() for name in layer.parameters}
-        self._recorder.attach()
-        try:
-            # without a graph no Jacobian would be seen, and the covariance would be a silent zero
-            with evaluating(self.model), torch.inference_mode(False), torch.enable_grad():
-                attached = {
-                    name: differentiable(value).detach().requires_grad_(name in weights)
-                    for name, value in self.state.items()
-                }
-                output = call(self.model, attached, tree_map_only(Tensor, differentiable, inputs))
-                pull_back = self._recorder.pull_back(output, parameters=attached)
-                # a covariance in 16 bits is not symmetric
-                with torch.set_grad_enabled(self._recorder.keeps_graph), linalg.full_precision(output.device):
-                    yield output if self._recorder.keeps_graph else output.detach(), pull_back
-        finally:
-            self._recorder.detach()
+        with (
+            watched(self._recorder, self.model, self.state, inputs) as (output, pull_back),
+            torch.set_grad_enabled(self._recorder.keeps_graph),
+            linalg.full_precision(output.device),  # a covariance in 16 bits is not symmetric
+        ):
+            yield output if self._recorder.keeps_graph else output.detach(), pull_back
 
     def _rows(self, pull_back: PullBack, columns: Tensor) -> dict[str, Rows]:
         """The rows of all layers, in their Gaussians' dtype."""

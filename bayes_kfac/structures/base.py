@@ -297,6 +297,28 @@ def get(name: str, *, damping: str, sharing: str) -> Structure:
     return _STRUCTURES[check_choice("structure", name, available())](damping=damping, sharing=sharing)
 
 
+def build(structures: Mapping[str, Structure], specs: Sequence[BlockSpec]) -> dict[str, BlockGaussian]:
+    """The Gaussian of each block; those of one structure together, so that equal shapes share batched calls.
+
+    Args:
+        structures: The structure of each block, by name.
+        specs: The blocks.
+
+    Returns:
+        The Gaussians by name, in the order of the specs.
+    """
+    together: dict[tuple[type[Structure], str, str], list[BlockSpec]] = {}
+    for spec in specs:
+        own = structures[spec.name]
+        together.setdefault((type(own), own.damping, own.sharing), []).append(spec)
+    built = {
+        spec.name: gaussian
+        for group in together.values()
+        for spec, gaussian in zip(group, structures[group[0].name].gaussians(group), strict=True)
+    }
+    return {spec.name: built[spec.name] for spec in specs}
+
+
 def gaussian_from_state(kind: str, state: Mapping[str, Tensor]) -> BlockGaussian:
     """Rebuild a Gaussian from :attr:`BlockGaussian.kind` and :attr:`BlockGaussian.state`.
 

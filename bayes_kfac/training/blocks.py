@@ -5,14 +5,14 @@ A step computes new states and puts them in the place of the old ones only when 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from bayes_kfac.curvature import Layer, Rows, Statistics
-from bayes_kfac.structures import BlockGaussian, BlockSpec, Structure
+from bayes_kfac.structures import BlockGaussian, BlockSpec, Structure, build
 from bayes_kfac.training.state import BlockState
 
 States = dict[str, BlockState]
@@ -62,12 +62,8 @@ class Blocks:
         """
         for name, layer in self.layers.items():
             self.set_aside[_key(layer)] = self.states[name]
-        kinds: dict[str | None, Structure] = {}
         self.layers = dict(layers)
-        self.structures = {
-            name: kinds.setdefault(layer.adapter.structure, self.structure.for_block(layer.adapter.structure))
-            for name, layer in layers.items()
-        }
+        self.structures = {name: self.structure.for_block(layer.adapter.structure) for name, layer in layers.items()}
         self.states = {name: self.set_aside.pop(_key(layer), BlockState()) for name, layer in layers.items()}
 
     def follow_devices(self) -> None:
@@ -101,7 +97,7 @@ class Blocks:
             )
             for name, state in states.items()
         ]
-        return self._gaussians(specs)
+        return build(self.structures, specs)
 
     def with_posteriors(self, states: Mapping[str, BlockState]) -> States:
         """The states with fresh Gaussians to sample from."""
@@ -124,7 +120,7 @@ class Blocks:
             for name, state in fresh.items()
             if self._options(name)["extrinsic_damping"] > 0
         ]
-        for name, gaussian in self._gaussians(specs).items():
+        for name, gaussian in build(self.structures, specs).items():
             fresh[name] = replace(fresh[name], preconditioner=gaussian)
         return fresh
 
@@ -156,18 +152,6 @@ class Blocks:
     def describe(self) -> dict[str, str]:
         """The structure of each layer in words, for the summary."""
         return {name: f"{structure.name}/{structure.damping}" for name, structure in self.structures.items()}
-
-    def _gaussians(self, specs: Sequence[BlockSpec]) -> dict[str, BlockGaussian]:
-        """The Gaussian of each spec; layers of one structure together, so that equal shapes share batched calls."""
-        together: dict[int, list[BlockSpec]] = {}
-        for spec in specs:
-            together.setdefault(id(self.structures[spec.name]), []).append(spec)
-        built = {
-            spec.name: gaussian
-            for group in together.values()
-            for spec, gaussian in zip(group, self.structures[group[0].name].gaussians(group), strict=True)
-        }
-        return {spec.name: built[spec.name] for spec in specs}
 
     def _blended(self, name: str, state: BlockState) -> Statistics:
         """The statistics that training goes by: with warm-up, as if the average had started at the identity."""

@@ -5,57 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bayes_kfac.curvature import Layer, Statistics
-from bayes_kfac.errors import ArgumentError, NonFiniteError, UnsupportedModelError, UsageError
-from bayes_kfac.likelihoods import Likelihood
+from bayes_kfac.errors import NonFiniteError, UsageError
 from bayes_kfac.training.sampler import Sampler
-
-
-def check_types(model: nn.Module, likelihood: Likelihood) -> None:
-    """Refuse a model that is no module and a likelihood that is none of the library's.
-
-    Args:
-        model: The model.
-        likelihood: The likelihood.
-
-    Raises:
-        ArgumentError: If one of them is of the wrong kind.
-    """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model={model!r} must be an nn.Module.")
-    if not isinstance(likelihood, Likelihood):
-        raise ArgumentError(
-            f"likelihood={likelihood!r} must be one of bayes_kfac.likelihoods, such as Gaussian() or Categorical()."
-        )
-
-
-def unwrapped(model: nn.Module) -> tuple[nn.Module, bool]:
-    """The user's own module inside what wraps it, so that its layers have the names that the user gave them.
-
-    Args:
-        model: The model, maybe compiled or wrapped in ``DistributedDataParallel``.
-
-    Returns:
-        The module, and whether it is trained by several processes.
-
-    Raises:
-        UnsupportedModelError: If the model is wrapped in ``DataParallel``, whose replicas no hook sees.
-    """
-    is_parallel = False
-    while True:
-        if isinstance(model, nn.DataParallel):
-            raise UnsupportedModelError(
-                "DataParallel runs replicas of the model, in which no layer can be watched. Wrap the model in "
-                "DistributedDataParallel, one process for each device."
-            )
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model, is_parallel = model.module, True
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # what torch.compile(model) returns
-            model = inner
-        else:
-            return model, is_parallel
 
 
 def check_outside(sampler: Sampler, call: str) -> None:

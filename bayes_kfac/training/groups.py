@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from bayes_kfac.curvature import Layer
-from bayes_kfac.errors import ArgumentError, UnsupportedModelError, check_choice, check_fraction, check_positive
+from bayes_kfac.errors import ArgumentError, check_fraction, check_positive
 
 #: What a group may set, and how it is checked.
 HYPERPARAMETERS: dict[str, Callable[[str, Any], float]] = {
@@ -22,33 +22,6 @@ HYPERPARAMETERS: dict[str, Callable[[str, Any], float]] = {
     "momentum": check_fraction,
     "statistics_decay": check_fraction,
 }
-
-OTHERS = ("error", "diagonal", "deterministic")
-
-
-def check_coverage(layers: Mapping[str, Layer], reasons: Mapping[str, str], others: str) -> None:
-    """Refuse models without blocks, and parameters that no block covers unless the user said what to do with them.
-
-    Args:
-        layers: The layers that were found.
-        reasons: Why each trainable parameter outside of them is no block.
-        others: ``"error"``, ``"diagonal"`` or ``"deterministic"``.
-
-    Raises:
-        UnsupportedModelError: If there is no block, or a parameter is not covered and ``others="error"``.
-    """
-    check_choice("others", others, OTHERS)
-    listing = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
-    if not layers:
-        raise UnsupportedModelError(
-            f"The model has no layer with a curvature block. Its trainable parameters:{listing or ' none'}"
-        )
-    if reasons and others == "error":
-        raise UnsupportedModelError(
-            f"No curvature block covers these parameters:{listing}\nPass others='diagonal' to give each an independent "
-            "Gaussian, others='deterministic' to train them as point estimates beside the posterior, freeze them with "
-            "requires_grad_(False), or register an adapter with bayes_kfac.curvature.register."
-        )
 
 
 def block_groups(

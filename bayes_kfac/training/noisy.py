@@ -18,16 +18,25 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kfac import linalg, structures
-from bayes_kfac.curvature import Layer, Meter, Summary, find_layers, summarize
+from bayes_kfac.curvature import (
+    Layer,
+    Meter,
+    Summary,
+    check_coverage,
+    check_types,
+    find_layers,
+    summarize,
+    unwrapped,
+)
 from bayes_kfac.distributed import mean_over_processes, sum_over_processes
 from bayes_kfac.errors import ArgumentError, check_count, check_positive
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.training.blocks import Blocks, States
-from bayes_kfac.training.checks import check_finite, check_outside, check_ready, check_types, unwrapped
+from bayes_kfac.training.checks import check_finite, check_outside, check_ready
 from bayes_kfac.training.deterministic import PointEstimates
-from bayes_kfac.training.groups import block_groups, check_coverage, default_group
+from bayes_kfac.training.groups import block_groups, default_group
 from bayes_kfac.training.sampler import Sampler
 from bayes_kfac.training.schedules import Every
 from bayes_kfac.training.state import BlockState, dump_state, restore_block, restore_state

@@ -1,0 +1,83 @@
+"""Which models have curvature: what wraps a module, and what becomes of parameters that no block covers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from bayes_kfac.curvature.layers import Layer
+from bayes_kfac.errors import ArgumentError, UnsupportedModelError, check_choice
+from bayes_kfac.likelihoods import Likelihood
+
+OTHERS = ("error", "diagonal", "deterministic")
+
+
+def check_types(model: nn.Module, likelihood: Likelihood) -> None:
+    """Refuse a model that is no module and a likelihood that is none of the library's.
+
+    Args:
+        model: The model.
+        likelihood: The likelihood.
+
+    Raises:
+        ArgumentError: If one of them is of the wrong kind.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model={model!r} must be an nn.Module.")
+    if not isinstance(likelihood, Likelihood):
+        raise ArgumentError(
+            f"likelihood={likelihood!r} must be one of bayes_kfac.likelihoods, such as Gaussian() or Categorical()."
+        )
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, bool]:
+    """The user's own module inside what wraps it, so that its layers have the names that the user gave them.
+
+    Args:
+        model: The model, maybe compiled or wrapped in ``DistributedDataParallel``.
+
+    Returns:
+        The module, and whether it is trained by several processes.
+
+    Raises:
+        UnsupportedModelError: If the model is wrapped in ``DataParallel``, whose replicas no hook sees.
+    """
+    is_parallel = False
+    while True:
+        if isinstance(model, nn.DataParallel):
+            raise UnsupportedModelError(
+                "DataParallel runs replicas of the model, in which no layer can be watched. Wrap the model in "
+                "DistributedDataParallel, one process for each device."
+            )
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model, is_parallel = model.module, True
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # what torch.compile(model) returns
+            model = inner
+        else:
+            return model, is_parallel
+
+
+def check_coverage(layers: Mapping[str, Layer], reasons: Mapping[str, str], others: str) -> None:
+    """Refuse models without blocks, and parameters that no block covers unless the user said what to do with them.
+
+    Args:
+        layers: The layers that were found.
+        reasons: Why each trainable parameter outside of them is no block.
+        others: ``"error"``, ``"diagonal"`` or ``"deterministic"``.
+
+    Raises:
+        UnsupportedModelError: If there is no block, or a parameter is not covered and ``others="error"``.
+    """
+    check_choice("others", others, OTHERS)
+    listing = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+    if not layers:
+        raise UnsupportedModelError(
+            f"The model has no layer with a curvature block. Its trainable parameters:{listing or ' none'}"
+        )
+    if reasons and others == "error":
+        raise UnsupportedModelError(
+            f"No curvature block covers these parameters:{listing}\nPass others='diagonal' to give each an independent "
+            "Gaussian, others='deterministic' to train them as point estimates beside the posterior, freeze them with "
+            "requires_grad_(False), or register an adapter with bayes_kfac.curvature.register."
+        )

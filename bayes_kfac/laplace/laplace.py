@@ -1,0 +1,404 @@
+"""``Laplace``: a Gaussian around the weights of a trained model, with the curvature of its loss as the precision.
+
+``P = (N/τ) F̄ + P₀`` at the weights as they are, with the structures, the posterior and the predictions of the rest of
+the library. Fitting is one pass over the data, in which nothing of the model changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping, Sized
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from bayes_kfac import linalg, structures
+from bayes_kfac.curvature import (
+    FISHER_KINDS,
+    Recorder,
+    Summary,
+    check_coverage,
+    check_types,
+    find_layers,
+    summarize,
+    unwrapped,
+)
+from bayes_kfac.errors import ArgumentError, BayesKfacWarning, UsageError, check_choice, check_count, check_positive
+from bayes_kfac.laplace import tuning
+from bayes_kfac.laplace.evidence import Evidence
+from bayes_kfac.laplace.measurement import Measurement, Surveyor
+from bayes_kfac.laplace.prior import PriorPrecision, by_layer
+from bayes_kfac.laplace.subset import Subset, choose_parameters
+from bayes_kfac.likelihoods import Likelihood
+from bayes_kfac.posterior import Posterior
+from bayes_kfac.prediction import MEMORY_BUDGET
+from bayes_kfac.provenance import Provenance
+from bayes_kfac.structures import BlockGaussian, BlockSpec
+
+
+class Laplace:
+    """A Laplace approximation of the posterior around a model's weights.
+
+    ``bk.Laplace(model, likelihood).fit(loader).posterior()``.
+
+    Args:
+        model: The trained model; its weights are the mode. It stays as it is: mode, weights, hooks, attributes.
+        likelihood: What its output means; copied.
+        structure: The family of the posterior's blocks; see ``bayes_kfac.structures.available()``.
+        subset: Which parameters have a posterior: ``"all"``, ``"last_layer"``, ``"requires_grad"``, a list of names of
+            parameters or modules, or a function of a parameter's name and the parameter. The others stay at the mode.
+        damping: How the prior enters a block: ``"exact"``, ``"factored"`` or ``"optimal"``.
+        fisher: ``"exact"`` (the generalised Gauss-Newton), ``"mc"`` or ``"empirical"``.
+        sharing: How positions that share weights are summed: ``"expand"`` or ``"reduce"``.
+        prior_precision: The precision ``δ`` of the prior ``N(0, I/δ)``, 1 by default; or numbers by the names of layers
+            or parameters.
+        prior: The posterior of an earlier task as the prior, mean and precision, in the place of ``prior_precision``.
+            With Kronecker blocks it must be a matrix normal: of damping ``"factored"`` or ``"optimal"``, or
+            :meth:`Posterior.nearest_matrix_normal`; the sum is then exact.
+        temperature: The weight ``τ`` of the prior against the data; 1 is Bayes.
+        others: What to do with parameters that no block covers: ``"error"``, ``"diagonal"`` to give each an independent
+            Gaussian, or ``"deterministic"`` to leave them at the mode.
+        num_data: The number of training examples; by default those that the loader yields.
+        generator: The source of randomness for ``fisher="mc"``.
+        memory_budget: Bytes that output gradients may take up while they are pulled back.
+
+    Raises:
+        ArgumentError: If an argument is out of range.
+        UnsupportedModelError: If the subset has no block, or parameters outside blocks with ``others="error"``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        *,
+        structure: str = "kron",
+        subset: Subset = "all",
+        damping: str = "exact",
+        fisher: str = "exact",
+        sharing: str = "expand",
+        prior_precision: PriorPrecision | None = None,
+        prior: Posterior | None = None,
+        temperature: float = 1.0,
+        others: str = "error",
+        num_data: int | None = None,
+        generator: torch.Generator | None = None,
+        memory_budget: int = MEMORY_BUDGET,
+    ) -> None:
+        check_types(model, likelihood)
+        self.model, _ = unwrapped(model)
+        self.likelihood = copy.deepcopy(likelihood)
+        self.structure = structures.get(structure, damping=damping, sharing=sharing)
+        self.fisher = check_choice("fisher", fisher, FISHER_KINDS)
+        self.temperature = check_positive("temperature", temperature)
+        self.num_data = None if num_data is None else check_count("num_data", num_data)
+        self.memory_budget = check_count("memory_budget", memory_budget)
+        self.generator = generator
+        parameters = choose_parameters(self.model, subset)
+        self.layers, self.reasons = find_layers(
+            self.model, parameters, rest="diagonal" if others == "diagonal" else "none"
+        )
+        check_coverage(self.layers, self.reasons, others)
+        self.structures = {
+            name: self.structure.for_block(layer.adapter.structure) for name, layer in self.layers.items()
+        }
+        self.prior = prior
+        if prior is not None:
+            self._check_prior(prior, prior_precision)
+        self.prior_precision = (
+            {} if prior is not None else by_layer(1.0 if prior_precision is None else prior_precision, self.layers)
+        )
+        self._noise_scale: Tensor | None = None
+        self._recorder = Recorder(self.layers)
+        self._measurement: Measurement | None = None
+        self._mean: dict[str, Tensor] = {}
+
+    # -- the data -----------------------------------------------------------------------------------------------------
+
+    def fit(self, loader: Iterable[Any], *, progress: bool = True) -> Self:
+        """Measure the curvature and the log-likelihood of the training data, in one pass, at the weights as they are.
+
+        Args:
+            loader: Yields batches: ``(inputs, target)``, ``(inputs, target, mask)``, or mappings or dataclasses with a
+                field ``target`` or ``labels``, maybe a ``mask``, and the model's keyword arguments.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            This object. A fit before is forgotten.
+        """
+        mean = _copied_state(self.model)
+        self._measurement = self._measure(loader, mean, progress)
+        self._mean = mean
+        self._evidence = self._make_evidence()
+        return self
+
+    def update(self, loader: Iterable[Any], *, progress: bool = True) -> Self:
+        """Add more data to the fit: the result is that of one fit to all of them.
+
+        Args:
+            loader: The new data, as for :meth:`fit`.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            This object.
+
+        Raises:
+            UsageError: If nothing was fitted, or the model's weights have changed since.
+        """
+        measurement = self._check_fitted()
+        now = _copied_state(self.model)
+        if any(not torch.equal(value, now[name]) for name, value in self._mean.items()):
+            raise UsageError(
+                "The model's weights have changed since fit(), so that the curvature of old and new data is not that "
+                "of one mode. Make a new Laplace with prior=laplace.posterior()."
+            )
+        if self.num_data is not None:
+            raise UsageError(
+                f"num_data={self.num_data} was given for all of the data. Leave it out to count what fit() and "
+                "update() see."
+            )
+        self._measurement = measurement + self._measure(loader, self._mean, progress)
+        self._evidence = self._make_evidence()
+        return self
+
+    def _measure(self, loader: Iterable[Any], mean: Mapping[str, Tensor], progress: bool) -> Measurement:
+        surveyor = Surveyor(
+            self.model,
+            mean,
+            self.likelihood,
+            self._recorder,
+            self.structures,
+            self.fisher,
+            self.generator,
+            self.memory_budget,
+        )
+        measured = surveyor.survey(loader, progress=progress)
+        if self.num_data is not None:
+            return measured.counting(self.num_data)
+        dataset = getattr(loader, "dataset", None)
+        if isinstance(dataset, Sized) and len(dataset) != measured.num_examples:
+            warnings.warn(
+                f"The loader yielded {measured.num_examples:.0f} examples, but its data set has {len(dataset)}: it "
+                "drops the last batch, or samples. The posterior counts what was yielded; pass num_data= for another "
+                "number.",
+                BayesKfacWarning,
+                stacklevel=3,
+            )
+        return measured
+
+    # -- the evidence -------------------------------------------------------------------------------------------------
+
+    def log_marginal_likelihood(
+        self,
+        prior_precision: PriorPrecision | None = None,
+        *,
+        temperature: float | Tensor | None = None,
+        noise_scale: float | Tensor | None = None,
+    ) -> Tensor:
+        """The evidence ``log p(D)`` of the training data, in nats, differentiable in its arguments.
+
+        Args:
+            prior_precision: Another prior than the fit's, in the forms of the constructor.
+            temperature: Another temperature: the likelihood is taken to the power ``1/τ``. It compares priors at one
+                temperature, not temperatures: a likelihood that is raised to a power is no density.
+            noise_scale: Another noise of a Gaussian likelihood.
+
+        Returns:
+            A scalar, in float64.
+
+        Raises:
+            ArgumentError: If an argument is out of range, or the prior is a posterior.
+            UsageError: If nothing was fitted.
+        """
+        self._check_fitted()
+        if prior_precision is not None and self.prior is not None:
+            raise ArgumentError("prior_precision= cannot be changed where the prior is a posterior. Leave it out.")
+        device = self._mean[next(iter(self._mean))].device
+        priors = self._priors if prior_precision is None else by_layer(prior_precision, self.layers)
+        temperature = self.temperature if temperature is None else temperature
+        noise = self._noise_scale if noise_scale is None else noise_scale
+        return self._evidence(
+            priors,
+            torch.as_tensor(temperature, dtype=torch.float64, device=device),
+            None if noise is None else torch.as_tensor(noise, dtype=torch.float64, device=device),
+        )
+
+    def optimize_prior_precision(
+        self,
+        method: str = "marginal_likelihood",
+        *,
+        per: str = "layer",
+        noise: bool = False,
+        loader: Iterable[Any] | None = None,
+        grid: Iterable[float] | None = None,
+        progress: bool = True,
+        **predict: Any,
+    ) -> Self:
+        """Choose the prior's precision, by the evidence or by predictions of validation data.
+
+        Args:
+            method: ``"marginal_likelihood"``: the maximum of the evidence, which is concave in the logarithms.
+                ``"validation"``: the value of a grid with the least negative log-likelihood of validation data.
+            per: By the evidence: one precision for the ``"model"``, each ``"layer"`` or each ``"parameter"``.
+            noise: Whether to choose the scale of a Gaussian likelihood's noise with it, by the evidence.
+            loader: The validation data.
+            grid: The values to try, one for the whole model; by default 21 from 1e-4 to 1e4.
+            progress: Whether to show a progress bar over the grid.
+            predict: How to predict validation data: arguments of :meth:`Posterior.predict`.
+
+        Returns:
+            This object.
+
+        Raises:
+            ArgumentError: If arguments do not go with the method.
+            UsageError: If nothing was fitted.
+        """
+        self._check_fitted()
+        check_choice("method", method, tuning.METHODS)
+        if self.prior is not None:
+            raise ArgumentError("prior= is a posterior, whose precision is what it is. Nothing to optimize.")
+        if method == "validation":
+            if noise or loader is None:
+                raise ArgumentError("method='validation' needs loader=, the validation data, and leaves noise=False.")
+            values = tuning.default_grid() if grid is None else list(grid)
+            best = tuning.best_on_validation(
+                [(value, partial(self._posterior, by_layer(value, self.layers))) for value in values],
+                loader,
+                progress=progress,
+                predict=predict,
+            )
+            self.prior_precision = by_layer(best, self.layers)
+            return self
+        if loader is not None or grid is not None or predict:
+            raise ArgumentError("loader=, grid= and arguments of predict are for method='validation'.")
+        self.prior_precision, self._noise_scale = tuning.maximize_evidence(
+            self._evidence,
+            self.layers,
+            self.prior_precision,
+            self.temperature,
+            self._noise_scale,
+            per=per,
+            noise=noise,
+        )
+        return self
+
+    def optimize_temperature(
+        self,
+        loader: Iterable[Any],
+        *,
+        grid: Iterable[float] | None = None,
+        progress: bool = True,
+        **predict: Any,
+    ) -> Self:
+        """Choose the temperature with the least negative log-likelihood of validation data.
+
+        Args:
+            loader: The validation data.
+            grid: The values to try; by default 21 from 1e-4 to 1e4.
+            progress: Whether to show a progress bar over the grid.
+            predict: How to predict: arguments of :meth:`Posterior.predict`.
+
+        Returns:
+            This object.
+        """
+        self._check_fitted()
+        values = tuning.default_grid() if grid is None else list(grid)
+        self.temperature = tuning.best_on_validation(
+            [(v, partial(self._posterior, self._priors, check_positive("temperature", v))) for v in values],
+            loader,
+            progress=progress,
+            predict=predict,
+        )
+        return self
+
+    # -- the result ---------------------------------------------------------------------------------------------------
+
+    def posterior(self) -> Posterior:
+        """The posterior: the weights of :meth:`fit`, and blocks by the present prior, noise and temperature.
+
+        Returns:
+            The posterior.
+
+        Raises:
+            UsageError: If nothing was fitted.
+        """
+        return self._posterior(self._priors)
+
+    def summary(self) -> Summary:
+        """For each parameter: its block, structure, shape, and why where it has none."""
+        names = {name: f"{kind.name}/{kind.damping}" for name, kind in self.structures.items()}
+        return summarize(self.model, self.layers, self.reasons, names)
+
+    def _check_fitted(self) -> Measurement:
+        if self._measurement is None:
+            raise UsageError("Nothing was fitted yet. Call fit(loader) first.")
+        return self._measurement
+
+    @property
+    def _priors(self) -> Mapping[str, Tensor | BlockGaussian]:
+        return self.prior_precision if self.prior is None else self.prior.blocks
+
+    def _make_evidence(self) -> Evidence:
+        return Evidence(
+            self._check_fitted(),
+            self._mean,
+            self.layers,
+            self.structures,
+            self.likelihood,
+            None if self.prior is None else self.prior.mean,
+        )
+
+    def _posterior(self, priors: Mapping[str, Tensor | BlockGaussian], temperature: float | None = None) -> Posterior:
+        measurement = self._check_fitted()
+        temperature = self.temperature if temperature is None else temperature
+        likelihood, scale = copy.deepcopy(self.likelihood), measurement.num_examples / temperature
+        if self._noise_scale is not None:
+            _, factor = self.likelihood.at_noise_scale(measurement.nll, measurement.num_targets, self._noise_scale)
+            scale *= float(factor)
+            likelihood.set_noise_scale(float(self._noise_scale))
+        specs = [BlockSpec(name, measurement.statistics[name], scale, prior) for name, prior in priors.items()]
+        with torch.no_grad(), linalg.full_precision(measurement.nll.device):
+            blocks = structures.build(self.structures, specs)
+        is_number = self.prior is None
+        return Posterior(
+            self.model,
+            likelihood,
+            blocks,
+            layers=self.layers,
+            mean=self._mean,
+            prior_precision={name: _plain(prior) for name, prior in priors.items()} if is_number else {},
+            provenance=Provenance(
+                method="Laplace",
+                structure=self.structure.name,
+                damping=self.structure.damping,
+                fisher=self.fisher,
+                sharing=self.structure.sharing,
+                temperature=temperature,
+                num_data=round(measurement.num_examples),
+            ),
+        )
+
+    def _check_prior(self, prior: Posterior, prior_precision: PriorPrecision | None) -> None:
+        if prior_precision is not None:
+            raise ArgumentError("prior= and prior_precision= both say what the prior is. Leave one of them out.")
+        own = {name: layer.shape for name, layer in self.layers.items()}
+        theirs = {name: block.shape for name, block in prior.blocks.items()}
+        if own != theirs:
+            differing = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
+            raise ArgumentError(
+                f"prior= has other blocks than this model's subset: {', '.join(differing)}. Allowed: a posterior over "
+                "the same layers."
+            )
+
+
+def _plain(prior: Any) -> float | Tensor:
+    """A prior's precision out of its graph; a scalar as a number."""
+    return float(prior) if prior.ndim == 0 else prior.detach()
+
+
+def _copied_state(model: nn.Module) -> dict[str, Tensor]:
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in named}

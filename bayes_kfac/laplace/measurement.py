@@ -1,0 +1,158 @@
+"""What a Laplace fit takes of the data: each layer's curvature statistics and the log-likelihood, in one pass.
+
+Both are sums over examples, so that measurements of parts of the data add up to that of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayes_kfac import linalg
+from bayes_kfac.batches import Batch, count_examples, unpack, widened
+from bayes_kfac.curvature import PullBack, Recorder, Statistics, added, output_gradients
+from bayes_kfac.errors import ArgumentError, NonFiniteError, UsageError
+from bayes_kfac.likelihoods import Likelihood
+from bayes_kfac.prediction.forward import watched
+from bayes_kfac.structures import Structure
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Sums over examples.
+
+    Attributes:
+        statistics: Curvature statistics by layer.
+        nll: The negative log-likelihood, in nats.
+        num_examples: How many examples these are sums over, as they count.
+        num_targets: How many numbers their targets hold.
+    """
+
+    statistics: Mapping[str, Statistics]
+    nll: Tensor
+    num_examples: float
+    num_targets: float
+
+    def __add__(self, other: Measurement) -> Measurement:
+        return Measurement(
+            added(self.statistics, other.statistics),
+            self.nll + other.nll,
+            self.num_examples + other.num_examples,
+            self.num_targets + other.num_targets,
+        )
+
+    def counting(self, num_examples: float) -> Measurement:
+        """The same as if it were of so many examples like these."""
+        weight = num_examples / self.num_examples
+        return Measurement(
+            {name: own * weight for name, own in self.statistics.items()},
+            self.nll * weight,
+            num_examples,
+            self.num_targets * weight,
+        )
+
+
+@dataclass
+class Surveyor:
+    """Measures batches.
+
+    Attributes:
+        model: The model; left as it was.
+        state: All parameters and buffers at the mode.
+        likelihood: What its output means.
+        recorder: Watches the layers.
+        structures: What to measure of each of them.
+        fisher: ``"exact"``, ``"mc"`` or ``"empirical"``.
+        generator: The source of randomness for ``"mc"``.
+        memory_budget: Bytes that output gradients may take up while they are pulled back.
+    """
+
+    model: nn.Module
+    state: Mapping[str, Tensor]
+    likelihood: Likelihood
+    recorder: Recorder
+    structures: Mapping[str, Structure]
+    fisher: str
+    generator: torch.Generator | None
+    memory_budget: int
+    is_checked: bool = False
+
+    def survey(self, loader: Iterable[Any], *, progress: bool) -> Measurement:
+        """Measure all batches of a loader.
+
+        Args:
+            loader: Yields batches as for :func:`bayes_kfac.fit`.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            The sums.
+
+        Raises:
+            ArgumentError: If the loader yields nothing.
+            UsageError: If a layer was never used.
+            NonFiniteError: If a sum holds NaN or infinity.
+        """
+        from tqdm.auto import tqdm
+
+        total: Measurement | None = None
+        for raw in tqdm(loader, desc="laplace", unit="batch", disable=not progress):
+            measured = self._batch(unpack(raw).to(next(iter(self.state.values())).device))
+            total = measured if total is None else total + measured
+        if total is None or not total.num_examples:
+            raise ArgumentError(
+                f"loader={loader!r} yielded no example. An iterator is used up after one pass: pass a DataLoader or a "
+                "list."
+            )
+        if missing := sorted(set(self.recorder.layers) - set(total.statistics)):
+            raise UsageError(
+                f"No forward pass used the layers {missing}, so that nothing is known of their curvature. Leave them "
+                "out with subset=."
+            )
+        _check_finite(total)
+        return total
+
+    def _batch(self, batch: Batch) -> Measurement:
+        mask = batch.mask
+        with (
+            watched(self.recorder, self.model, self.state, batch.inputs, independent=self.fisher == "mc") as (
+                output,
+                pull_back,
+            ),
+            torch.no_grad(),
+            linalg.full_precision(output.device),
+        ):
+            nll = self.likelihood.negative_log_likelihood(output, batch.target, mask).sum()
+            columns = output_gradients(
+                self.likelihood, output, self.fisher, target=batch.target, mask=mask, generator=self.generator
+            )
+            statistics = self._statistics(pull_back, columns, mask) if self.recorder.layers else {}
+        examples = float(len(output)) if mask is None else count_examples(mask)
+        targets = batch.target if mask is None else widened(mask, batch.target).expand_as(batch.target)
+        return Measurement(
+            statistics, nll.double(), examples, float(targets.numel() if mask is None else targets.sum())
+        )
+
+    def _statistics(self, pull_back: PullBack, columns: Tensor, mask: Tensor | None) -> dict[str, Statistics]:
+        total: dict[str, Statistics] = {}
+        for part in columns.split(pull_back.columns_within(self.memory_budget)):
+            rows = pull_back.rows(part, mask)
+            if not self.is_checked:
+                pull_back.check_complete(part[0], rows)
+                self.is_checked = True
+            share = len(part) / len(columns)
+            measured = {name: self.structures[name].measure(replace(own, share=share)) for name, own in rows.items()}
+            total = added(total, measured)
+        return total
+
+
+def _check_finite(measured: Measurement) -> None:
+    advice = "Check the data and the weights."
+    if not bool(torch.isfinite(measured.nll)):
+        raise NonFiniteError(f"The negative log-likelihood is {measured.nll.item()}. {advice}")
+    for name, statistics in measured.statistics.items():
+        for statistic in statistics.non_finite():
+            raise NonFiniteError(f"Layer {name!r}: the {statistic!r} statistic holds NaN or infinity. {advice}")

@@ -1,0 +1,63 @@
+"""Which parameters of a model a Laplace fit is over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from torch import nn
+
+from bayes_kfac.curvature import find_layers
+from bayes_kfac.errors import ArgumentError
+
+#: ``"all"``, ``"requires_grad"``, ``"last_layer"``, names, or a predicate of a parameter's name and itself.
+Subset = str | Collection[str] | Callable[[str, nn.Parameter], bool]
+
+
+def choose_parameters(model: nn.Module, subset: Subset) -> list[nn.Parameter]:
+    """The parameters of a subset, in the model's order.
+
+    Args:
+        model: The model.
+        subset: ``"all"``; ``"requires_grad"``, those that are not frozen; ``"last_layer"``, those of the last layer in
+            the order of definition; names of parameters, modules or layers; or a predicate of name and parameter.
+
+    Returns:
+        The parameters, at least one.
+
+    Raises:
+        ArgumentError: If the subset is none of these, or empty.
+    """
+    named = dict(model.named_parameters())
+    if subset == "all":
+        chosen = set(named)
+    elif subset == "requires_grad":
+        chosen = {name for name, parameter in named.items() if parameter.requires_grad}
+    elif subset == "last_layer":
+        layers, _ = find_layers(model, named.values(), rest="diagonal")
+        chosen = set(list(layers.values())[-1].parameters) if layers else set()
+    elif callable(subset):
+        chosen = {name for name, parameter in named.items() if subset(name, parameter)}
+    else:
+        chosen = _by_names(named, subset)
+    if not chosen:
+        raise ArgumentError(f"subset={subset!r} holds no parameter of the model. Its parameters: {', '.join(named)}.")
+    return [parameter for name, parameter in named.items() if name in chosen]
+
+
+def _by_names(named: dict[str, nn.Parameter], subset: Any) -> set[str]:
+    if isinstance(subset, str) or not isinstance(subset, Collection):
+        raise ArgumentError(
+            f"subset={subset!r} is unknown. Allowed: 'all', 'requires_grad', 'last_layer', a list of names of "
+            "parameters or modules, or a function of name and parameter."
+        )
+    chosen = set()
+    for wanted in subset:
+        own = {name for name in named if name == wanted or name.startswith(f"{wanted}.")}
+        if not own:
+            raise ArgumentError(
+                f"subset names {wanted!r}, which is no parameter and no module with parameters. The model's "
+                f"parameters: {', '.join(named)}."
+            )
+        chosen |= own
+    return chosen

@@ -1,0 +1,165 @@
+"""Tuning of a Laplace fit: the maximum of its evidence, or the best of a grid on validation data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayes_kfac.batches import unpack
+from bayes_kfac.curvature import Layer
+from bayes_kfac.errors import ArgumentError, check_choice
+from bayes_kfac.laplace.evidence import Evidence
+from bayes_kfac.posterior import Posterior
+
+METHODS = ("marginal_likelihood", "validation")
+GROUPINGS = ("model", "layer", "parameter")
+#: The evidence of weights that are all zero grows for ever with their prior's precision, and that of weights without
+#: curvature may fall.
+BOUNDS = (1e-10, 1e10)
+MAX_ITERATIONS = 200
+
+
+def default_grid() -> list[float]:
+    """21 values from 1e-4 to 1e4."""
+    return torch.logspace(-4, 4, 21, dtype=torch.float64).tolist()
+
+
+def maximize_evidence(
+    evidence: Evidence,
+    layers: Mapping[str, Layer],
+    start: Mapping[str, Tensor],
+    temperature: float,
+    noise_scale: Tensor | None,
+    *,
+    per: str,
+    noise: bool,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The precisions, and the noise's scale, at which the evidence is largest.
+
+    In their logarithms it is concave, so that a quasi-Newton method finds the one maximum from anywhere.
+
+    Args:
+        evidence: The evidence.
+        layers: The layers by name.
+        start: Where to begin.
+        temperature: ``τ``.
+        noise_scale: The noise's scale, or ``None`` for what it was when the data were measured.
+        per: ``"model"``, ``"layer"`` or ``"parameter"``: what has a precision of its own.
+        noise: Whether to choose the noise's scale too.
+
+    Returns:
+        The precisions by layer, and the scale.
+
+    Raises:
+        ArgumentError: If ``per`` is unknown.
+    """
+    check_choice("per", per, GROUPINGS)
+    like = evidence.measurement.nll
+    members = {
+        "model": lambda: {"": 0},
+        "layer": lambda: {name: index for index, name in enumerate(layers)},
+        "parameter": lambda: {
+            name: index for index, name in enumerate(name for layer in layers.values() for name in layer.parameters)
+        },
+    }[per]()
+    centre = torch.stack([prior.detach().double().log().mean() for prior in start.values()]).mean()
+    logs = centre.expand(len(members)).clone().requires_grad_()
+    log_scale = torch.zeros((), dtype=like.dtype, device=like.device)
+    if noise:
+        # the factor on the Fisher at scale 1 is the variance of the noise
+        _, variance = evidence.likelihood.at_noise_scale(like, evidence.measurement.num_targets, log_scale.exp())
+        log_scale = (0.5 * variance.log() if noise_scale is None else noise_scale.log()).detach().requires_grad_()
+    fixed = torch.tensor(temperature, dtype=like.dtype, device=like.device)
+
+    def priors() -> dict[str, Tensor]:
+        values = logs.clamp(*(torch.tensor(bound).log().item() for bound in BOUNDS)).exp()
+        if per == "model":
+            return dict.fromkeys(layers, values[0])
+        if per == "layer":
+            return {name: values[members[name]] for name in layers}
+        return {
+            name: layer.matrix({key: values[members[key]].expand(p.shape) for key, p in layer.parameters.items()})
+            for name, layer in layers.items()
+        }
+
+    variables = [logs, log_scale] if noise else [logs]
+    optimizer = torch.optim.LBFGS(
+        variables, max_iter=MAX_ITERATIONS, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = -evidence(priors(), fixed, log_scale.exp() if noise else noise_scale)
+        loss.backward()
+        return loss.detach()
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    with torch.no_grad():
+        found = {name: value.detach().to(layers[name].like) for name, value in priors().items()}
+    return found, log_scale.detach().exp() if noise else noise_scale
+
+
+def best_on_validation(
+    candidates: Sequence[tuple[float, Callable[[], Posterior]]],
+    loader: Iterable[Any],
+    *,
+    progress: bool,
+    predict: Mapping[str, Any],
+) -> float:
+    """The value whose posterior predicts validation data best, by the mean negative log-likelihood.
+
+    Args:
+        candidates: Values, and what makes the posterior of each.
+        loader: The validation data.
+        progress: Whether to show a progress bar.
+        predict: Arguments of :meth:`Posterior.predict`.
+
+    Returns:
+        The value.
+
+    Raises:
+        ArgumentError: If there is no candidate, or the loader yields nothing or masks.
+    """
+    from tqdm.auto import tqdm
+
+    if not candidates:
+        raise ArgumentError("grid=[] is empty. Allowed: one value or more.")
+    scores = {}
+    with tqdm(candidates, desc="validation", disable=not progress) as bar:
+        for value, make in bar:
+            scores[value] = mean_nll(make(), loader, predict)
+            bar.set_postfix(value=f"{value:.3g}", nll=f"{scores[value]:.4f}")
+    return min(scores, key=scores.__getitem__)
+
+
+def mean_nll(posterior: Posterior, loader: Iterable[Any], predict: Mapping[str, Any]) -> float:
+    """The mean negative log-likelihood of a loader's examples, in nats.
+
+    Args:
+        posterior: The posterior.
+        loader: The data.
+        predict: Arguments of :meth:`Posterior.predict`.
+
+    Returns:
+        The mean.
+
+    Raises:
+        ArgumentError: If the loader yields nothing, or masks.
+    """
+    total, count = 0.0, 0
+    device = next(iter(posterior.mean.values())).device
+    for raw in loader:
+        batch = unpack(raw).to(device)
+        if batch.mask is not None:
+            raise ArgumentError("loader= yields masks, which predictions do not know. Leave masked targets out of it.")
+        with torch.no_grad():
+            log_prob = posterior.predict(batch.inputs, **predict).log_prob(batch.target)
+        total -= float(log_prob.double().sum())
+        count += len(log_prob)
+    if not count:
+        raise ArgumentError(f"loader={loader!r} yielded no example. Pass a DataLoader or a list.")
+    return total / count
