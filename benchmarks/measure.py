@@ -16,7 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own messages, from before torch is imported
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages, from before torch is imported
 
 import torch
 from torch.profiler import ProfilerActivity, profile
