@@ -18,7 +18,16 @@ from bayes_kfac import linalg, structures
 from bayes_kfac.curvature import Layer, Summary, find_layers, summarize
 from bayes_kfac.errors import ArgumentError, check_choice, check_count
 from bayes_kfac.likelihoods import Likelihood
-from bayes_kfac.prediction import Draws, Prediction, Source, from_gaussian, from_outputs, linearize, sampled_outputs
+from bayes_kfac.prediction import (
+    Draws,
+    GaussianOutput,
+    Prediction,
+    Source,
+    from_gaussian,
+    from_outputs,
+    linearize,
+    sampled_outputs,
+)
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import BlockGaussian, MatrixNormalGaussian, standard_normal
 
@@ -96,6 +105,7 @@ class Posterior:
         inputs: Any,
         method: str | None = None,
         *,
+        link: str | None = None,
         num_samples: int = 64,
         draws: Draws | None = None,
         generator: torch.Generator | None = None,
@@ -106,7 +116,10 @@ class Posterior:
             inputs: The model's input: one argument, a tuple of arguments, or a dictionary of keyword arguments.
             method: ``"linearized"``, the default: the model is taken as affine in its weights, the output's Gaussian is
                 exact then (classes are sampled from it). ``"sampling"``: the model is run under draws of the weights.
-            num_samples: Draws of the weights, or of the linearised output where classes need them.
+            link: How class probabilities come from the linearised output: ``"mc"`` (draws of it), the default,
+                ``"probit"``, ``"extended_probit"``, ``"laplace_bridge"`` or ``"laplace_bridge_norm"``; see
+                :mod:`bayes_kfac.prediction.links`.
+            num_samples: Draws of the weights, or of the linearised output for ``link="mc"``.
             draws: Draws from :meth:`sample`, instead of new ones; implies ``method="sampling"``.
             generator: The source of randomness.
 
@@ -114,19 +127,24 @@ class Posterior:
             The prediction; its kind depends on the likelihood.
 
         Raises:
-            ArgumentError: If the method is unknown, or draws come with ``method="linearized"``.
+            ArgumentError: If the method or link is unknown, draws come with ``method="linearized"``, or a link with
+                ``method="sampling"`` or in a regression.
         """
         method = check_choice("method", method or ("linearized" if draws is None else "sampling"), METHODS)
         if draws is not None and method == "linearized":
             raise ArgumentError("draws= are for method='sampling', but method='linearized'. Leave one of them out.")
         check_count("num_samples", num_samples)
+        if link is not None and method == "sampling":
+            raise ArgumentError(
+                f"link={link!r} is for method='linearized', but method='sampling'. Leave one of them out."
+            )
         if method == "sampling":
             draws = draws or self.sample(num_samples, generator=generator)
             outputs = sampled_outputs(self.model, self.mean, draws, inputs)
             return from_outputs(self.likelihood, outputs, Source("sampling", len(draws), self.provenance))
-        mean, covariance = linearize(self.model, self.mean, self.layers, self.blocks, inputs)
+        output = GaussianOutput(*linearize(self.model, self.mean, self.layers, self.blocks, inputs))
         source = Source("linearized", None, self.provenance)
-        return from_gaussian(self.likelihood, mean, covariance, source, num_samples=num_samples, generator=generator)
+        return from_gaussian(self.likelihood, output, source, link=link, num_samples=num_samples, generator=generator)
 
     # -- the Gaussian itself ------------------------------------------------------------------------------------------
 

@@ -1,41 +1,104 @@
 """Predictions of discrete targets: probabilities under each draw, averaged as probabilities, never as logits.
 
 The entropy of the average splits into the expected entropy, which is noise, and the mutual information between target
-and weights, which more data would remove. All are in nats.
+and weights, which more data would remove. All are in nats. Which class it is depends on two things: the target, one of
+several classes or binary; and what is known of the probabilities, draws of them or only their mean.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution
 
-from bayes_kfac import likelihoods, linalg
-from bayes_kfac.prediction.results import Prediction, Source, from_gaussian, from_outputs
+from bayes_kfac import likelihoods
+from bayes_kfac.errors import UsageError
+from bayes_kfac.prediction.results import Prediction, Source, batch_dim, from_outputs
 
 
 class ClassificationPrediction(Prediction):
     """What the predictions of discrete targets share."""
 
-    @cached_property
+    @property
+    @abstractmethod
+    def probs(self) -> Tensor:
+        """The predictive probabilities."""
+
+    @property
+    def mean(self) -> Tensor:
+        """The predictive probabilities."""
+        return self.probs
+
+    @property
+    def entropy(self) -> Tensor:
+        """The entropy of the predictive probabilities, ``[batch, ...]``."""
+        return self._entropy(self.probs)
+
+    @property
+    @abstractmethod
+    def expected_entropy(self) -> Tensor:
+        """The mean over the weights of the entropy, ``[batch, ...]``: the part that is noise."""
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """The mutual information between target and weights: the part that more data would remove."""
+        return (self.entropy - self.expected_entropy).clamp(min=0)
+
+    @staticmethod
+    @abstractmethod
+    def _entropy(probs: Tensor) -> Tensor:
+        """The entropy of a target with the given probabilities."""
+
+
+# What the target is
+
+
+class OfClasses(ClassificationPrediction):
+    """The target is one of several classes: probabilities are ``[batch, ..., classes]``."""
+
+    @property
+    def distribution(self) -> Distribution:
+        """``Categorical`` over ``[batch, ...]`` class indices."""
+        return Categorical(probs=self.probs)
+
+    @staticmethod
+    def _entropy(probs: Tensor) -> Tensor:
+        return torch.special.entr(probs).sum(-1)
+
+
+class OfBinaryTargets(ClassificationPrediction):
+    """The targets are binary: the probabilities of 1 are ``[batch, ...]``."""
+
+    @property
+    def distribution(self) -> Distribution:
+        """``Bernoulli`` over ``[batch, ...]``."""
+        return Bernoulli(probs=self.probs)
+
+    @staticmethod
+    def _entropy(probs: Tensor) -> Tensor:
+        return torch.special.entr(probs) + torch.special.entr(1 - probs)
+
+
+# What is known of the probabilities
+
+
+class ByDraws(ClassificationPrediction):
+    """Draws of the probabilities are known, and with them everything else."""
+
+    @property
     @abstractmethod
     def sampled_probs(self) -> Tensor:
         """Probabilities under each draw, ``[num_samples, batch, ...]``."""
 
     @property
     def probs(self) -> Tensor:
-        """The predictive probabilities."""
+        """The predictive probabilities: the mean over draws."""
         return self.sampled_probs.mean(0)
-
-    @property
-    def mean(self) -> Tensor:
-        """The predictive probabilities."""
-        return self.probs
 
     @property
     def epistemic_variance(self) -> Tensor:
@@ -48,52 +111,65 @@ class ClassificationPrediction(Prediction):
         return (self.sampled_probs * (1 - self.sampled_probs)).mean(0)
 
     @property
-    @abstractmethod
-    def entropy(self) -> Tensor:
-        """The entropy of the predictive probabilities."""
+    def expected_entropy(self) -> Tensor:
+        """The mean over draws of the entropy, ``[batch, ...]``: the part that is noise."""
+        return self._entropy(self.sampled_probs).mean(0)
+
+
+class ByMeans(ClassificationPrediction):
+    """Only the mean probabilities are known: enough to score a target, not to tell noise from ignorance."""
 
     @property
-    @abstractmethod
+    def variance(self) -> Tensor:
+        """The variance of the target, one-hot or binary: ``p (1 − p)``, however it splits."""
+        return self.probs * (1 - self.probs)
+
+    @property
+    def epistemic_variance(self) -> Tensor:
+        """Unknown: a :class:`~bayes_kfac.errors.UsageError`."""
+        raise self._unknown("epistemic_variance")
+
+    @property
+    def aleatoric_variance(self) -> Tensor:
+        """Unknown: a :class:`~bayes_kfac.errors.UsageError`."""
+        raise self._unknown("aleatoric_variance")
+
+    @property
     def expected_entropy(self) -> Tensor:
-        """The mean over draws of the entropy: the part that is noise."""
+        """Unknown: a :class:`~bayes_kfac.errors.UsageError`."""
+        raise self._unknown("expected_entropy")
 
     @property
     def mutual_information(self) -> Tensor:
-        """The mutual information between target and weights: the part that more data would remove."""
-        return (self.entropy - self.expected_entropy).clamp(min=0)
+        """Unknown: a :class:`~bayes_kfac.errors.UsageError`."""
+        raise self._unknown("mutual_information")
+
+    def _unknown(self, name: str) -> UsageError:
+        return UsageError(
+            f"{name} is unknown: link={self.source.link!r} gives mean probabilities only, not how they vary with the "
+            "weights. Predict with link='mc'."
+        )
+
+
+# The results
 
 
 @dataclass(frozen=True)
-class CategoricalPrediction(ClassificationPrediction):
-    """A prediction of one of several classes.
+class CategoricalPrediction(OfClasses, ByDraws):
+    """A prediction of one of several classes, by draws.
 
     Attributes:
         logits: ``[num_samples, batch, ..., classes]``.
         source: Where the prediction came from.
     """
 
-    logits: Tensor
+    logits: Tensor = field(metadata=batch_dim(1))
     source: Source
 
     @cached_property
     def sampled_probs(self) -> Tensor:
         """Class probabilities under each draw, ``[num_samples, batch, ..., classes]``."""
         return self.logits.softmax(-1)
-
-    @property
-    def entropy(self) -> Tensor:
-        """The entropy of the predictive probabilities, ``[batch, ...]``."""
-        return torch.special.entr(self.probs).sum(-1)
-
-    @property
-    def expected_entropy(self) -> Tensor:
-        """The mean over draws of the entropy, ``[batch, ...]``."""
-        return torch.special.entr(self.sampled_probs).sum(-1).mean(0)
-
-    @property
-    def distribution(self) -> Distribution:
-        """``Categorical`` over ``[batch, ...]`` class indices."""
-        return Categorical(probs=self.probs)
 
     def log_prob(self, target: Tensor) -> Tensor:
         """The log-probability of each example's classes, ``[batch]``: the mean over draws is of joint probabilities."""
@@ -104,36 +180,21 @@ class CategoricalPrediction(ClassificationPrediction):
 
 
 @dataclass(frozen=True)
-class BernoulliPrediction(ClassificationPrediction):
-    """A prediction of binary targets.
+class BernoulliPrediction(OfBinaryTargets, ByDraws):
+    """A prediction of binary targets, by draws.
 
     Attributes:
         logits: ``[num_samples, batch, ...]``.
         source: Where the prediction came from.
     """
 
-    logits: Tensor
+    logits: Tensor = field(metadata=batch_dim(1))
     source: Source
 
     @cached_property
     def sampled_probs(self) -> Tensor:
         """The probability of 1 under each draw, ``[num_samples, batch, ...]``."""
         return self.logits.sigmoid()
-
-    @property
-    def entropy(self) -> Tensor:
-        """The entropy of each binary target, ``[batch, ...]``."""
-        return _binary_entropy(self.probs)
-
-    @property
-    def expected_entropy(self) -> Tensor:
-        """The mean over draws of the entropy, ``[batch, ...]``."""
-        return _binary_entropy(self.sampled_probs).mean(0)
-
-    @property
-    def distribution(self) -> Distribution:
-        """``Bernoulli`` over ``[batch, ...]``."""
-        return Bernoulli(probs=self.probs)
 
     def log_prob(self, target: Tensor) -> Tensor:
         """The log-probability of each example's targets, ``[batch]``."""
@@ -144,8 +205,92 @@ class BernoulliPrediction(ClassificationPrediction):
         return _log_mean_exp(_sum_events(-losses))
 
 
-def _binary_entropy(probs: Tensor) -> Tensor:
-    return torch.special.entr(probs) + torch.special.entr(1 - probs)
+@dataclass(frozen=True)
+class MeanCategoricalPrediction(OfClasses, ByMeans):
+    """A prediction of one of several classes of which only the mean probabilities are known.
+
+    Attributes:
+        logits: The logarithms of the mean probabilities up to a constant, ``[batch, ..., classes]``: not the mean of
+            the model's logits.
+        source: Where the prediction came from.
+    """
+
+    logits: Tensor = field(metadata=batch_dim(0))
+    source: Source
+
+    @property
+    def probs(self) -> Tensor:
+        """The predictive probabilities, ``[batch, ..., classes]``."""
+        return self.logits.softmax(-1)
+
+    def log_prob(self, target: Tensor) -> Tensor:
+        """The log-probability of each example's classes, ``[batch]``, its positions taken as independent."""
+        return -likelihoods.Categorical().negative_log_likelihood(self.logits, target)
+
+
+@dataclass(frozen=True)
+class MeanBernoulliPrediction(OfBinaryTargets, ByMeans):
+    """A prediction of binary targets of which only the mean probabilities are known.
+
+    Attributes:
+        logits: The log-odds of the mean probabilities, ``[batch, ...]``: not the mean of the model's logits.
+        source: Where the prediction came from.
+    """
+
+    logits: Tensor = field(metadata=batch_dim(0))
+    source: Source
+
+    @property
+    def probs(self) -> Tensor:
+        """The predictive probability of 1, ``[batch, ...]``."""
+        return self.logits.sigmoid()
+
+    def log_prob(self, target: Tensor) -> Tensor:
+        """The log-probability of each example's targets, ``[batch]``, which are taken as independent."""
+        return -likelihoods.Bernoulli().negative_log_likelihood(self.logits, target)
+
+
+@dataclass(frozen=True)
+class DirichletPrediction(OfClasses):
+    """A prediction of one of several classes whose probabilities are Dirichlet distributed, in closed form.
+
+    Attributes:
+        alpha: The concentrations, ``[batch, ..., classes]``, all positive; positions of one example are independent.
+        source: Where the prediction came from.
+    """
+
+    alpha: Tensor = field(metadata=batch_dim(0))
+    source: Source
+
+    @property
+    def concentration(self) -> Tensor:
+        """The sum of the concentrations, ``[batch, ..., 1]``: the number of observations that they are worth."""
+        return self.alpha.sum(-1, keepdim=True)
+
+    @property
+    def probs(self) -> Tensor:
+        """The predictive probabilities, ``[batch, ..., classes]``: the Dirichlet's mean."""
+        return self.alpha / self.concentration
+
+    @property
+    def epistemic_variance(self) -> Tensor:
+        """The Dirichlet's variance of each probability, ``p (1 − p) / (concentration + 1)``."""
+        return self.probs * (1 - self.probs) / (self.concentration + 1)
+
+    @property
+    def aleatoric_variance(self) -> Tensor:
+        """The Dirichlet's expectation of ``p (1 − p)`` of each class."""
+        return self.epistemic_variance * self.concentration
+
+    @property
+    def expected_entropy(self) -> Tensor:
+        """The Dirichlet's expectation of the entropy, ``[batch, ...]``: ``ψ(Σα + 1) − Σ p ψ(α + 1)``."""
+        terms = torch.digamma(self.concentration + 1) - torch.digamma(self.alpha + 1)
+        return (self.probs * terms).sum(-1)
+
+    def log_prob(self, target: Tensor) -> Tensor:
+        """The log-probability of each example's classes, ``[batch]``."""
+        return -likelihoods.Categorical().negative_log_likelihood(self.alpha.log(), target)
 
 
 def _sum_events(log_probs: Tensor) -> Tensor:
@@ -154,29 +299,6 @@ def _sum_events(log_probs: Tensor) -> Tensor:
 
 def _log_mean_exp(log_probs: Tensor) -> Tensor:
     return log_probs.logsumexp(0) - math.log(len(log_probs))
-
-
-def _gaussian_draws(mean: Tensor, covariance: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:
-    """Draws of a Gaussian output, ``[num_samples, *mean.shape]``."""
-    values, vectors = linalg.eigh(covariance, ["output covariance"])
-    root = vectors * values.sqrt().unsqueeze(-2)
-    shape = (num_samples, *root.shape[:-1])
-    noise = torch.randn(shape, dtype=root.dtype, device=root.device, generator=generator)
-    return mean + torch.einsum("bij,sbj->sbi", root, noise).reshape(num_samples, *mean.shape)
-
-
-@from_gaussian.register
-def _(
-    likelihood: likelihoods.Categorical | likelihoods.Bernoulli,
-    mean: Tensor,
-    covariance: Tensor,
-    source: Source,
-    *,
-    num_samples: int,
-    generator: torch.Generator | None,
-) -> Prediction:
-    logits = _gaussian_draws(mean, covariance, num_samples, generator)
-    return from_outputs(likelihood, logits, replace(source, num_samples=num_samples))
 
 
 @from_outputs.register

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -14,7 +14,8 @@ from torch.distributions import StudentT as TorchStudentT
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.likelihoods import Gaussian
 from bayes_kfac.likelihoods.base import check_same_shape
-from bayes_kfac.prediction.results import Prediction, Source, from_gaussian, from_outputs
+from bayes_kfac.prediction.output import GaussianOutput
+from bayes_kfac.prediction.results import Prediction, Source, batch_dim, from_gaussian, from_outputs
 
 
 class RegressionPrediction(Prediction):
@@ -56,31 +57,29 @@ class GaussianPrediction(RegressionPrediction):
     """A Gaussian predictive distribution.
 
     Attributes:
-        output_mean: The mean of the model's output, ``[batch, ...]``.
-        output_covariance: Its covariance over one example's outputs, ``[batch, outputs, outputs]``.
+        output: The model's output. Where it holds variances only, the outputs of an example are taken as independent.
         noise_variance: The noise's expected variance; broadcasts against the mean.
         source: Where the prediction came from.
     """
 
-    output_mean: Tensor
-    output_covariance: Tensor
+    output: GaussianOutput = field(metadata=batch_dim(0))
     noise_variance: Tensor
     source: Source
 
     @property
     def mean(self) -> Tensor:
         """The mean of the target, ``[batch, ...]``."""
-        return self.output_mean
+        return self.output.mean
 
     @property
     def epistemic_covariance(self) -> Tensor:
         """The covariance that comes from the weights, ``[batch, outputs, outputs]``."""
-        return self.output_covariance
+        return self.output.covariance
 
     @property
     def epistemic_variance(self) -> Tensor:
         """The variance that comes from the weights, shaped like the mean."""
-        return self.epistemic_covariance.diagonal(dim1=-2, dim2=-1).reshape(self.mean.shape)
+        return self.output.variance
 
     @property
     def aleatoric_variance(self) -> Tensor:
@@ -89,9 +88,14 @@ class GaussianPrediction(RegressionPrediction):
 
     @property
     def distribution(self) -> Distribution:
-        """``Normal`` for one output per example, else ``MultivariateNormal`` over ``[batch, outputs]``."""
-        if self.mean[0].numel() == 1:
+        """``Normal`` for one output per example, else joint over ``[batch, outputs]``.
+
+        That is ``MultivariateNormal``, or ``Independent(Normal)`` where only variances are known.
+        """
+        if self.mean.shape[1:].numel() == 1:
             return Normal(self.mean, self.stddev)
+        if self.output.is_diagonal:
+            return Independent(Normal(self.mean.flatten(1), self.stddev.flatten(1)), 1)
         return MultivariateNormal(self.mean.flatten(1), self.covariance)
 
     def log_prob(self, target: Tensor) -> Tensor:
@@ -118,7 +122,7 @@ class MixturePrediction(RegressionPrediction):
         source: Where the prediction came from.
     """
 
-    outputs: Tensor
+    outputs: Tensor = field(metadata=batch_dim(1))
     likelihood: Gaussian
     source: Source
 
@@ -199,14 +203,19 @@ def _bisections(dtype: torch.dtype) -> int:
 @from_gaussian.register
 def _(
     likelihood: Gaussian,
-    mean: Tensor,
-    covariance: Tensor,
+    output: GaussianOutput,
     source: Source,
     *,
+    link: str | None,
     num_samples: int,
     generator: torch.Generator | None,
 ) -> GaussianPrediction:
-    return GaussianPrediction(mean, covariance, likelihood.noise.variance().detach(), source)
+    if link is not None:
+        raise ArgumentError(
+            f"link={link!r} is for class probabilities, but the prediction of a {type(likelihood).__name__} likelihood "
+            "is in closed form. Allowed: None. Leave link= out."
+        )
+    return GaussianPrediction(output, likelihood.noise.variance().detach(), source)
 
 
 @from_outputs.register

@@ -4,12 +4,16 @@ All of them split the variance of a new target: ``variance = aleatoric_variance 
 first is the expected noise of the target given the weights, the second the variance of its mean over the weights. The
 first dimension of everything is the batch.
 
+A result class is a frozen dataclass whose fields say along which dimension they hold the batch, with
+``field(metadata=batch_dim(...))``; the others are the same for every batch.
+
 A likelihood gets its results by one line each of ``from_gaussian.register`` and ``from_outputs.register``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import singledispatch
 
@@ -19,7 +23,13 @@ from torch.distributions import Distribution
 
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.likelihoods import Likelihood
+from bayes_kfac.prediction.output import GaussianOutput
 from bayes_kfac.provenance import Provenance
+
+
+def batch_dim(dim: int) -> Mapping[str, int]:
+    """The metadata of a dataclass field that holds the batch along ``dim``: a tensor, or a :class:`GaussianOutput`."""
+    return {"batch_dim": dim}
 
 
 @dataclass(frozen=True)
@@ -30,11 +40,13 @@ class Source:
         method: ``"linearized"`` or ``"sampling"``.
         num_samples: The number of draws, or ``None`` where the result is in closed form.
         posterior: How the posterior was made.
+        link: How class probabilities came from a Gaussian of logits; ``None`` for regression and for sampled weights.
     """
 
     method: str
     num_samples: int | None
     posterior: Provenance
+    link: str | None = None
 
 
 class Prediction(ABC):
@@ -45,6 +57,10 @@ class Prediction(ABC):
     """
 
     source: Source
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self.mean)
 
     @property
     @abstractmethod
@@ -84,10 +100,10 @@ class Prediction(ABC):
 @singledispatch
 def from_gaussian(
     likelihood: Likelihood,
-    mean: Tensor,
-    covariance: Tensor,
+    output: GaussianOutput,
     source: Source,
     *,
+    link: str | None,
     num_samples: int,
     generator: torch.Generator | None,
 ) -> Prediction:
@@ -95,14 +111,15 @@ def from_gaussian(
 
     Args:
         likelihood: What the output means.
-        mean: The output's mean, ``[batch, ...]``.
-        covariance: The output's covariance, ``[batch, outputs, outputs]``.
+        output: The output's mean, and its covariance or variances.
         source: Where it came from.
-        num_samples: Draws of the output where the likelihood has no closed form.
+        link: How class probabilities come from the output, one of :data:`bayes_kfac.prediction.links.LINKS`; ``None``
+            for ``"mc"`` there, and for likelihoods that need no link.
+        num_samples: Draws of the output for ``link="mc"``.
         generator: The source of randomness for them.
 
     Raises:
-        ArgumentError: If the likelihood has no such result.
+        ArgumentError: If the likelihood has no such result, or no such link.
     """
     raise ArgumentError(f"{type(likelihood).__name__} has no prediction: register it with from_gaussian.register.")
 
