@@ -11,7 +11,7 @@ from bayes_kfac.prediction.linearized import linearize
 from bayes_kfac.prediction.links import LINKS
 from bayes_kfac.prediction.output import GaussianOutput
 from bayes_kfac.prediction.regression import GaussianPrediction, MixturePrediction
-from bayes_kfac.prediction.results import Prediction, Source, batch_dim, from_gaussian, from_outputs
+from bayes_kfac.prediction.results import Prediction, Source, batch_dim, concatenate, from_gaussian, from_outputs
 from bayes_kfac.prediction.sampling import Draws, sampled_outputs
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Prediction",
     "Source",
     "batch_dim",
+    "concatenate",
     "from_gaussian",
     "from_outputs",
     "linearize",

@@ -5,7 +5,7 @@ first is the expected noise of the target given the weights, the second the vari
 first dimension of everything is the batch.
 
 A result class is a frozen dataclass whose fields say along which dimension they hold the batch, with
-``field(metadata=batch_dim(...))``; the others are the same for every batch.
+``field(metadata=batch_dim(...))``; the others are the same for every batch. That is all :func:`concatenate` needs.
 
 A likelihood gets its results by one line each of ``from_gaussian.register`` and ``from_outputs.register``.
 """
@@ -13,18 +13,21 @@ A likelihood gets its results by one line each of ``from_gaussian.register`` and
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import singledispatch
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.prediction.output import GaussianOutput
 from bayes_kfac.provenance import Provenance
+
+P = TypeVar("P", bound="Prediction")
 
 
 def batch_dim(dim: int) -> Mapping[str, int]:
@@ -137,3 +140,79 @@ def from_outputs(likelihood: Likelihood, outputs: Tensor, source: Source) -> Pre
         ArgumentError: If the likelihood has no such result.
     """
     raise ArgumentError(f"{type(likelihood).__name__} has no prediction: register it with from_outputs.register.")
+
+
+def concatenate(predictions: Sequence[P]) -> P:
+    """One prediction for the examples of several, in their order: the results of a loader's batches, say.
+
+    Every example keeps its own result. Draws with the same index are the same function in all of the batches only if
+    all were made from the same ``draws=``.
+
+    Args:
+        predictions: At least one, all of one kind, from one posterior, by one method.
+
+    Returns:
+        The prediction for all examples.
+
+    Raises:
+        ArgumentError: If there is none, or they differ in more than the batch.
+    """
+    if not predictions:
+        raise ArgumentError("predictions=[] is empty. Allowed: one prediction or more.")
+    kind = type(predictions[0])
+    for index, prediction in enumerate(predictions):
+        if type(prediction) is not kind:
+            raise ArgumentError(
+                f"predictions[{index}] is a {type(prediction).__name__} and predictions[0] a {kind.__name__}. Allowed: "
+                "predictions of one kind. Concatenate those of each kind by themselves."
+            )
+    joined = {}
+    for own in fields(kind):  # type: ignore[arg-type]  # each kind is a dataclass; their base has no fields
+        values = [getattr(prediction, own.name) for prediction in predictions]
+        dim = own.metadata.get("batch_dim")
+        joined[own.name] = _shared(own.name, values) if dim is None else _joined(own.name, values, dim)
+    return kind(**joined)
+
+
+def _joined(name: str, values: Sequence[Any], dim: int) -> Any:
+    """Tensors along their batch dimension; Gaussian outputs field by field."""
+    if isinstance(values[0], GaussianOutput):
+        names = [own.name for own in fields(GaussianOutput)]
+        return GaussianOutput(*(_joined(f"{name}.{each}", [getattr(v, each) for v in values], dim) for each in names))
+    shapes = [tuple(value.shape) for value in values]
+    for index, shape in enumerate(shapes):
+        if shape[:dim] + shape[dim + 1 :] != shapes[0][:dim] + shapes[0][dim + 1 :]:
+            raise ArgumentError(
+                f"predictions[{index}].{name} has shape {shape} and predictions[0].{name} {shapes[0]}. Allowed: shapes "
+                f"that differ in the batch, dimension {dim}, only. Predict with the same num_samples and outputs."
+            )
+    return torch.cat(list(values), dim)
+
+
+def _shared(name: str, values: Sequence[Any]) -> Any:
+    """The value that all of them have."""
+    for index, value in enumerate(values):
+        if not _same(values[0], value):
+            raise ArgumentError(
+                f"predictions[{index}].{name}={_shown(value)} differs from predictions[0].{name}={_shown(values[0])}. "
+                "Allowed: predictions of one posterior by one method, link and number of draws. Concatenate the others "
+                "apart."
+            )
+    return values[0]
+
+
+def _same(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, nn.Module) and type(left) is type(
+        right
+    ):  # modules compare by identity, a loaded one is another
+        own, other = left.state_dict(), right.state_dict()
+        return own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
+    return bool(left == right)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, nn.Module):  # its own representation leaves out its state
+        return f"{type(value).__name__}({ {name: tensor.tolist() for name, tensor in value.state_dict().items()} })"
+    return repr(value)
