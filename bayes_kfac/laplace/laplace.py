@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sized
+from dataclasses import replace
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,9 @@ from bayes_kfac.posterior import Posterior
 from bayes_kfac.prediction import MEMORY_BUDGET
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import BlockGaussian, BlockSpec
+
+if TYPE_CHECKING:
+    from bayes_kfac.training import NoisyNaturalGradient
 
 
 class Laplace:
@@ -116,6 +120,41 @@ class Laplace:
         self._measurement: Measurement | None = None
         self._mean: dict[str, Tensor] = {}
 
+    @classmethod
+    def from_trainer(cls, trainer: NoisyNaturalGradient, loader: Iterable[Any], *, progress: bool = True) -> Self:
+        """The evidence and the tuning of a posterior that was trained by noisy natural gradient.
+
+        The curvature is the trainer's moving average, so that :meth:`posterior` is the trainer's; the log-likelihood at
+        the mean is measured.
+
+        Args:
+            trainer: The trainer; it stays as it is.
+            loader: The training data, as for :meth:`fit`.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            What :meth:`fit` would return with that curvature.
+        """
+        own = {parameter for layer in trainer.layers.values() for parameter in layer.parameters.values()}
+        laplace = cls(
+            trainer.model,
+            trainer.likelihood,
+            structure=trainer.structure.name,
+            subset=lambda _, parameter: parameter in own,
+            damping=trainer.structure.damping,
+            fisher=trainer.fisher,
+            sharing=trainer.structure.sharing,
+            prior_precision=trainer.prior_precision,
+            temperature=trainer.temperature,
+            others="diagonal",
+            num_data=trainer.num_data,
+        )
+        statistics = {name: state.measured(name) for name, state in trainer.blocks.items()}
+        mean = _copied_state(laplace.model)
+        measured = laplace._measure(Recorder({}), loader, mean, progress)
+        laplace._take(replace(measured, statistics=statistics), mean)
+        return laplace
+
     # -- the data -----------------------------------------------------------------------------------------------------
 
     def fit(self, loader: Iterable[Any], *, progress: bool = True) -> Self:
@@ -130,9 +169,7 @@ class Laplace:
             This object. A fit before is forgotten.
         """
         mean = _copied_state(self.model)
-        self._measurement = self._measure(loader, mean, progress)
-        self._mean = mean
-        self._evidence = self._make_evidence()
+        self._take(self._measure(self._recorder, loader, mean, progress), mean)
         return self
 
     def update(self, loader: Iterable[Any], *, progress: bool = True) -> Self:
@@ -160,16 +197,23 @@ class Laplace:
                 f"num_data={self.num_data} was given for all of the data. Leave it out to count what fit() and "
                 "update() see."
             )
-        self._measurement = measurement + self._measure(loader, self._mean, progress)
-        self._evidence = self._make_evidence()
+        self._take(measurement + self._measure(self._recorder, loader, self._mean, progress), self._mean)
         return self
 
-    def _measure(self, loader: Iterable[Any], mean: Mapping[str, Tensor], progress: bool) -> Measurement:
+    def _take(self, measurement: Measurement, mean: dict[str, Tensor]) -> None:
+        """Go by a measurement at a mean from now on."""
+        prior_mean = None if self.prior is None else self.prior.mean
+        self._measurement, self._mean = measurement, mean
+        self._evidence = Evidence(measurement, mean, self.layers, self.structures, self.likelihood, prior_mean)
+
+    def _measure(
+        self, recorder: Recorder, loader: Iterable[Any], mean: Mapping[str, Tensor], progress: bool
+    ) -> Measurement:
         surveyor = Surveyor(
             self.model,
             mean,
             self.likelihood,
-            self._recorder,
+            recorder,
             self.structures,
             self.fisher,
             self.generator,
@@ -185,7 +229,7 @@ class Laplace:
                 "drops the last batch, or samples. The posterior counts what was yielded; pass num_data= for another "
                 "number.",
                 BayesKfacWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         return measured
 
@@ -340,16 +384,6 @@ class Laplace:
     @property
     def _priors(self) -> Mapping[str, Tensor | BlockGaussian]:
         return self.prior_precision if self.prior is None else self.prior.blocks
-
-    def _make_evidence(self) -> Evidence:
-        return Evidence(
-            self._check_fitted(),
-            self._mean,
-            self.layers,
-            self.structures,
-            self.likelihood,
-            None if self.prior is None else self.prior.mean,
-        )
 
     def _posterior(self, priors: Mapping[str, Tensor | BlockGaussian], temperature: float | None = None) -> Posterior:
         measurement = self._check_fitted()

@@ -120,13 +120,14 @@ def test_a_model_in_bfloat16_is_fitted_and_predicts():
     """There: the eigendecomposition has no kernel for the dtype, is tried again with jitter, and then ``exit()``."""
     model = classifier().float()
     half = copy.deepcopy(model).bfloat16()
-    found = [
-        laplace(model, [(x.to(dtype), y) for x, y in LOADER]).posterior().predict(X.to(dtype), link="probit").probs
-        for model, dtype in ((model, torch.float32), (half, torch.bfloat16))
-    ]
-    assert torch.isfinite(found[1]).all()
-    assert_close(found[1].float(), found[0], rtol=0, atol=0.03)
+    posteriors = [laplace(model, [(x.float(), y) for x, y in LOADER]).posterior()]
+    posteriors.append(laplace(half, [(x.bfloat16(), y) for x, y in LOADER]).posterior())
+    full, rounded = (one.predict(X.to(one.mean["0.weight"].dtype), link="probit").probs for one in posteriors)
+    assert torch.isfinite(rounded).all()
+    assert_close(rounded.float(), full, rtol=0, atol=0.03)
     assert all(value.dtype == torch.bfloat16 for value in half.parameters())
+    states = [value for block in posteriors[1].blocks.values() for value in block.state.values()]
+    assert {value.dtype for value in states} == {torch.float32}, "statistics in 16 bits are not positive definite"
 
 
 def test_function_samples_have_the_covariance_of_their_inputs():
