@@ -7,8 +7,7 @@ the library. Fitting is one pass over the data, in which nothing of the model ch
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -27,9 +26,10 @@ from bayes_kfac.curvature import (
     summarize,
     unwrapped,
 )
-from bayes_kfac.errors import ArgumentError, BayesKfacWarning, UsageError, check_choice, check_count, check_positive
+from bayes_kfac.errors import ArgumentError, UsageError, check_choice, check_count, check_positive
 from bayes_kfac.laplace import tuning
 from bayes_kfac.laplace.evidence import Evidence
+from bayes_kfac.laplace.loaders import warn_of_samplers
 from bayes_kfac.laplace.measurement import Measurement, Surveyor
 from bayes_kfac.laplace.prior import PriorPrecision, by_layer
 from bayes_kfac.laplace.subset import Subset, choose_parameters
@@ -222,15 +222,7 @@ class Laplace:
         measured = surveyor.survey(loader, progress=progress)
         if self.num_data is not None:
             return measured.counting(self.num_data)
-        dataset = getattr(loader, "dataset", None)
-        if isinstance(dataset, Sized) and len(dataset) != measured.num_examples:
-            warnings.warn(
-                f"The loader yielded {measured.num_examples:.0f} examples, but its data set has {len(dataset)}: it "
-                "drops the last batch, or samples. The posterior counts what was yielded; pass num_data= for another "
-                "number.",
-                BayesKfacWarning,
-                stacklevel=4,
-            )
+        warn_of_samplers(loader, measured.num_examples, stacklevel=3)
         return measured
 
     # -- the evidence -------------------------------------------------------------------------------------------------

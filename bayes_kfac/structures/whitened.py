@@ -20,8 +20,9 @@ from torch import Tensor
 from bayes_kfac import linalg
 from bayes_kfac.curvature import SparseRows
 
-#: Bytes of Jacobians that are formed at a time.
-JACOBIAN_BYTES = 1 << 27
+#: Bytes of Jacobians that are formed at a time: on a CPU what the caches like, elsewhere what memory allows.
+CPU_JACOBIAN_BYTES = 1 << 27
+ACCELERATOR_JACOBIAN_BYTES = 1 << 30
 
 
 class Whitened(ABC):
@@ -202,7 +203,8 @@ class WhitenedRows(Whitened):
         batch, in_features = self.inputs.shape[-3], self.inputs.shape[-1]
         blocks = self.gradients.shape[1:-3].numel()
         size = self.gradients.element_size() * self._columns * blocks * self.gradients.shape[-1] * in_features
-        step = max(1, JACOBIAN_BYTES // max(size, 1))
+        on_cpu = self.gradients.device.type == "cpu"
+        step = max(1, (CPU_JACOBIAN_BYTES if on_cpu else ACCELERATOR_JACOBIAN_BYTES) // max(size, 1))
         for start in range(0, max(batch, 1), step):
             piece = slice(start, start + step)
             gradients = self.gradients
