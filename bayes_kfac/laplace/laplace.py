@@ -19,6 +19,7 @@ from bayes_kfac import linalg, structures
 from bayes_kfac.curvature import (
     FISHER_KINDS,
     Recorder,
+    Statistics,
     Summary,
     check_coverage,
     check_types,
@@ -410,6 +411,8 @@ class Laplace:
     def _check_prior(self, prior: Posterior, prior_precision: PriorPrecision | None) -> None:
         if prior_precision is not None:
             raise ArgumentError("prior= and prior_precision= both say what the prior is. Leave one of them out.")
+        if not isinstance(prior, Posterior):
+            raise ArgumentError(f"prior={prior!r} must be a Posterior. A number is a prior_precision=.")
         own = {name: layer.shape for name, layer in self.layers.items()}
         theirs = {name: block.shape for name, block in prior.blocks.items()}
         if own != theirs:
@@ -418,6 +421,16 @@ class Laplace:
                 f"prior= has other blocks than this model's subset: {', '.join(differing)}. Allowed: a posterior over "
                 "the same layers."
             )
+        # whether each structure can add the prior exactly is known when it has done so, and better before the data
+        specs = [BlockSpec(name, self._without_curvature(name), 1.0, block) for name, block in prior.blocks.items()]
+        structures.build(self.structures, specs)
+
+    def _without_curvature(self, name: str) -> Statistics:
+        layer = self.layers[name]
+        identity = self.structures[name].identity(
+            layer.shape, layer.like, sparse_sides=layer.sparse_sides, tied=layer.is_tied_to_transpose
+        )
+        return identity.map(torch.zeros_like)
 
 
 def _plain(prior: Any) -> float | Tensor:
