@@ -7,8 +7,7 @@ the library. Fitting is one pass over the data, in which nothing of the model ch
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -20,6 +19,7 @@ from bayes_kfac import linalg, structures
 from bayes_kfac.curvature import (
     FISHER_KINDS,
     Recorder,
+    Statistics,
     Summary,
     check_coverage,
     check_types,
@@ -27,9 +27,10 @@ from bayes_kfac.curvature import (
     summarize,
     unwrapped,
 )
-from bayes_kfac.errors import ArgumentError, BayesKfacWarning, UsageError, check_choice, check_count, check_positive
+from bayes_kfac.errors import ArgumentError, UsageError, check_choice, check_count, check_positive
 from bayes_kfac.laplace import tuning
 from bayes_kfac.laplace.evidence import Evidence
+from bayes_kfac.laplace.loaders import warn_of_samplers
 from bayes_kfac.laplace.measurement import Measurement, Surveyor
 from bayes_kfac.laplace.prior import PriorPrecision, by_layer
 from bayes_kfac.laplace.subset import Subset, choose_parameters
@@ -222,15 +223,7 @@ class Laplace:
         measured = surveyor.survey(loader, progress=progress)
         if self.num_data is not None:
             return measured.counting(self.num_data)
-        dataset = getattr(loader, "dataset", None)
-        if isinstance(dataset, Sized) and len(dataset) != measured.num_examples:
-            warnings.warn(
-                f"The loader yielded {measured.num_examples:.0f} examples, but its data set has {len(dataset)}: it "
-                "drops the last batch, or samples. The posterior counts what was yielded; pass num_data= for another "
-                "number.",
-                BayesKfacWarning,
-                stacklevel=4,
-            )
+        warn_of_samplers(loader, measured.num_examples, stacklevel=3)
         return measured
 
     # -- the evidence -------------------------------------------------------------------------------------------------
@@ -418,6 +411,8 @@ class Laplace:
     def _check_prior(self, prior: Posterior, prior_precision: PriorPrecision | None) -> None:
         if prior_precision is not None:
             raise ArgumentError("prior= and prior_precision= both say what the prior is. Leave one of them out.")
+        if not isinstance(prior, Posterior):
+            raise ArgumentError(f"prior={prior!r} must be a Posterior. A number is a prior_precision=.")
         own = {name: layer.shape for name, layer in self.layers.items()}
         theirs = {name: block.shape for name, block in prior.blocks.items()}
         if own != theirs:
@@ -426,6 +421,16 @@ class Laplace:
                 f"prior= has other blocks than this model's subset: {', '.join(differing)}. Allowed: a posterior over "
                 "the same layers."
             )
+        # whether each structure can add the prior exactly is known when it has done so, and better before the data
+        specs = [BlockSpec(name, self._without_curvature(name), 1.0, block) for name, block in prior.blocks.items()]
+        structures.build(self.structures, specs)
+
+    def _without_curvature(self, name: str) -> Statistics:
+        layer = self.layers[name]
+        identity = self.structures[name].identity(
+            layer.shape, layer.like, sparse_sides=layer.sparse_sides, tied=layer.is_tied_to_transpose
+        )
+        return identity.map(torch.zeros_like)
 
 
 def _plain(prior: Any) -> float | Tensor:
