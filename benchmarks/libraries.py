@@ -65,10 +65,10 @@ def fit(library: str, model: nn.Module, batches: Batches, subset: str = "all", *
     return laplace.posterior() if factorise else laplace
 
 
-def linearized(posterior: Any, x: Tensor, output_covariance: str = "full") -> tuple[Tensor, Tensor]:
-    """The mean and the covariance, or the variances, of the linearised output: what both compute before a link."""
+def linearized(posterior: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean and covariance of the linearised output: what both compute before a link to probabilities."""
     if isinstance(posterior, bk.Posterior):
-        output = posterior._linearized.output(x, diagonal=output_covariance == "diagonal")
-        return output.mean, output.spread
+        output = posterior._linearized.output(x)
+        return output.mean, output.covariance
     mean, covariance = posterior._glm_predictive_distribution(x)
-    return mean, covariance if output_covariance == "full" else covariance.diagonal(dim1=-2, dim2=-1)
+    return mean, covariance

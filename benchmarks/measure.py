@@ -93,7 +93,12 @@ def keep(path: Path, figures: dict[str, Any]) -> None:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "absent"
-    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    machine: dict[str, Any] = {
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    machine["load_average"] = os.getloadavg()[1]  # of five minutes: what else was running
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     result = {**figures, "commit": commit(), "versions": versions, "machine": machine}

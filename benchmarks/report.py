@@ -67,7 +67,7 @@ SPEED = """
 
 Two threads of a two-core x86-64 CPU that ran other work at times, medians over three processes, libraries in turns.
 `fit` is on 5000 images of MNIST, `predict` the mean and covariance of 64 inputs, both of an MLP 784-512-10;
-`last_layer` those of one input, for 1000 classes from 512 features, `last_layer_variances` without the covariances.
+`last_layer` those of one input for 1000 classes from 512 features.
 Memory is what is added at the peak: of the process, and of tensors alone.
 
 | | laplace-torch: seconds | ours | times as fast | MB added | ours | MB of tensors | ours |
@@ -163,7 +163,7 @@ def laplace_page() -> str:
         for row, errors in laplace(f"agreement/{network}").items():
             page += f"| {network} | {row} | {errors['mean']:.1e} | {errors['covariance']:.1e} |\n"
     page += SPEED
-    for name in ("fit", "predict", "last_layer", "last_layer_variances"):
+    for name in ("fit", "predict", "last_layer"):
         if rows := laplace(f"speed/{name}"):
             theirs, ours, ratio = rows.values()
             line = f"| {name} | {theirs['seconds']:.3g} | {ours['seconds']:.2g} | {ratio['seconds']:.0f} "
