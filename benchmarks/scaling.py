@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import measure
@@ -53,15 +52,18 @@ SWEEPS = {
 }
 
 
-def sweep(name: str, repeats: int = 7) -> dict[str, Any]:
-    """One sweep, its sizes in turns; exponents over its upper half, where fixed costs no longer count."""
+def sweep(name: str, repeats: int = 15) -> dict[str, Any]:
+    """One sweep, its sizes in turns; exponents over its upper half, where fixed costs no longer count.
+
+    Seconds are the least of several: what else the machine does can only add to them.
+    """
     calls = {getattr(size, name): prediction(size) for size in SWEEPS[name]}
     taken: dict[int, list[float]] = {at: [] for at in calls}
     for at, call in tqdm(list(calls.items()) * repeats, desc=f"scaling/{name}"):
         taken[at] += measure.seconds(call, 1)
     rows = {}
     for size, (at, call) in zip(SWEEPS[name], calls.items(), strict=True):
-        own = {"seconds": median(taken[at]), "operations": size.operations()}
+        own = {"seconds": min(taken[at]), "operations": size.operations()}
         rows[str(at)] = {**own, "bytes": measure.tensor_bytes(call), "elements": size.elements()}
     upper = list(rows.items())[len(rows) // 2 :]
     at = np.log([int(key) for key, _ in upper])
