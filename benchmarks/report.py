@@ -79,8 +79,8 @@ SCALING = """
 
 ![Cost against inputs, classes and width](images/laplace_cost.png)
 
-An MLP with two hidden layers, from 64 inputs (16 in the middle column), 10 classes and width 512. The line is the count
-of operations, or of numbers held, that `benchmarks/scaling.py` derives, through the last point; exponents are over the
+An MLP with two hidden layers, from 64 inputs (16 in the middle column), 10 classes and width 512. Time is
+that of one thread's processor. The line is the count of operations, or of numbers held, that `benchmarks/scaling.py` derives, through the last point; exponents are over the
 upper half.
 """
 

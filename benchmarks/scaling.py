@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -52,15 +53,16 @@ SWEEPS = {
 }
 
 
-def sweep(name: str, repeats: int = 15) -> dict[str, Any]:
+def sweep(name: str, repeats: int = 5) -> dict[str, Any]:
     """One sweep, its sizes in turns; exponents over its upper half, where fixed costs no longer count.
 
-    Seconds are the least of several: what else the machine does can only add to them.
+    Seconds are the least of several, and of the processor in one thread: other work on the machine adds little to them.
     """
+    torch.set_num_threads(1)
     calls = {getattr(size, name): prediction(size) for size in SWEEPS[name]}
     taken: dict[int, list[float]] = {at: [] for at in calls}
     for at, call in tqdm(list(calls.items()) * repeats, desc=f"scaling/{name}"):
-        taken[at] += measure.seconds(call, 1)
+        taken[at] += measure.seconds(call, 1, time.process_time)
     rows = {}
     for size, (at, call) in zip(SWEEPS[name], calls.items(), strict=True):
         own = {"seconds": min(taken[at]), "operations": size.operations()}
@@ -93,7 +95,7 @@ def plot(folder: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(2, 3, figsize=(9, 5), sharex="col", layout="constrained")
-    kinds = (("seconds", "operations", "milliseconds", 1e3), ("bytes", "elements", "megabytes", 1e-6))
+    kinds = (("seconds", "operations", "CPU milliseconds", 1e3), ("bytes", "elements", "megabytes", 1e-6))
     for column, name in zip(axes.T, SWEEPS, strict=True):
         rows = json.loads((folder / f"{name}.json").read_text())["rows"]
         exponents = rows.pop("exponent")
