@@ -65,7 +65,8 @@ Jacobians are by `torch.func`, the precision of each layer written out.
 SPEED = """
 ## Their cost
 
-Two threads of a two-core x86-64 CPU that ran other work at times, medians over three processes, libraries in turns.
+Two threads of a two-core x86-64 CPU that ran much other work, which lengthens the times of both libraries and of short
+calls the most; medians over three processes, the libraries in turns.
 `fit` is on 5000 images of MNIST, `predict` the mean and covariance of 64 inputs, both of an MLP 784-512-10;
 `last_layer` those of one input for 1000 classes from 512 features.
 Memory is what is added at the peak: of the process, and of tensors alone.
@@ -79,9 +80,9 @@ SCALING = """
 
 ![Cost against inputs, classes and width](images/laplace_cost.png)
 
-An MLP with two hidden layers, from 64 inputs (16 in the middle column), 10 classes and width 512. Time is
-that of one thread's processor. The line is the count of operations, or of numbers held, that `benchmarks/scaling.py` derives, through the last point; exponents are over the
-upper half.
+An MLP with two hidden layers, from 64 inputs (16 in the middle column), 10 classes and width 512; processor time of one
+thread. The line is the count of operations, or of numbers held, that `benchmarks/scaling.py` derives, through the last
+point; exponents are over the upper half.
 """
 
 
