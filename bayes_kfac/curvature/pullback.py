@@ -168,7 +168,8 @@ class PullBack:
         """Find the layers in which the gradient of one example's output reaches the rows of another.
 
         Any two examples differ in a binary digit of their place. So all pairs are told apart by the gradients of the
-        outputs whose places have a digit set: they must be those of all outputs in rows there, and none elsewhere.
+        outputs whose places have a digit set: they must be those of all outputs in rows there, and none elsewhere. A
+        layer whose rows cannot be told apart by example is among them: in a batch of another size they might fit.
 
         Returns:
             Their names.
@@ -181,11 +182,13 @@ class PullBack:
         members = torch.cat([is_set.new_ones(1, size), is_set])
         spread = set()
         for call, rows in self._rows_in_place(probe * widened(members, probe.unsqueeze(0))):
-            if _fits(rows, size):
-                every, *some = _by_example(rows, size).gradients
-                parts = zip(some, members[1:, :, None, None], strict=True)
-                if not all(torch.allclose(part, every * here, rtol=1e-3, atol=0) for part, here in parts):
-                    spread.add(call.layer)
+            if not _fits(rows, size):
+                spread.add(call.layer)
+                continue
+            every, *some = _by_example(rows, size).gradients
+            parts = zip(some, members[1:, :, None, None], strict=True)
+            if not all(torch.allclose(part, every * here, rtol=1e-3, atol=0) for part, here in parts):
+                spread.add(call.layer)
         return spread
 
     def _rows_apart(self, names: set[str], output_gradients: Tensor) -> Iterable[tuple[Call, Rows]]:
