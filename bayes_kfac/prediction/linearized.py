@@ -143,8 +143,8 @@ class LinearizedModel:
         def outputs(part: Any) -> Tensor:
             with self._forward(part) as (output, pull_back):
                 rows = self._rows(pull_back, _unit_vectors(output))
-                responses = torch.stack([own.response(changes[name].to(output)) for name, own in rows.items()])
-                return output + responses.sum(0).reshape(-1, *output.shape)
+                responses = [own.response(changes[name].to(own.gradients)) for name, own in rows.items()]
+                return output + torch.stack(responses).sum(0).reshape(-1, *output.shape)
 
         return torch.cat(list(self._in_parts(outputs, inputs, memory_budget)), dim=1)
 
@@ -169,7 +169,10 @@ class LinearizedModel:
                 "forward run under torch.no_grad(), or use none of these layers? method='sampling' needs no graph."
             )
         if not self._is_checked:
-            pull_back.check_complete(columns[0], rows)
+            # of all outputs together: each of them may reach weights that the others do not
+            generator = torch.Generator(columns.device).manual_seed(0)
+            some = torch.rand(columns.shape[1:], generator=generator, device=columns.device).to(columns.dtype)
+            pull_back.check_complete(some, pull_back.rows(some.unsqueeze(0)))
             self._is_checked = True
         return {name: own.to(next(iter(self.blocks[name].state.values())).dtype) for name, own in rows.items()}
 
