@@ -85,6 +85,7 @@ class LinearizedModel:
         Raises:
             UsageError: If autograd sees none of the layers.
         """
+        num_columns = self._sizes_of(inputs).columns(memory_budget)
 
         def gaussian(part: Any) -> tuple[Tensor, Tensor]:
             with self._forward(part) as (output, pull_back):
@@ -94,7 +95,7 @@ class LinearizedModel:
                     total = sum((own.covariance() for own in whitened), output.new_zeros(len(output), size, size))
                     return output, total
                 variances = []
-                for columns in _unit_vectors(output).split(self._sizes_of(part).columns(memory_budget)):
+                for columns in _unit_vectors(output).split(num_columns):
                     whitened = self._whitened(pull_back, columns).values()
                     zero = output.new_zeros(len(output), len(columns))
                     variances.append(sum((own.variance() for own in whitened), zero))
