@@ -136,11 +136,13 @@ def test_gradients_that_are_the_same_for_all_examples(structure, kind, columns):
     assert not isinstance(alone, WhitenedRows) or alone.gradients.shape[-3] == 1
 
 
-@pytest.mark.parametrize("size", [1, 2 * 3 * OUT * IN * 8], ids=["single", "pairs"])
-def test_pieces_of_the_batch_are_the_whole(structure, kind, size, monkeypatch):
-    """Jacobians are formed of one example at a time, or of two, where no more of them are allowed; five of them."""
+@pytest.mark.parametrize(
+    ("batch", "size"), [(2, 1), (5, 2 * 3 * OUT * IN * 8)], ids=["two in singles", "five in pairs"]
+)
+def test_pieces_of_the_batch_are_the_whole(structure, kind, batch, size, monkeypatch):
+    """Jacobians are formed of one example at a time, or of two, where no more of them are allowed."""
     gaussian = gaussian_of(structure, ROWS[kind](2, 10, 50))
-    rows, others = ROWS[kind](3, 5, 7), ROWS[kind](3, 3, 20)
+    rows, others = ROWS[kind](3, batch, 7), ROWS[kind](3, 3, 20)
     monkeypatch.setattr("bayes_kfac.structures.whitened.JACOBIAN_BYTES", size)
     assert_all_equal_dense(gaussian, rows, others)
     if "tied" not in kind:
