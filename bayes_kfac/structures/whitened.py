@@ -95,16 +95,11 @@ class WhitenedRows(Whitened):
             return torch.einsum("cnto,nto,ntu,dnuo->ncd", gradients, variances, kernel, gradients)
         if self._shared == 1 and isinstance(self.inputs, Tensor):
             scale, gradients = self._scale(), self.gradients.squeeze(-2)
-            if self._is_same_for_all:
-                gradients = gradients.squeeze(-2)
-                if self.weights is None:
-                    products = torch.einsum("c...o,d...o->...cd", gradients, gradients)
-                    return torch.einsum("...no,...cd->ncd", scale, products)
-                return torch.einsum("c...o,...no,d...o->ncd", gradients, scale, gradients)
-            if self.weights is None:
-                products = torch.einsum("c...no,d...no->...ncd", gradients, gradients)
-                return torch.einsum("...no,...ncd->ncd", scale, products)
-            return torch.einsum("c...no,...no,d...no->ncd", gradients, scale, gradients)
+            if self._is_same_for_all and self.weights is None:
+                products = torch.einsum("c...no,d...no->...cd", gradients, gradients)
+                return torch.einsum("...no,...cd->ncd", scale, products)
+            weighted = gradients * scale.sqrt()
+            return torch.einsum("c...no,d...no->ncd", weighted, weighted)
         if self._prefers_kernel(self._columns**2):
             left = self._by_kernel()
             return torch.einsum("c...nuo,d...nuo->ncd", left, self.gradients.expand_as(left))
