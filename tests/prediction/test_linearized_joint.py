@@ -209,7 +209,7 @@ def test_a_prediction_of_affine_draws_says_what_it_is():
 def test_a_link_is_for_the_closed_form_only(method, with_draws):
     posterior = random_posterior(seeded(nn.Linear(3, 2)), Categorical())
     draws = posterior.sample(2) if with_draws else None
-    with pytest.raises(ArgumentError, match=r"link='probit' is for the closed form"):
+    with pytest.raises(ArgumentError, match=r"link='probit' is for method='linearized' without draws"):
         posterior.predict(randn(4, 3, seed=1), method, link="probit", draws=draws)
 
 

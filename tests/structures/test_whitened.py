@@ -143,7 +143,7 @@ def test_pieces_of_the_batch_are_the_whole(structure, kind, batch, size, monkeyp
     """Jacobians are formed of one example at a time, or of two, where no more of them are allowed."""
     gaussian = gaussian_of(structure, ROWS[kind](2, 10, 50))
     rows, others = ROWS[kind](3, batch, 7), ROWS[kind](3, 3, 20)
-    monkeypatch.setattr("bayes_kfac.structures.whitened.JACOBIAN_BYTES", size)
+    monkeypatch.setattr("bayes_kfac.structures.whitened.CPU_JACOBIAN_BYTES", size)
     assert_all_equal_dense(gaussian, rows, others)
     if "tied" not in kind:
         same = replace(rows, gradients=rows.gradients[..., :1, :, :].expand_as(rows.gradients))
@@ -243,7 +243,7 @@ def test_pieces_are_as_large_as_is_allowed(monkeypatch):
     counted = Counted(monkeypatch)
     whitened = gaussian_of(structures.get("diagonal", damping="exact", sharing="expand"), of_layer(2, 10, 9, 50, (2,)))
     rows = of_layer(3, 7, 9, 7, (2,))
-    monkeypatch.setattr("bayes_kfac.structures.whitened.JACOBIAN_BYTES", 3 * (3 * 2 * OUT * IN * 8))
+    monkeypatch.setattr("bayes_kfac.structures.whitened.CPU_JACOBIAN_BYTES", 3 * (3 * 2 * OUT * IN * 8))
     whitened.whitened_rows(rows).covariance()
     assert counted.batches == [3, 3, 1]
 
