@@ -238,7 +238,7 @@ def product_rows(
 
 def _right_product(rows: Tensor, root: Tensor) -> Tensor:
     """Rows times a root ``[*blocks, size, size]``: one product for all examples and positions of a block."""
-    if rows.shape == (len(root), 1, 1, len(root)):  # maybe the unit vectors of an output layer
+    if root.ndim == 2 and rows.shape == (len(root), 1, 1, len(root)):  # maybe the unit vectors of an output layer
         identity = torch.eye(len(root), dtype=rows.dtype, device=rows.device)
         if torch.equal(rows[:, 0, 0], identity):
             return root[:, None, None]

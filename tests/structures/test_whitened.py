@@ -136,6 +136,26 @@ def test_gradients_that_are_the_same_for_all_examples(structure, kind, columns):
     assert not isinstance(alone, WhitenedRows) or alone.gradients.shape[-3] == 1
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("shared", [1, 2])
+def test_unit_vectors_as_gradients(structure, shared, scale):
+    """As at an output layer, where nothing needs to be multiplied; and others that only look like them."""
+    gaussian = gaussian_of(structure, of_layer(2, 10, 2, 50))
+    units = scale * torch.eye(OUT).double()[:, None, None].expand(OUT, 4, shared, OUT)
+    rows = replace(of_layer(OUT, 4, shared, 7), gradients=units)
+    assert_all_equal_dense(gaussian, rows, replace(of_layer(OUT, 3, shared, 20), gradients=units[:, :3]))
+    swapped = replace(rows, gradients=units.flip(0))
+    assert_all_equal_dense(gaussian, swapped, rows)
+
+
+def test_inputs_of_stacked_blocks_that_are_unit_vectors(structure):
+    """Of one example, and as many blocks as inputs: an identity, but not that of output gradients."""
+    gaussian = gaussian_of(structure, dense_rows(2, (2,), 10, 2, in_=2, out=2, seed=50))
+    inputs = torch.eye(2).double()[:, None, None]
+    rows = replace(dense_rows(3, (2,), 1, 1, in_=2, out=2, seed=7), inputs=inputs)
+    assert_all_equal_dense(gaussian, rows, dense_rows(3, (2,), 4, 1, in_=2, out=2, seed=20))
+
+
 @pytest.mark.parametrize(
     ("batch", "size"), [(2, 1), (5, 2 * 3 * OUT * IN * 8)], ids=["two in singles", "five in pairs"]
 )
