@@ -358,11 +358,39 @@ def test_num_data_may_be_less_than_what_is_yielded() -> None:
 # Data that are wrong
 
 
+
+
 def test_a_generator_that_is_used_up_is_named() -> None:
     loader = (batch for batch in batches(X, Y))
     laplace = fitted(mlp(), gaussian(), loader)
     with pytest.raises(bk.errors.ArgumentError, match="used up"):
         laplace.fit(loader, progress=False)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_data_with_nan_are_an_error_that_names_what_holds_it(structure: str) -> None:
+    x, y = X.clone(), Y.clone()
+    x[4, 1] = torch.nan
+    y[3, 0] = torch.nan
+    with pytest.raises(bk.errors.NonFiniteError, match="negative log-likelihood is nan"):
+        fitted(mlp(), gaussian(), batches(X, y), structure=structure)
+    for size in (11, 5, 4, 1):  # whether it comes with the first batch or later
+        with pytest.raises(bk.errors.NonFiniteError, match="Check the data"):
+            fitted(mlp(), gaussian(), batches(x, Y, size), structure=structure)
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_fit_that_failed_on_nan_leaves_nothing_to_the_next(structure: str, sharing: str) -> None:
+    """What was learned of the model from outputs that are NaN, such as which examples meet, is forgotten."""
+    net = NETS["positions"]
+    expected = fit_net("positions", structure=structure, sharing=sharing)
+    laplace = bk.Laplace(net.make(), net.likelihood(), structure=structure, sharing=sharing)
+    x = net.x.clone()
+    x[2] = torch.nan
+    with pytest.raises(bk.errors.NonFiniteError):
+        laplace.fit(batches(x, net.y), progress=False)
+    assert_same_measurement(laplace.fit(batches(net.x, net.y), progress=False), expected)
 
 
 def test_statistics_that_overflow_name_layer_and_statistic() -> None:
