@@ -161,5 +161,5 @@ def mean_nll(posterior: Posterior, loader: Iterable[Any], predict: Mapping[str, 
         total -= float(log_prob.double().sum())
         count += len(log_prob)
     if not count:
-        raise ArgumentError(f"loader={loader!r} yielded no example. Pass a DataLoader or a list.")
+        raise ArgumentError(f"loader=<{type(loader).__name__}> yielded no example. Pass a DataLoader or a list.")
     return total / count

@@ -358,6 +358,11 @@ def test_num_data_may_be_less_than_what_is_yielded() -> None:
 # Data that are wrong
 
 
+@pytest.mark.parametrize("loader", [[], iter([]), [(X[:0], Y[:0])], [(X, Y, torch.zeros(11, dtype=torch.bool))]])
+def test_a_loader_without_examples_is_an_error_that_says_what_to_pass(loader: Any) -> None:
+    with pytest.raises(bk.errors.ArgumentError, match=r"loader=.* yielded no example.*DataLoader") as caught:
+        fitted(mlp(), gaussian(), loader)
+    assert len(str(caught.value)) < 200, "the data themselves are no message"
 
 
 def test_a_generator_that_is_used_up_is_named() -> None:
