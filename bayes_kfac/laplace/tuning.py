@@ -12,6 +12,7 @@ from bayes_kfac.batches import unpack
 from bayes_kfac.curvature import Layer
 from bayes_kfac.errors import ArgumentError, check_choice
 from bayes_kfac.laplace.evidence import Evidence
+from bayes_kfac.laplace.prior import as_prior
 from bayes_kfac.posterior import Posterior
 
 METHODS = ("marginal_likelihood", "validation")
@@ -99,7 +100,7 @@ def maximize_evidence(
     with torch.enable_grad():
         optimizer.step(closure)
     with torch.no_grad():
-        found = {name: value.detach().to(layers[name].like) for name, value in priors().items()}
+        found = {name: as_prior(value.detach(), layers[name]) for name, value in priors().items()}
     return found, log_scale.detach().exp() if noise else noise_scale
 
 

@@ -239,3 +239,30 @@ def log_likelihood(laplace: bk.Laplace, x: Any, y: Tensor) -> Tensor:
     """``log p(D | M)`` at the model's weights."""
     with torch.no_grad():
         return -laplace.likelihood.negative_log_likelihood(laplace.model(x), y).sum()
+
+
+def prior_forms(layers: Mapping[str, Layer]) -> dict[str, Any]:
+    """A prior in each of the forms that a user can write, unequal where the form allows."""
+    parameters = {key: p for layer in layers.values() for key, p in layer.parameters.items()}
+    return {
+        "model": 0.7,
+        "layer": {name: 0.3 + 0.5 * index for index, name in enumerate(layers)},
+        "parameter": {key: 0.2 + 0.3 * index for index, key in enumerate(parameters)},
+        "weight": {key: randn(*p.shape, seed=60 + index).exp() for index, (key, p) in enumerate(parameters.items())},
+    }
+
+
+def dense_priors(prior_precision: Any, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    """The dense precision of each layer's prior, from what a user writes."""
+    dense = {}
+    for name, layer in layers.items():
+        if isinstance(prior_precision, Mapping) and not (name in prior_precision and name not in layer.parameters):
+            values = {
+                key: torch.as_tensor(prior_precision[key], dtype=torch.float64).expand(p.shape)
+                for key, p in layer.parameters.items()
+            }
+            dense[name] = torch.diag_embed(layer.matrix(values).flatten(-2))
+        else:
+            number = prior_precision[name] if isinstance(prior_precision, Mapping) else prior_precision
+            dense[name] = dense_prior(number, layer.shape)
+    return dense
