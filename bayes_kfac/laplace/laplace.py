@@ -396,7 +396,7 @@ class Laplace:
 
 def _plain(prior: Any) -> float | Tensor:
     """A prior's precision out of its graph; a scalar as a number."""
-    return float(prior) if prior.ndim == 0 else prior.detach()
+    return float(prior.detach()) if prior.ndim == 0 else prior.detach()
 
 
 def _copied_state(model: nn.Module) -> dict[str, Tensor]:
