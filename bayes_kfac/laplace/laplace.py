@@ -30,7 +30,7 @@ from bayes_kfac.errors import ArgumentError, BayesKfacWarning, UsageError, check
 from bayes_kfac.laplace import tuning
 from bayes_kfac.laplace.evidence import Evidence
 from bayes_kfac.laplace.measurement import Measurement, Surveyor
-from bayes_kfac.laplace.prior import PriorPrecision, by_layer
+from bayes_kfac.laplace.prior import PriorPrecision, by_layer, checked
 from bayes_kfac.laplace.subset import Subset, choose_parameters
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
@@ -222,8 +222,8 @@ class Laplace:
         noise = self._noise_scale if noise_scale is None else noise_scale
         return self._evidence(
             priors,
-            torch.as_tensor(temperature, dtype=torch.float64, device=device),
-            None if noise is None else torch.as_tensor(noise, dtype=torch.float64, device=device),
+            checked("temperature", temperature).to(device, torch.float64),
+            None if noise is None else checked("noise_scale", noise).to(device, torch.float64),
         )
 
     def optimize_prior_precision(

@@ -32,7 +32,7 @@ def by_layer(prior_precision: PriorPrecision, layers: Mapping[str, Layer]) -> di
         ArgumentError: If a name is unknown, a layer is left out or named twice, or a value is not positive.
     """
     if not isinstance(prior_precision, Mapping):
-        value = _checked("prior_precision", prior_precision, ())
+        value = checked("prior_precision", prior_precision)
         return {name: as_prior(value, layer) for name, layer in layers.items()}
     home = {parameter: name for name, layer in layers.items() for parameter in layer.parameters}
     if unknown := sorted(set(prior_precision) - set(layers) - set(home)):
@@ -54,7 +54,7 @@ def _of_layer(layer: Layer, given: Mapping[str, float | Tensor]) -> Tensor:
         if named:
             raise ArgumentError(f"prior_precision names the layer {layer.name!r} and {named} in it. Name one of them.")
         alone = layer.parameters.get(layer.name)  # a parameter that is a layer by itself
-        value = _checked(
+        value = checked(
             f"prior_precision[{layer.name!r}]", given[layer.name], () if alone is None else tuple(alone.shape)
         )
         return as_prior(layer.matrix({layer.name: value}) if value.ndim else value, layer)
@@ -63,7 +63,7 @@ def _of_layer(layer: Layer, given: Mapping[str, float | Tensor]) -> Tensor:
             f"prior_precision leaves out {missing} of layer {layer.name!r}. Name the layer, or all of its parameters."
         )
     values = {
-        name: as_prior(_checked(f"prior_precision[{name!r}]", given[name], tuple(parameter.shape)), layer).expand_as(
+        name: as_prior(checked(f"prior_precision[{name!r}]", given[name], tuple(parameter.shape)), layer).expand_as(
             parameter
         )
         for name, parameter in layer.parameters.items()
@@ -71,7 +71,20 @@ def _of_layer(layer: Layer, given: Mapping[str, float | Tensor]) -> Tensor:
     return layer.matrix(values)
 
 
-def _checked(name: str, value: float | Tensor, shape: tuple[int, ...]) -> Tensor:
+def checked(name: str, value: float | Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+    """A positive number, or numbers of a shape, as a tensor in its graph.
+
+    Args:
+        name: The argument's name, for the message.
+        value: What the user gave.
+        shape: Which shape is allowed beside that of one number.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        ArgumentError: If it is none.
+    """
     try:
         tensor = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
