@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import bayes_kfac as bk
 from bayes_kfac.errors import ArgumentError, UnsupportedModelError
 from tests.helpers import TIGHT, in_block, parameter_jacobians, randn, rng, seeded
-from tests.laplace.oracles import LIKELIHOODS, NETS, NOISE_SCALE, X, Y, Twice, batches, fit_net, fitted, gaussian, mlp
+from tests.laplace.oracles import LIKELIHOODS, NETS, NOISE_SCALE, Twice, X, Y, batches, fit_net, fitted, gaussian
 from tests.posteriors import dense_output_covariance
 
 STRUCTURES = bk.structures.available()
