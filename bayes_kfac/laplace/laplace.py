@@ -129,10 +129,11 @@ class Laplace:
         Returns:
             This object. A fit before is forgotten.
         """
-        mean = _copied_state(self.model)
-        self._measurement = self._measure(loader, mean, progress)
-        self._mean = mean
-        self._evidence = self._make_evidence()
+        with torch.inference_mode(False):  # the evidence is to be differentiable, wherever this is called
+            mean = _copied_state(self.model)
+            self._measurement = self._measure(loader, mean, progress)
+            self._mean = mean
+            self._evidence = self._make_evidence()
         return self
 
     def update(self, loader: Iterable[Any], *, progress: bool = True) -> Self:
@@ -160,8 +161,9 @@ class Laplace:
                 f"num_data={self.num_data} was given for all of the data. Leave it out to count what fit() and "
                 "update() see."
             )
-        self._measurement = measurement + self._measure(loader, self._mean, progress)
-        self._evidence = self._make_evidence()
+        with torch.inference_mode(False):
+            self._measurement = measurement + self._measure(loader, self._mean, progress)
+            self._evidence = self._make_evidence()
         return self
 
     def _measure(self, loader: Iterable[Any], mean: Mapping[str, Tensor], progress: bool) -> Measurement:
@@ -274,15 +276,16 @@ class Laplace:
             return self
         if loader is not None or grid is not None or predict:
             raise ArgumentError("loader=, grid= and arguments of predict are for method='validation'.")
-        self.prior_precision, self._noise_scale = tuning.maximize_evidence(
-            self._evidence,
-            self.layers,
-            self.prior_precision,
-            self.temperature,
-            self._noise_scale,
-            per=per,
-            noise=noise,
-        )
+        with torch.inference_mode(False), torch.enable_grad():
+            self.prior_precision, self._noise_scale = tuning.maximize_evidence(
+                self._evidence,
+                self.layers,
+                self.prior_precision,
+                self.temperature,
+                self._noise_scale,
+                per=per,
+                noise=noise,
+            )
         return self
 
     def optimize_temperature(
@@ -382,6 +385,11 @@ class Laplace:
         )
 
     def _check_prior(self, prior: Posterior, prior_precision: PriorPrecision | None) -> None:
+        if not isinstance(prior, Posterior):
+            raise ArgumentError(
+                f"prior={prior!r} is not allowed. Allowed: the Posterior of an earlier task. Numbers are "
+                "prior_precision=."
+            )
         if prior_precision is not None:
             raise ArgumentError("prior= and prior_precision= both say what the prior is. Leave one of them out.")
         own = {name: layer.shape for name, layer in self.layers.items()}

@@ -97,8 +97,7 @@ def maximize_evidence(
         loss.backward()
         return loss.detach()
 
-    with torch.enable_grad():
-        optimizer.step(closure)
+    optimizer.step(closure)
     with torch.no_grad():
         found = {name: as_prior(value.detach(), layers[name]) for name, value in priors().items()}
     return found, log_scale.detach().exp() if noise else noise_scale
