@@ -260,6 +260,7 @@ class Laplace:
         """
         self._check_fitted()
         check_choice("method", method, tuning.METHODS)
+        check_choice("per", per, tuning.GROUPINGS)
         if self.prior is not None:
             raise ArgumentError("prior= is a posterior, whose precision is what it is. Nothing to optimize.")
         if method == "validation":
