@@ -30,7 +30,7 @@ from bayes_kfac.errors import ArgumentError, BayesKfacWarning, UsageError, check
 from bayes_kfac.laplace import tuning
 from bayes_kfac.laplace.evidence import Evidence
 from bayes_kfac.laplace.measurement import Measurement, Surveyor
-from bayes_kfac.laplace.prior import PriorPrecision, by_layer, checked
+from bayes_kfac.laplace.prior import PriorPrecision, as_prior, by_layer, checked
 from bayes_kfac.laplace.subset import Subset, choose_parameters
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
@@ -343,7 +343,11 @@ class Laplace:
 
     @property
     def _priors(self) -> Mapping[str, Tensor | BlockGaussian]:
-        return self.prior_precision if self.prior is None else self.prior.blocks
+        if self.prior is None:
+            return self.prior_precision
+        return {
+            name: block.map(partial(as_prior, layer=self.layers[name])) for name, block in self.prior.blocks.items()
+        }
 
     def _make_evidence(self) -> Evidence:
         return Evidence(

@@ -354,6 +354,25 @@ def test_a_prior_survives_a_file(tmp_path: Any) -> None:
         assert torch.equal(block.to_dense(), there.blocks[name].to_dense())
 
 
+@pytest.mark.parametrize(("structure", "damping"), PRIORS)
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_a_prior_of_another_dtype_is_taken_in_the_models(
+    structure: str, damping: str, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    """A posterior in double precision is the prior of a task in single precision, and the other way round."""
+    options = {"structure": structure, "damping": damping}
+
+    def task(dtype: torch.dtype, **more: Any) -> bk.Laplace:
+        return fitted(mlp().to(dtype), gaussian().to(dtype), batches(X.to(dtype), Y.to(dtype)), **options, **more)
+
+    laplace = task(dtypes[1], prior=task(dtypes[0]).posterior())
+    expected = task(torch.float64, prior=task(torch.float64).posterior())
+    for name, block in laplace.posterior().blocks.items():
+        assert {value.dtype for value in block.state.values()} == {dtypes[1]}
+        assert_close(block.to_dense().double(), expected.posterior().blocks[name].to_dense(), rtol=1e-4, atol=1e-3)
+    assert_close(laplace.log_marginal_likelihood(), expected.log_marginal_likelihood(), rtol=1e-4, atol=0)
+
+
 # The nearest matrix normal
 
 
