@@ -22,6 +22,7 @@ from bayes_kfac.curvature import Layer, Summary, find_layers, summarize
 from bayes_kfac.errors import ArgumentError, UsageError, check_choice, check_count
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.prediction import (
+    LINKS,
     MEMORY_BUDGET,
     Draws,
     LinearizedModel,
@@ -151,12 +152,14 @@ class Posterior:
         """
         method = check_choice("method", method or ("linearized" if draws is None else "sampling"), METHODS)
         check_choice("output_covariance", output_covariance, OUTPUT_COVARIANCES)
+        if link is not None:
+            check_choice("link", link, LINKS)
         check_count("num_samples", num_samples)
         check_count("memory_budget", memory_budget)
         if link is not None and (method == "sampling" or draws is not None):
+            given = f"method={method!r}" if draws is None else "draws are given"
             raise ArgumentError(
-                f"link={link!r} is for the closed form of method='linearized', but method={method!r} and draws are "
-                f"{'given' if draws is not None else 'made'}. Leave one of them out."
+                f"link={link!r} is for method='linearized' without draws, but {given}. Leave one of them out."
             )
         if method == "sampling" and draws is None:
             draws = self.sample(num_samples, generator=generator)

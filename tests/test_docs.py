@@ -9,9 +9,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = ["README.md", "docs/quickstart.md", "docs/laplace.md", "docs/loops.md", "docs/modules.md"]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/loops.md", "docs/modules.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run_one_after_another(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

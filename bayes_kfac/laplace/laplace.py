@@ -7,10 +7,10 @@ the library. Fitting is one pass over the data, in which nothing of the model ch
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from bayes_kfac import linalg, structures
 from bayes_kfac.curvature import (
     FISHER_KINDS,
     Recorder,
+    Statistics,
     Summary,
     check_coverage,
     check_types,
@@ -26,9 +27,10 @@ from bayes_kfac.curvature import (
     summarize,
     unwrapped,
 )
-from bayes_kfac.errors import ArgumentError, BayesKfacWarning, UsageError, check_choice, check_count, check_positive
+from bayes_kfac.errors import ArgumentError, UsageError, check_choice, check_count, check_positive
 from bayes_kfac.laplace import tuning
 from bayes_kfac.laplace.evidence import Evidence
+from bayes_kfac.laplace.loaders import warn_of_samplers
 from bayes_kfac.laplace.measurement import Measurement, Surveyor
 from bayes_kfac.laplace.prior import PriorPrecision, as_prior, by_layer, checked
 from bayes_kfac.laplace.subset import Subset, choose_parameters
@@ -37,6 +39,9 @@ from bayes_kfac.posterior import Posterior
 from bayes_kfac.prediction import MEMORY_BUDGET
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import BlockGaussian, BlockSpec
+
+if TYPE_CHECKING:
+    from bayes_kfac.training import NoisyNaturalGradient
 
 
 class Laplace:
@@ -116,6 +121,41 @@ class Laplace:
         self._measurement: Measurement | None = None
         self._mean: dict[str, Tensor] = {}
 
+    @classmethod
+    def from_trainer(cls, trainer: NoisyNaturalGradient, loader: Iterable[Any], *, progress: bool = True) -> Self:
+        """The evidence and the tuning of a posterior that was trained by noisy natural gradient.
+
+        The curvature is the trainer's moving average, so that :meth:`posterior` is the trainer's; the log-likelihood at
+        the mean is measured.
+
+        Args:
+            trainer: The trainer; it stays as it is.
+            loader: The training data, as for :meth:`fit`.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            What :meth:`fit` would return with that curvature.
+        """
+        own = {parameter for layer in trainer.layers.values() for parameter in layer.parameters.values()}
+        laplace = cls(
+            trainer.model,
+            trainer.likelihood,
+            structure=trainer.structure.name,
+            subset=lambda _, parameter: parameter in own,
+            damping=trainer.structure.damping,
+            fisher=trainer.fisher,
+            sharing=trainer.structure.sharing,
+            prior_precision=trainer.prior_precision,
+            temperature=trainer.temperature,
+            others="diagonal",
+            num_data=trainer.num_data,
+        )
+        statistics = {name: state.measured(name) for name, state in trainer.blocks.items()}
+        mean = _copied_state(laplace.model)
+        measured = laplace._measure(Recorder({}), loader, mean, progress)
+        laplace._take(replace(measured, statistics=statistics), mean)
+        return laplace
+
     # -- the data -----------------------------------------------------------------------------------------------------
 
     def fit(self, loader: Iterable[Any], *, progress: bool = True) -> Self:
@@ -131,9 +171,7 @@ class Laplace:
         """
         with torch.inference_mode(False):  # the evidence is to be differentiable, wherever this is called
             mean = _copied_state(self.model)
-            self._measurement = self._measure(loader, mean, progress)
-            self._mean = mean
-            self._evidence = self._make_evidence()
+            self._take(self._measure(self._recorder, loader, mean, progress), mean)
         return self
 
     def update(self, loader: Iterable[Any], *, progress: bool = True) -> Self:
@@ -162,16 +200,23 @@ class Laplace:
                 "update() see."
             )
         with torch.inference_mode(False):
-            self._measurement = measurement + self._measure(loader, self._mean, progress)
-            self._evidence = self._make_evidence()
+            self._take(measurement + self._measure(self._recorder, loader, self._mean, progress), self._mean)
         return self
 
-    def _measure(self, loader: Iterable[Any], mean: Mapping[str, Tensor], progress: bool) -> Measurement:
+    def _take(self, measurement: Measurement, mean: dict[str, Tensor]) -> None:
+        """Go by a measurement at a mean from now on."""
+        prior_mean = None if self.prior is None else self.prior.mean
+        self._measurement, self._mean = measurement, mean
+        self._evidence = Evidence(measurement, mean, self.layers, self.structures, self.likelihood, prior_mean)
+
+    def _measure(
+        self, recorder: Recorder, loader: Iterable[Any], mean: Mapping[str, Tensor], progress: bool
+    ) -> Measurement:
         surveyor = Surveyor(
             self.model,
             mean,
             self.likelihood,
-            self._recorder,
+            recorder,
             self.structures,
             self.fisher,
             self.generator,
@@ -180,15 +225,7 @@ class Laplace:
         measured = surveyor.survey(loader, progress=progress)
         if self.num_data is not None:
             return measured.counting(self.num_data)
-        dataset = getattr(loader, "dataset", None)
-        if isinstance(dataset, Sized) and len(dataset) != measured.num_examples:
-            warnings.warn(
-                f"The loader yielded {measured.num_examples:.0f} examples, but its data set has {len(dataset)}: it "
-                "drops the last batch, or samples. The posterior counts what was yielded; pass num_data= for another "
-                "number.",
-                BayesKfacWarning,
-                stacklevel=3,
-            )
+        warn_of_samplers(loader, measured.num_examples, stacklevel=3)
         return measured
 
     # -- the evidence -------------------------------------------------------------------------------------------------
@@ -349,16 +386,6 @@ class Laplace:
             name: block.map(partial(as_prior, layer=self.layers[name])) for name, block in self.prior.blocks.items()
         }
 
-    def _make_evidence(self) -> Evidence:
-        return Evidence(
-            self._check_fitted(),
-            self._mean,
-            self.layers,
-            self.structures,
-            self.likelihood,
-            None if self.prior is None else self.prior.mean,
-        )
-
     def _posterior(self, priors: Mapping[str, Tensor | BlockGaussian], temperature: float | None = None) -> Posterior:
         measurement = self._check_fitted()
         temperature = self.temperature if temperature is None else temperature
@@ -390,13 +417,12 @@ class Laplace:
         )
 
     def _check_prior(self, prior: Posterior, prior_precision: PriorPrecision | None) -> None:
-        if not isinstance(prior, Posterior):
-            raise ArgumentError(
-                f"prior={prior!r} is not allowed. Allowed: the Posterior of an earlier task. Numbers are "
-                "prior_precision=."
-            )
         if prior_precision is not None:
             raise ArgumentError("prior= and prior_precision= both say what the prior is. Leave one of them out.")
+        if not isinstance(prior, Posterior):
+            raise ArgumentError(
+                f"prior={prior!r} is not allowed. Allowed: a Posterior. A number is a prior_precision=."
+            )
         own = {name: layer.shape for name, layer in self.layers.items()}
         theirs = {name: block.shape for name, block in prior.blocks.items()}
         if own != theirs:
@@ -405,6 +431,16 @@ class Laplace:
                 f"prior= has other blocks than this model's subset: {', '.join(differing)}. Allowed: a posterior over "
                 "the same layers."
             )
+        # whether each structure can add the prior exactly is known when it has done so, and better before the data
+        specs = [BlockSpec(name, self._without_curvature(name), 1.0, block) for name, block in self._priors.items()]
+        structures.build(self.structures, specs)
+
+    def _without_curvature(self, name: str) -> Statistics:
+        layer = self.layers[name]
+        identity = self.structures[name].identity(
+            layer.shape, layer.like, sparse_sides=layer.sparse_sides, tied=layer.is_tied_to_transpose
+        )
+        return identity.map(torch.zeros_like)
 
 
 def _plain(prior: Any) -> float | Tensor:

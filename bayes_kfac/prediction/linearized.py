@@ -7,9 +7,10 @@ require gradients, mean and covariance are differentiable in them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -90,14 +91,11 @@ class LinearizedModel:
             with self._forward(part) as (output, pull_back):
                 if not diagonal:
                     whitened = self._whitened(pull_back, _unit_vectors(output)).values()
-                    size = output[0].numel()
-                    total = sum((own.covariance() for own in whitened), output.new_zeros(len(output), size, size))
-                    return output, total
+                    return output, _total([own.covariance() for own in whitened])
                 variances = []
                 for columns in _unit_vectors(output).split(self._sizes_of(part).columns(memory_budget)):
                     whitened = self._whitened(pull_back, columns).values()
-                    zero = output.new_zeros(len(output), len(columns))
-                    variances.append(sum((own.variance() for own in whitened), zero))
+                    variances.append(_total([own.variance() for own in whitened]))
                 return output, torch.cat(variances, dim=-1)
 
         means, spreads = zip(*self._in_parts(gaussian, inputs, memory_budget, diagonal=diagonal), strict=True)
@@ -122,7 +120,7 @@ class LinearizedModel:
         def against(mine: dict[str, Whitened]) -> Tensor:
             def products(part: Any) -> Tensor:
                 theirs = mine if others is inputs and part is inputs else whitened(part)
-                return torch.stack([mine[name].between(theirs[name]) for name in mine if name in theirs]).sum(0)
+                return _total([mine[name].between(theirs[name]) for name in mine if name in theirs])
 
             return torch.cat(list(self._in_parts(products, others, memory_budget)), dim=1)
 
@@ -143,8 +141,8 @@ class LinearizedModel:
         def outputs(part: Any) -> Tensor:
             with self._forward(part) as (output, pull_back):
                 rows = self._rows(pull_back, _unit_vectors(output))
-                responses = torch.stack([own.response(changes[name].to(output)) for name, own in rows.items()])
-                return output + responses.sum(0).reshape(-1, *output.shape)
+                response = _total([own.response(changes[name].to(output)) for name, own in rows.items()])
+                return output + response.reshape(-1, *output.shape)
 
         return torch.cat(list(self._in_parts(outputs, inputs, memory_budget)), dim=1)
 
@@ -209,6 +207,11 @@ class LinearizedModel:
         except Exception:  # a model may say in any way that it does not take a part of its batch
             return _Sizes()
         return _Sizes(max(made, 1) * alone.element_size(), alone[0].numel(), splits=splits)
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of at least one tensor."""
+    return reduce(torch.add, parts)
 
 
 def _unit_vectors(output: Tensor) -> Tensor:

@@ -194,8 +194,9 @@ def _shared(name: str, values: Sequence[Any]) -> Any:
     for index, value in enumerate(values):
         if not _same(values[0], value):
             raise ArgumentError(
-                f"predictions[{index}].{name}={value!r} differs from predictions[0].{name}={values[0]!r}. Allowed: "
-                "predictions of one posterior by one method, link and number of draws. Concatenate the others apart."
+                f"predictions[{index}].{name}={_shown(value)} differs from predictions[0].{name}={_shown(values[0])}. "
+                "Allowed: predictions of one posterior by one method, link and number of draws. Concatenate the others "
+                "apart."
             )
     return values[0]
 
@@ -209,3 +210,9 @@ def _same(left: Any, right: Any) -> bool:
         own, other = left.state_dict(), right.state_dict()
         return own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
     return bool(left == right)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, nn.Module):  # its own representation leaves out its state
+        return f"{type(value).__name__}({ {name: tensor.tolist() for name, tensor in value.state_dict().items()} })"
+    return repr(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,10 @@ from bayes_kfac.prediction.forward import call, evaluating
 
 #: Bytes of weights and activations that are run at once: on a CPU what pays off by measurement, since they have to stay
 #: in the caches; on accelerators, where starting an operation costs more, a bound of the memory.
-CPU_CHUNK_BYTES = 2**24
+CPU_CHUNK_BYTES = 2**23
 ACCELERATOR_CHUNK_BYTES = 2**28
+#: Fewer draws at once than this gain nothing, by measurement.
+FEWEST_DRAWS = 8
 #: How many times the bytes of its inputs and outputs a model's activations are taken to be.
 ACTIVATIONS = 16
 
@@ -63,7 +65,8 @@ def sampled_outputs(model: nn.Module, state: Mapping[str, Tensor], draws: Draws,
         first, *others = draws
         output = call(model, {**state, **first}, inputs)
         chunk = _chunk_size(first, inputs, output)
-        rest = _vectorized(model, state, draws, inputs, chunk) if min(chunk, len(others)) > 1 else None
+        is_worth_it = min(chunk, len(others)) >= FEWEST_DRAWS
+        rest = _vectorized(model, state, draws, inputs, chunk) if is_worth_it else None
         if rest is None:
             return torch.stack([output, *(call(model, {**state, **draw}, inputs) for draw in others)])
         return torch.cat([output.unsqueeze(0), rest])
@@ -72,9 +75,12 @@ def sampled_outputs(model: nn.Module, state: Mapping[str, Tensor], draws: Draws,
 def _chunk_size(draw: Mapping[str, Tensor], inputs: Any, output: Tensor) -> int:
     """How many draws to run at once."""
     budget = CPU_CHUNK_BYTES if output.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
-    weights = sum(value.nbytes for value in draw.values())
-    data = output.nbytes + sum(leaf.nbytes for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
-    return budget // max(1, weights + ACTIVATIONS * data)
+    data = [output, *(leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))]
+    return budget // max(1, _bytes(draw.values()) + ACTIVATIONS * _bytes(data))
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)  # sparse tensors have no nbytes
 
 
 def _vectorized(

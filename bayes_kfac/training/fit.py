@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,12 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from bayes_kfac.batches import Batch, call, count_examples, expect_output_tensor, unpack
-from bayes_kfac.errors import ArgumentError, check_count
+from bayes_kfac.curvature import check_types, find_layers, unwrapped
+from bayes_kfac.errors import ArgumentError, check_choice, check_count
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.training.noisy import NoisyNaturalGradient
+from bayes_kfac.training.tuning import TUNE_KINDS, tune_prior_precision
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ def fit(
     structure: str = "kron",
     lr: float = 1e-2,
     scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+    tune: str | None = None,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
     **options: Any,
@@ -68,6 +71,8 @@ def fit(
         structure: The family of the posterior's blocks.
         lr: The step size; by default it decays to zero over the run along a half cosine.
         scheduler: Makes another schedule from the optimizer; stepped after each epoch.
+        tune: ``"marginal_likelihood"`` to choose the prior's precision after each epoch but the first tenth, one for
+            each layer, or for each of ``groups``: where the evidence is greatest. ``None`` to leave it as it is.
         callbacks: Called after each epoch with a :class:`FitState`; one that returns ``True`` ends the training.
         progress: Whether to show a progress bar with the parts of the evidence lower bound.
         options: Further arguments of :class:`NoisyNaturalGradient`, such as ``prior_precision`` or ``damping``.
@@ -79,6 +84,10 @@ def fit(
         ArgumentError: If ``num_data`` is not given and the loader cannot tell, or the loader is empty.
     """
     check_count("epochs", epochs)
+    if tune is not None:
+        check_choice("tune", tune, TUNE_KINDS)
+        check_types(model, likelihood)
+        options.setdefault("groups", _one_for_each_layer(model, options))
     optimizer = NoisyNaturalGradient(
         model,
         likelihood,
@@ -95,6 +104,8 @@ def fit(
             for epoch in range(1, epochs + 1):
                 nll = _train_epoch(model, likelihood, loader, optimizer)
                 schedule.step()
+                if tune is not None and 10 * epoch > epochs:
+                    tune_prior_precision(optimizer)
                 kl = float(optimizer.kl())
                 state = FitState(epoch, nll, kl, -optimizer.num_data * nll - kl, optimizer, model)
                 bar.set_postfix(nll=f"{nll:.4f}", kl=f"{kl:.1f}", elbo=f"{state.elbo:.1f}")
@@ -132,6 +143,15 @@ def _train_epoch(
             f"loader={loader!r} yielded no batch. An iterator is used up after one epoch: pass a DataLoader or a list."
         )
     return float(total / count)
+
+
+def _one_for_each_layer(model: nn.Module, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A parameter group for each layer that will have a posterior."""
+    model, _ = unwrapped(model)
+    chosen = options.get("params")
+    rest = "diagonal" if options.get("others") == "diagonal" else "none"
+    layers, _ = find_layers(model, None if chosen is None else [p for p in chosen if p.requires_grad], rest=rest)
+    return [{"params": list(layer.parameters.values())} for layer in layers.values()]
 
 
 def _num_data(loader: Iterable[Any]) -> int:

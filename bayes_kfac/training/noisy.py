@@ -166,6 +166,11 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         return self._blocks.layers
 
     @property
+    def prior_precision(self) -> dict[str, float]:
+        """The prior's precision of each layer."""
+        return {name: self._group(name)["prior_precision"] for name in self.layers}
+
+    @property
     def blocks(self) -> Mapping[str, BlockState]:
         """The state of each layer's block."""
         return self._blocks.states
@@ -304,7 +309,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             self.likelihood,
             blocks,
             layers=self.layers,
-            prior_precision={name: self._group(name)["prior_precision"] for name in self.layers},
+            prior_precision=self.prior_precision,
             provenance=Provenance(
                 method="noisy natural gradient",
                 structure=self.structure.name,
@@ -323,7 +328,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         with self._full_precision:
             for name, state in self.blocks.items():
                 if state.posterior is not None:
-                    divergence = state.posterior.kl(self.layers[name].values(), self._group(name)["prior_precision"])
+                    divergence = state.posterior.kl(self.layers[name].values(), self.prior_precision[name])
                     total = total + divergence.sum()
         return total
 

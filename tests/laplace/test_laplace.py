@@ -13,7 +13,14 @@ from sklearn.datasets import load_diabetes, load_digits
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import bayes_kfac as bk
 from bayes_kfac.errors import ArgumentError, BayesKfacWarning, TargetError, UnsupportedModelError, UsageError
@@ -320,9 +327,7 @@ def test_a_loader_that_does_not_yield_its_data_set_warns(options: dict[str, Any]
     """``fit`` counts what it was given and says so; ``num_data`` settles it without a word."""
     loader = DataLoader(data_set(), **options)
     laplace = bk.Laplace(mlp(), gaussian())
-    with pytest.warns(
-        BayesKfacWarning, match=rf"yielded {yielded} examples, but its data set has 11.*num_data="
-    ) as seen:
+    with pytest.warns(BayesKfacWarning, match=rf"yielded {yielded} examples of a data set of 11.*num_data=") as seen:
         laplace.fit(loader, progress=False)
     assert seen[0].filename == __file__, "the warning is about the caller's line"
     assert laplace.posterior().provenance.num_data == yielded
@@ -331,6 +336,15 @@ def test_a_loader_that_does_not_yield_its_data_set_warns(options: dict[str, Any]
     assert laplace.posterior().provenance.num_data == 2 * yielded
     settled = fitted(mlp(), gaussian(), loader, num_data=11)
     assert settled.posterior().provenance.num_data == 11
+
+
+def test_a_bootstrap_warns_though_its_number_is_right() -> None:
+    """As many draws with replacement as there are examples are not the examples."""
+    bootstrap = RandomSampler(data_set(), replacement=True)
+    for sampler in (bootstrap, WeightedRandomSampler(torch.ones(11), 11)):
+        loader = DataLoader(data_set(), sampler=sampler, batch_size=4)
+        with pytest.warns(BayesKfacWarning, match=rf"{type(sampler).__name__} may repeat.*num_data="):
+            bk.Laplace(mlp(), gaussian()).fit(loader, progress=False)
 
 
 def test_loaders_that_yield_all_or_know_no_length_do_not_warn() -> None:

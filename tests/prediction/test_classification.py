@@ -18,6 +18,7 @@ from bayes_kfac.likelihoods import Bernoulli, Categorical, Likelihood
 from bayes_kfac.prediction import (
     BernoulliPrediction,
     CategoricalPrediction,
+    GaussianOutput,
     Source,
     from_gaussian,
     from_outputs,
@@ -228,9 +229,10 @@ def test_draws_of_the_linearised_output_have_its_moments(likelihood: Likelihood)
     """Logits are drawn from the joint Gaussian of an example's outputs: mean and covariance within sampling error."""
     mean, covariance = randn(3, 2, 2, seed=0), random_spd(3, 4, seed=1)
     closed = Source("linearized", None, PROVENANCE)
-    result = from_gaussian(likelihood, mean, covariance, closed, num_samples=40_000, generator=rng(2))
+    output = GaussianOutput(mean, covariance)
+    result = from_gaussian(likelihood, output, closed, link=None, num_samples=40_000, generator=rng(2))
     logits = result.logits.flatten(2)
-    assert result.source == Source("linearized", 40_000, PROVENANCE)
+    assert result.source == Source("linearized", 40_000, PROVENANCE, link="mc")
     bound = 5 * (covariance.diagonal(dim1=-2, dim2=-1) / 40_000).sqrt()
     assert ((logits.mean(0) - mean.flatten(1)).abs() <= bound).all()
     centred = logits - logits.mean(0)
@@ -245,7 +247,8 @@ def test_singular_output_covariance(likelihood: Likelihood) -> None:
     direction = double([1.0, -2.0, 0.5])
     covariance = torch.stack([torch.zeros(3, 3, dtype=torch.float64), torch.outer(direction, direction)])
     closed = Source("linearized", None, PROVENANCE)
-    logits = from_gaussian(likelihood, mean, covariance, closed, num_samples=50, generator=rng(0)).logits
+    output = GaussianOutput(mean, covariance)
+    logits = from_gaussian(likelihood, output, closed, link="mc", num_samples=50, generator=rng(0)).logits
     assert_close(logits[:, 0], mean[0].expand(50, 3), **TIGHT)
     along = (logits[:, 1] - mean[1]) @ direction / direction.square().sum()
     assert_close(logits[:, 1] - mean[1], along[:, None] * direction, rtol=0.0, atol=1e-6)
@@ -254,11 +257,11 @@ def test_singular_output_covariance(likelihood: Likelihood) -> None:
 
 @pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli()])
 def test_generator_is_respected(likelihood: Likelihood) -> None:
-    mean, covariance = randn(3, 2, seed=0), random_spd(3, 2, seed=1)
+    output = GaussianOutput(randn(3, 2, seed=0), random_spd(3, 2, seed=1))
     closed = Source("linearized", None, PROVENANCE)
 
     def draw(seed: int) -> Tensor:
-        return from_gaussian(likelihood, mean, covariance, closed, num_samples=3, generator=rng(seed)).logits
+        return from_gaussian(likelihood, output, closed, link="mc", num_samples=3, generator=rng(seed)).logits
 
     before = torch.get_rng_state()
     assert torch.equal(draw(0), draw(0))
@@ -283,8 +286,9 @@ def test_likelihoods_without_a_result_say_so() -> None:
 
     with pytest.raises(ArgumentError, match=r"Own has no prediction.*from_outputs\.register"):
         from_outputs(Own(), randn(7, 5, 4, seed=0), SAMPLED)
+    output = GaussianOutput(randn(5, 1, seed=0), random_spd(5, 1, seed=0))
     with pytest.raises(ArgumentError, match=r"Own has no prediction.*from_gaussian\.register"):
-        from_gaussian(Own(), randn(5, 1, seed=0), random_spd(5, 1, seed=0), SAMPLED, num_samples=1, generator=None)
+        from_gaussian(Own(), output, SAMPLED, link=None, num_samples=1, generator=None)
 
     class Tempered(Categorical):
         pass

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from bayes_kfac.errors import ArgumentError, TargetError
 from bayes_kfac.likelihoods import FixedNoise, GammaNoise, Gaussian, LearnedNoise
 from bayes_kfac.prediction import (
+    GaussianOutput,
     GaussianPrediction,
     MixturePrediction,
     Prediction,
@@ -39,10 +40,11 @@ def double(value: object) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
-def closed_form(*event: int, noise: Tensor | None = None, batch: int = 5) -> GaussianPrediction:
-    size = math.prod(event)
+def closed_form(*event: int, noise: Tensor | None = None, diagonal: bool = False) -> GaussianPrediction:
+    covariance = random_spd(5, math.prod(event), seed=1)
+    spread = covariance.diagonal(dim1=-2, dim2=-1) if diagonal else covariance
     noise = double(0.3) if noise is None else noise
-    return GaussianPrediction(randn(batch, *event, seed=0), random_spd(batch, size, seed=1), noise, CLOSED)
+    return GaussianPrediction(GaussianOutput(randn(5, *event, seed=0), spread), noise, CLOSED)
 
 
 def fixed(event: tuple[int, ...]) -> Gaussian:
@@ -81,7 +83,11 @@ def scipy_components(prediction: MixturePrediction) -> stats.rv_continuous:
     return stats.norm(loc=prediction.outputs.numpy(), scale=noise.variance().sqrt().numpy())
 
 
-PREDICTIONS = [(f"closed-{event}", lambda event=event: closed_form(*event)) for event in EVENTS] + [
+PREDICTIONS = [
+    (f"closed-{event}-{diagonal}", lambda event=event, diagonal=diagonal: closed_form(*event, diagonal=diagonal))
+    for event in EVENTS
+    for diagonal in (False, True)
+] + [
     (f"mixture-{noise}-{event}", lambda event=event, noise=noise: mixture(*event, noise=noise))
     for event in EVENTS
     for noise in NOISES
@@ -172,7 +178,7 @@ def test_source_says_how_it_was_made(prediction: GaussianPrediction | MixturePre
 @pytest.mark.parametrize("event", [(), (1,)])
 def test_closed_form_of_one_output_is_scipys_normal(event: tuple[int, ...]) -> None:
     prediction = closed_form(*event)
-    variance = prediction.output_covariance.reshape(prediction.mean.shape) + 0.3
+    variance = prediction.epistemic_covariance.reshape(prediction.mean.shape) + 0.3
     reference = stats.norm(prediction.mean.numpy(), variance.sqrt().numpy())
     target = randn(*prediction.mean.shape, seed=2)
     assert_close(prediction.log_prob(target), torch.as_tensor(reference.logpdf(target.numpy())).reshape(5), **TIGHT)
@@ -193,7 +199,7 @@ def test_closed_form_of_several_outputs_is_joint(event: tuple[int, ...]) -> None
     log_prob = prediction.log_prob(target)
     marginal = Normal(prediction.mean, prediction.stddev).log_prob(target).flatten(1).sum(1)
     for n in range(5):
-        covariance = prediction.output_covariance[n].numpy() + np.diag(noise.flatten().numpy())
+        covariance = prediction.epistemic_covariance[n].numpy() + np.diag(noise.flatten().numpy())
         mean = prediction.mean[n].flatten().numpy()
         expected = stats.multivariate_normal(mean, covariance).logpdf(target[n].flatten().numpy())
         assert log_prob[n].item() == pytest.approx(expected, rel=1e-10)
@@ -213,19 +219,37 @@ def test_noise_broadcasts_against_one_examples_output() -> None:
     prediction = closed_form(2, 3, noise=double([[0.1], [0.7]]))
     expected = double([[0.1, 0.1, 0.1], [0.7, 0.7, 0.7]]).expand(5, 2, 3)
     assert_close(prediction.aleatoric_variance, expected, **TIGHT)
-    flat = prediction.covariance - prediction.output_covariance
+    flat = prediction.covariance - prediction.epistemic_covariance
     assert_close(flat, torch.diag_embed(expected.flatten(1)), **TIGHT)
 
 
 def test_from_gaussian_takes_the_expected_variance_of_a_belief() -> None:
     """The linearised result of a Gamma belief has its expected variance, ``rate / (concentration − 1)``, as noise."""
     likelihood = Gaussian(GammaNoise(5.0, 2.0)).double()
-    mean, covariance = randn(5, 2, seed=0), random_spd(5, 2, seed=1)
-    result = from_gaussian(likelihood, mean, covariance, CLOSED, num_samples=3, generator=None)
+    result = from_gaussian(likelihood, closed_form(2).output, CLOSED, link=None, num_samples=3, generator=None)
     assert isinstance(result, GaussianPrediction)
     assert result.source is CLOSED
     assert_close(result.aleatoric_variance, torch.full((5, 2), 0.5, dtype=torch.float64), rtol=1e-6, atol=0.0)
     assert not result.variance.requires_grad
+
+
+@pytest.mark.parametrize("event", [(3,), (2, 2)])
+def test_variances_alone_are_independent_outputs(event: tuple[int, ...]) -> None:
+    """The marginals are those of the full covariance; the joint density is their product."""
+    full, diagonal = closed_form(*event), closed_form(*event, diagonal=True)
+    target = randn(*full.mean.shape, seed=2)
+    assert_close(diagonal.quantile(0.9), full.quantile(0.9), **TIGHT)
+    assert isinstance(diagonal.distribution, Independent)
+    expected = stats.norm(full.mean.numpy(), full.stddev.numpy()).logpdf(target.numpy()).reshape(5, -1).sum(-1)
+    assert_close(diagonal.log_prob(target), torch.as_tensor(expected), **TIGHT)
+    assert ((diagonal.log_prob(target) - full.log_prob(target)).abs() > 1e-3).any()
+    assert_close(diagonal.covariance, torch.diag_embed(diagonal.variance.flatten(1)), **TIGHT)
+
+
+@pytest.mark.parametrize("link", ["mc", "probit", "nonsense"])
+def test_links_are_refused(link: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"link='{link}' is for class probabilities.*Leave link= out"):
+        from_gaussian(Gaussian(0.5), closed_form(2).output, CLOSED, link=link, num_samples=3, generator=None)
 
 
 # Mixtures
@@ -364,7 +388,7 @@ def test_from_outputs_keeps_outputs_and_source() -> None:
 def test_closed_form_and_mixture_agree_on_a_gaussian() -> None:
     """Draws of a Gaussian output give its closed form, within five standard errors of 20 000 draws."""
     exact = closed_form(2, noise=double([0.3, 0.8]))
-    root = torch.linalg.cholesky(exact.output_covariance)
+    root = torch.linalg.cholesky(exact.epistemic_covariance)
     noise = torch.randn(20_000, 5, 2, generator=rng(3), dtype=torch.float64)
     outputs = exact.mean + torch.einsum("bij,sbj->sbi", root, noise)
     sampled = MixturePrediction(outputs, Gaussian(double([0.3, 0.8]).sqrt()), SAMPLED)
