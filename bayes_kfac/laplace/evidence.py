@@ -75,7 +75,7 @@ class Evidence:
         if isinstance(prior, BlockGaussian):
             away = away.to(next(iter(prior.state.values())).dtype)
             return (away * prior.multiply(away)).double().sum()
-        return (prior * away.square()).double().sum()
+        return (prior * away.double().square()).sum()
 
     def _spectrum(self, name: str, prior: Tensor | BlockGaussian) -> Tensor:
         """The eigenvalues of the Fisher where the prior is white."""

@@ -32,7 +32,7 @@ from bayes_kfac.laplace import tuning
 from bayes_kfac.laplace.evidence import Evidence
 from bayes_kfac.laplace.loaders import warn_of_samplers
 from bayes_kfac.laplace.measurement import Measurement, Surveyor
-from bayes_kfac.laplace.prior import PriorPrecision, by_layer
+from bayes_kfac.laplace.prior import PriorPrecision, as_prior, by_layer, checked
 from bayes_kfac.laplace.subset import Subset, choose_parameters
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
@@ -169,8 +169,9 @@ class Laplace:
         Returns:
             This object. A fit before is forgotten.
         """
-        mean = _copied_state(self.model)
-        self._take(self._measure(self._recorder, loader, mean, progress), mean)
+        with torch.inference_mode(False):  # the evidence is to be differentiable, wherever this is called
+            mean = _copied_state(self.model)
+            self._take(self._measure(self._recorder, loader, mean, progress), mean)
         return self
 
     def update(self, loader: Iterable[Any], *, progress: bool = True) -> Self:
@@ -198,7 +199,8 @@ class Laplace:
                 f"num_data={self.num_data} was given for all of the data. Leave it out to count what fit() and "
                 "update() see."
             )
-        self._take(measurement + self._measure(self._recorder, loader, self._mean, progress), self._mean)
+        with torch.inference_mode(False):
+            self._take(measurement + self._measure(self._recorder, loader, self._mean, progress), self._mean)
         return self
 
     def _take(self, measurement: Measurement, mean: dict[str, Tensor]) -> None:
@@ -259,8 +261,8 @@ class Laplace:
         noise = self._noise_scale if noise_scale is None else noise_scale
         return self._evidence(
             priors,
-            torch.as_tensor(temperature, dtype=torch.float64, device=device),
-            None if noise is None else torch.as_tensor(noise, dtype=torch.float64, device=device),
+            checked("temperature", temperature).to(device, torch.float64),
+            None if noise is None else checked("noise_scale", noise).to(device, torch.float64),
         )
 
     def optimize_prior_precision(
@@ -295,6 +297,7 @@ class Laplace:
         """
         self._check_fitted()
         check_choice("method", method, tuning.METHODS)
+        check_choice("per", per, tuning.GROUPINGS)
         if self.prior is not None:
             raise ArgumentError("prior= is a posterior, whose precision is what it is. Nothing to optimize.")
         if method == "validation":
@@ -311,15 +314,16 @@ class Laplace:
             return self
         if loader is not None or grid is not None or predict:
             raise ArgumentError("loader=, grid= and arguments of predict are for method='validation'.")
-        self.prior_precision, self._noise_scale = tuning.maximize_evidence(
-            self._evidence,
-            self.layers,
-            self.prior_precision,
-            self.temperature,
-            self._noise_scale,
-            per=per,
-            noise=noise,
-        )
+        with torch.inference_mode(False), torch.enable_grad():
+            self.prior_precision, self._noise_scale = tuning.maximize_evidence(
+                self._evidence,
+                self.layers,
+                self.prior_precision,
+                self.temperature,
+                self._noise_scale,
+                per=per,
+                noise=noise,
+            )
         return self
 
     def optimize_temperature(
@@ -376,7 +380,11 @@ class Laplace:
 
     @property
     def _priors(self) -> Mapping[str, Tensor | BlockGaussian]:
-        return self.prior_precision if self.prior is None else self.prior.blocks
+        if self.prior is None:
+            return self.prior_precision
+        return {
+            name: block.map(partial(as_prior, layer=self.layers[name])) for name, block in self.prior.blocks.items()
+        }
 
     def _posterior(self, priors: Mapping[str, Tensor | BlockGaussian], temperature: float | None = None) -> Posterior:
         measurement = self._check_fitted()
@@ -412,7 +420,9 @@ class Laplace:
         if prior_precision is not None:
             raise ArgumentError("prior= and prior_precision= both say what the prior is. Leave one of them out.")
         if not isinstance(prior, Posterior):
-            raise ArgumentError(f"prior={prior!r} must be a Posterior. A number is a prior_precision=.")
+            raise ArgumentError(
+                f"prior={prior!r} is not allowed. Allowed: a Posterior. A number is a prior_precision=."
+            )
         own = {name: layer.shape for name, layer in self.layers.items()}
         theirs = {name: block.shape for name, block in prior.blocks.items()}
         if own != theirs:
@@ -422,7 +432,7 @@ class Laplace:
                 "the same layers."
             )
         # whether each structure can add the prior exactly is known when it has done so, and better before the data
-        specs = [BlockSpec(name, self._without_curvature(name), 1.0, block) for name, block in prior.blocks.items()]
+        specs = [BlockSpec(name, self._without_curvature(name), 1.0, block) for name, block in self._priors.items()]
         structures.build(self.structures, specs)
 
     def _without_curvature(self, name: str) -> Statistics:
@@ -435,7 +445,7 @@ class Laplace:
 
 def _plain(prior: Any) -> float | Tensor:
     """A prior's precision out of its graph; a scalar as a number."""
-    return float(prior) if prior.ndim == 0 else prior.detach()
+    return float(prior.detach()) if prior.ndim == 0 else prior.detach()
 
 
 def _copied_state(model: nn.Module) -> dict[str, Tensor]:

@@ -86,6 +86,7 @@ class LinearizedModel:
         Raises:
             UsageError: If autograd sees none of the layers.
         """
+        num_columns = self._sizes_of(inputs).columns(memory_budget)
 
         def gaussian(part: Any) -> tuple[Tensor, Tensor]:
             with self._forward(part) as (output, pull_back):
@@ -93,7 +94,7 @@ class LinearizedModel:
                     whitened = self._whitened(pull_back, _unit_vectors(output)).values()
                     return output, _total([own.covariance() for own in whitened])
                 variances = []
-                for columns in _unit_vectors(output).split(self._sizes_of(part).columns(memory_budget)):
+                for columns in _unit_vectors(output).split(num_columns):
                     whitened = self._whitened(pull_back, columns).values()
                     variances.append(_total([own.variance() for own in whitened]))
                 return output, torch.cat(variances, dim=-1)
@@ -141,7 +142,7 @@ class LinearizedModel:
         def outputs(part: Any) -> Tensor:
             with self._forward(part) as (output, pull_back):
                 rows = self._rows(pull_back, _unit_vectors(output))
-                response = _total([own.response(changes[name].to(output)) for name, own in rows.items()])
+                response = _total([own.response(changes[name].to(own.gradients)) for name, own in rows.items()])
                 return output + response.reshape(-1, *output.shape)
 
         return torch.cat(list(self._in_parts(outputs, inputs, memory_budget)), dim=1)
@@ -167,7 +168,10 @@ class LinearizedModel:
                 "forward run under torch.no_grad(), or use none of these layers? method='sampling' needs no graph."
             )
         if not self._is_checked:
-            pull_back.check_complete(columns[0], rows)
+            # of all outputs together: each of them may reach weights that the others do not
+            generator = torch.Generator(columns.device).manual_seed(0)
+            some = torch.rand(columns.shape[1:], generator=generator, device=columns.device).to(columns.dtype)
+            pull_back.check_complete(some, pull_back.rows(some.unsqueeze(0)))
             self._is_checked = True
         return {name: own.to(next(iter(self.blocks[name].state.values())).dtype) for name, own in rows.items()}
 
