@@ -68,7 +68,7 @@ def fit(library: str, model: nn.Module, batches: Batches, subset: str = "all", *
 def linearized(posterior: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """The mean and covariance of the linearised output: what both compute before a link to probabilities."""
     if isinstance(posterior, bk.Posterior):
-        output = posterior._linearized.output(x)
+        output = posterior.output(x)
         return output.mean, output.covariance
     mean, covariance = posterior._glm_predictive_distribution(x)
     return mean, covariance

@@ -198,18 +198,20 @@ class LinearizedModel:
         kinds = [(leaf.shape[1:], leaf.dtype) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
         batch = _batch_size(inputs)
         key = (batch is not None and batch > 1, *kinds)
+        if batch is None:
+            return _Sizes()
         if key not in self._sizes:
-            self._sizes[key] = _Sizes() if batch is None else self._measure(inputs)
+            try:
+                self._sizes[key] = self._measure(inputs)
+            except Exception:  # a model may say in any way that it does not take a part of its batch
+                return _Sizes()
         return self._sizes[key]
 
     def _measure(self, inputs: Any) -> _Sizes:
-        try:
-            with torch.no_grad(), self._forward(_some(inputs, slice(0, 1))) as (alone, pull_back):
-                made = sum(made.size for made in pull_back.calls)
-            with torch.no_grad(), self._forward(_some(inputs, slice(0, 2))) as (both, _):
-                splits = len(both) == 2 and torch.allclose(alone[0], both[0], rtol=1e-3, atol=1e-4)
-        except Exception:  # a model may say in any way that it does not take a part of its batch
-            return _Sizes()
+        with torch.no_grad(), self._forward(_some(inputs, slice(0, 1))) as (alone, pull_back):
+            made = sum(made.size for made in pull_back.calls)
+        with torch.no_grad(), self._forward(_some(inputs, slice(0, 2))) as (both, _):
+            splits = len(both) == 2 and torch.allclose(alone[0], both[0], rtol=1e-3, atol=1e-4)
         return _Sizes(max(made, 1) * alone.element_size(), alone[0].numel(), splits=splits)
 
 

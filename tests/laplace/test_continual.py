@@ -426,7 +426,7 @@ def test_the_projection_of_a_posterior_is_that_of_its_optimal_damping(name: str)
     assert any(isinstance(block, KroneckerEigenGaussian) for block in exact.blocks.values())
     x = NETS[name].x[:3]
     covariances = {
-        one: posterior._linearized.output(x).covariance
+        one: posterior.output(x).covariance
         for one, posterior in (("nearest", nearest), ("optimal", optimal), ("exact", exact))
     }
     assert_close(covariances["nearest"], covariances["optimal"], rtol=1e-4, atol=1e-6)

@@ -271,7 +271,7 @@ def nll_by_hand(laplace: bk.Laplace, loader: list[Any], prior: Any, temperature:
     posterior._measurement, posterior._mean = laplace._measurement, laplace._mean
     total = 0.0
     for x, y in loader:
-        output = posterior.posterior()._linearized.output(x)
+        output = posterior.posterior().output(x)
         variance = output.covariance.diagonal(dim1=-2, dim2=-1)
         log_probs = (output.mean / (1 + math.pi / 8 * variance).sqrt()).log_softmax(-1)
         total -= float(log_probs.gather(1, y[:, None]).sum())
