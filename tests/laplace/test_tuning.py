@@ -140,7 +140,7 @@ def test_far_starts_of_real_data_in_single_precision_find_the_optimum() -> None:
         optimizer.step()
     laplace = fitted(model, Categorical(), [(x, y)])
     results = []
-    for start in (1.0, 1e-10, 1e10):
+    for start in (1.0, 1e-10):
         laplace.prior_precision = {name: torch.tensor(start, dtype=torch.float64) for name in laplace.layers}
         results.append(found(laplace.optimize_prior_precision(per="parameter"), "parameter"))
     for other in results[1:]:
