@@ -86,6 +86,8 @@ class Evidence:
         return self._decompose(name, prior)
 
     def _decompose(self, name: str, prior: Prior) -> Tensor:
-        spec = BlockSpec(name, self.measurement.statistics[name], 1.0, prior)
+        # in float32 the rounding of small eigenvalues leads the search for a maximum astray where priors are weak
+        prior = prior.to(torch.float64) if isinstance(prior, Tensor | BlockGaussian) else prior
+        spec = BlockSpec(name, self.measurement.statistics[name].map(Tensor.double), 1.0, prior)
         with linalg.full_precision(self.measurement.nll.device):
-            return self.structures[name].spectrum(spec).double()
+            return self.structures[name].spectrum(spec)

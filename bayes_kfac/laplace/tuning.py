@@ -22,6 +22,9 @@ GROUPINGS = ("model", "layer", "parameter")
 #: curvature may fall.
 BOUNDS = (1e-10, 1e10)
 MAX_ITERATIONS = 200
+#: Searches one after another, until one of them gains less than this part of the evidence.
+MAX_SEARCHES = 10
+TOLERANCE = 1e-12
 
 Value = TypeVar("Value")
 
@@ -92,9 +95,6 @@ def maximize_evidence(
         }
 
     variables = [logs, log_scale] if noise else [logs]
-    optimizer = torch.optim.LBFGS(
-        variables, max_iter=MAX_ITERATIONS, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
-    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -102,7 +102,21 @@ def maximize_evidence(
         loss.backward()
         return loss.detach()
 
-    optimizer.step(closure)
+    last = math.inf
+    for _ in range(MAX_SEARCHES):
+        # far from the maximum the evidence is almost linear, and a line search may end early: begin again from there
+        optimizer = torch.optim.LBFGS(
+            variables,
+            max_iter=MAX_ITERATIONS,
+            tolerance_grad=1e-7,
+            tolerance_change=1e-12,
+            line_search_fn="strong_wolfe",
+        )
+        optimizer.step(closure)
+        now = float(closure())
+        if last - now <= TOLERANCE * abs(now):
+            break
+        last = now
     with torch.no_grad():
         found = {name: as_prior(value.detach(), layers[name]) for name, value in priors().items()}
     return found, log_scale.detach().exp() if noise else noise_scale
