@@ -72,7 +72,7 @@ def test_a_sum_of_products_is_not_the_product_of_sums() -> None:
     """Adding factors, as it is often done, would be far off: the cross terms are not small."""
     old = fit_net("mlp", damping="factored").posterior()
     laplace = second_task("mlp", old)
-    measurement = laplace._measurement
+    measurement = laplace._fitted.measurement
     assert measurement is not None
     for name, block in laplace.posterior().blocks.items():
         prior = old.blocks[name]
@@ -95,7 +95,7 @@ def test_the_other_dampings_take_the_prior_in_its_own_coordinates(damping: str) 
     """Factored: ``(G' + √γ/π) ⊗ (A' + π√γ)`` where the prior is white, brought back; optimal: nearest in KL(q‖p)."""
     old = fit_net("mlp", damping="factored", prior_precision=0.3).posterior()
     laplace = second_task("mlp", old, damping=damping)
-    measurement = laplace._measurement
+    measurement = laplace._fitted.measurement
     assert measurement is not None
     for name, block in laplace.posterior().blocks.items():
         prior = old.blocks[name]
