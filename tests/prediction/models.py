@@ -123,6 +123,10 @@ WHOLE: dict[str, Case] = {
         lambda: Model(lambda m, x, starts: m.head(m.bag(x, starts)), bag=nn.EmbeddingBag(6, 3), head=nn.Linear(3, 2)),
         lambda: (some_words(9), torch.tensor([0, 2, 2, 5, 8])),
     ),
+    "a memory of another length": (
+        lambda: Model(lambda m, x, memory: m.layer(x).tanh() * memory[0], layer=nn.Linear(3, 2)),
+        lambda: (randn(5, 3, seed=1), randn(3, 2, seed=2)),
+    ),
     "a table for all": (
         lambda: Model(lambda m, x, table: m.layer(x) @ table.mT, layer=nn.Linear(3, 2)),
         lambda: (randn(5, 3, seed=1), randn(5, 2, seed=2)),

@@ -121,6 +121,25 @@ def test_sizes_are_measured_once_for_each_kind_of_example():
     assert sizes == [1, 2, 5, 5, 1, 2, 5, 5, 5]
 
 
+def test_a_batch_of_one_says_nothing_of_whether_batches_can_be_taken_apart():
+    posterior, x = posterior_of(MODELS["mlp"])
+    posterior.predict(x[:1])
+    with batch_sizes(posterior.model) as sizes:
+        posterior.predict(x, memory_budget=TINY)
+    assert sizes == [1, 2, *[1] * 5]
+
+
+def test_the_covariance_of_inputs_with_themselves_takes_one_pass():
+    posterior, x = posterior_of(MODELS["mlp"])
+    posterior.predict(x)
+    with batch_sizes(posterior.model) as sizes:
+        posterior.function_covariance(x)
+        posterior.function_covariance(x, x)
+        assert sizes == [5, 5]
+        posterior.function_covariance(x, x.clone())
+    assert sizes == [5] * 4
+
+
 def test_a_budget_counts_what_a_longer_sequence_takes():
     posterior, _ = posterior_of(MODELS["sequence outputs"])
     example = COPIES * (2 * 4 * 4) * 8 * (4 * 4 + 1)
