@@ -227,6 +227,12 @@ class PullBack:
             for parts in zip(*chunks, strict=True)
         ]
 
+    def check(self) -> None:
+        """:meth:`check_complete` for a mix of all outputs: each of them may reach weights that the others do not."""
+        generator = torch.Generator(self.output.device).manual_seed(0)
+        mix = torch.rand(self.output.shape, generator=generator, device=self.output.device).to(self.output.dtype)
+        self.check_complete(mix, self.rows(mix.unsqueeze(0)))
+
     def check_complete(self, output_gradient: Tensor, rows: Mapping[str, Rows]) -> None:
         """Check that the rows account for the whole gradient of every block.
 

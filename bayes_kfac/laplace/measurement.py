@@ -140,12 +140,12 @@ class Surveyor:
         )
 
     def _statistics(self, pull_back: PullBack, columns: Tensor, mask: Tensor | None) -> dict[str, Statistics]:
+        if not self.is_checked:
+            pull_back.check()
+            self.is_checked = True
         total: dict[str, Statistics] = {}
         for part in columns.split(pull_back.columns_within(self.memory_budget)):
             rows = pull_back.rows(part, mask)
-            if not self.is_checked:
-                pull_back.check_complete(part[0], rows)
-                self.is_checked = True
             share = len(part) / len(columns)
             measured = {name: self.structures[name].measure(replace(own, share=share)) for name, own in rows.items()}
             total = added(total, measured)

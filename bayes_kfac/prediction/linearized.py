@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bayes_kfac import linalg
 from bayes_kfac.curvature import COPIES, Layer, PullBack, Recorder, Rows
-from bayes_kfac.errors import UsageError
+from bayes_kfac.errors import ArgumentError, UsageError
 from bayes_kfac.prediction.forward import watched
 from bayes_kfac.prediction.output import GaussianOutput
 from bayes_kfac.structures import BlockGaussian, Whitened
@@ -168,10 +168,7 @@ class LinearizedModel:
                 "forward run under torch.no_grad(), or use none of these layers? method='sampling' needs no graph."
             )
         if not self._is_checked:
-            # of all outputs together: each of them may reach weights that the others do not
-            generator = torch.Generator(columns.device).manual_seed(0)
-            some = torch.rand(columns.shape[1:], generator=generator, device=columns.device).to(columns.dtype)
-            pull_back.check_complete(some, pull_back.rows(some.unsqueeze(0)))
+            pull_back.check()
             self._is_checked = True
         return {name: own.to(next(iter(self.blocks[name].state.values())).dtype) for name, own in rows.items()}
 
@@ -184,7 +181,10 @@ class LinearizedModel:
         self, function: Callable[[Any], Any], inputs: Any, budget: int, *, diagonal: bool = False
     ) -> Iterator[Any]:
         """A function's results for parts of the batch whose rows fit into the budget."""
-        batch, sizes = _batch_size(inputs), self._sizes_of(inputs)
+        batch = _batch_size(inputs)
+        if batch == 0:
+            raise ArgumentError("inputs hold no example: their first dimension is 0. Pass at least one.")
+        sizes = self._sizes_of(inputs)
         columns = min(sizes.outputs, sizes.columns(budget)) if diagonal else sizes.outputs
         step = max(1, budget // (COPIES * sizes.bytes * (columns + 1)))
         if not sizes.splits or batch is None or step >= batch:

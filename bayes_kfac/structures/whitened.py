@@ -20,7 +20,8 @@ from torch import Tensor
 from bayes_kfac import linalg
 from bayes_kfac.curvature import SparseRows
 
-#: Bytes of Jacobians that are formed at a time: on a CPU what the caches like, elsewhere what memory allows.
+#: Bytes of Jacobians, or of products of pairs, that are formed at a time: on a CPU what the caches like, elsewhere what
+#: memory allows.
 CPU_JACOBIAN_BYTES = 1 << 27
 ACCELERATOR_JACOBIAN_BYTES = 1 << 30
 
@@ -126,12 +127,26 @@ class WhitenedRows(Whitened):
         if self._shared == other._shared == 1 and self.weights is None and not self._is_sparse:
             kernel = torch.einsum("...nti,...mui->...nm", self.inputs, other.inputs)
             return torch.einsum("c...nto,d...muo,...nm->nmcd", self.gradients, other.gradients, kernel)
+        if self._shared == other._shared == 1 and self._columns > 1 and not self._is_sparse:
+            size = other.inputs.shape[-3] * (self.inputs.shape[-1] + self._columns * self.gradients.shape[-1])
+            return torch.cat([part._between_by_pairs(other) for part in self._pieces(size)])
         return torch.cat(
             [
                 torch.cat([torch.einsum("nck,mdk->nmcd", mine, theirs.jacobians()) for theirs in other._parts()], dim=1)
                 for mine in (part.jacobians() for part in self._parts())
             ]
         )
+
+    def _between_by_pairs(self, other: WhitenedRows) -> Tensor:
+        """``Σ_o g_co g'_do Σ_i w_oi a_i a'_i`` of examples with one position."""
+        assert isinstance(self.inputs, Tensor)
+        assert isinstance(other.inputs, Tensor)
+        assert self.weights is not None
+        mine, theirs = self.inputs, other.inputs.squeeze(-2).unsqueeze(-3)  # [*blocks, n, 1, in], [*blocks, 1, m, in]
+        products = (mine * theirs) @ self.weights.mT.unsqueeze(-3)  # [*blocks, n, m, out]
+        weighted = self.gradients * products
+        gradients = other.gradients.squeeze(-2).unsqueeze(-3)
+        return torch.einsum("c...nmo,d...kmo->nmcd", weighted, gradients)
 
     def jacobians(self) -> Tensor:  # noqa: D102
         inputs = self.inputs.dense() if isinstance(self.inputs, SparseRows) else self.inputs
@@ -195,12 +210,14 @@ class WhitenedRows(Whitened):
 
     def _parts(self) -> Iterator[WhitenedRows]:
         """The same in pieces of the batch whose Jacobians are of bounded size."""
-        batch, in_features = self.inputs.shape[-3], self.inputs.shape[-1]
-        blocks = self.gradients.shape[1:-3].numel()
-        size = self.gradients.element_size() * self._columns * blocks * self.gradients.shape[-1] * in_features
+        return self._pieces(self._columns * self.gradients.shape[-1] * self.inputs.shape[-1])
+
+    def _pieces(self, elements: int) -> Iterator[WhitenedRows]:
+        """The same in pieces of the batch, where an example of a block takes so many elements."""
+        size = elements * self.gradients.element_size() * self.gradients.shape[1:-3].numel()
         on_cpu = self.gradients.device.type == "cpu"
         step = max(1, (CPU_JACOBIAN_BYTES if on_cpu else ACCELERATOR_JACOBIAN_BYTES) // max(size, 1))
-        for start in range(0, max(batch, 1), step):
+        for start in range(0, max(self.inputs.shape[-3], 1), step):
             piece = slice(start, start + step)
             gradients = self.gradients
             if gradients.shape[-3] > 1:

@@ -215,7 +215,7 @@ def _by_twos(pull_back: Any, seen: list[int]) -> Any:
     object.__setattr__(pull_back, "columns_within", lambda budget: 2)
     rows = pull_back.rows
 
-    def counted(columns: Tensor, mask: Tensor | None) -> Any:
+    def counted(columns: Tensor, mask: Tensor | None = None) -> Any:
         seen.append(len(columns))
         return rows(columns, mask)
 
