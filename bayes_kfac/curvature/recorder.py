@@ -138,7 +138,8 @@ class Recorder:
             return output
         if output._is_view():  # an operation in place on a view would take its edge out of the graph
             output = output.clone()
-        captured = capture()
+        with torch.set_grad_enabled(self.keeps_graph):
+            captured = capture()
         if not self.keeps_graph:
             captured = tree_map_only(Tensor, Tensor.detach, captured)
         self.calls += [Call.of(name, use, captured, output) for name, use in uses]

@@ -92,7 +92,8 @@ def kronecker_factors(rows: Rows, sharing: str) -> Statistics:
     if other is None:
         return _factors(rows, sharing, diagonal_gradients=False)
     own = _factors(rows, sharing, diagonal_gradients=isinstance(other.inputs, SparseRows))
-    tied = _factors(replace(other, share=rows.share), sharing, diagonal_gradients=isinstance(rows.inputs, SparseRows))
+    other = replace(other, share=rows.share)
+    tied = _factors(other, sharing, diagonal_gradients=isinstance(rows.inputs, SparseRows))
     return Statistics(
         {**own.sums, **{f"transposed_{name}": value for name, value in tied.sums.items()}},
         {**own.counts, **{f"transposed_{name}": value for name, value in tied.counts.items()}},

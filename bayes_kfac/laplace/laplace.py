@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from bayes_kfac import linalg, structures
+from bayes_kfac import structures
 from bayes_kfac.curvature import (
     FISHER_KINDS,
     Recorder,
@@ -29,7 +29,7 @@ from bayes_kfac.curvature import (
 )
 from bayes_kfac.errors import ArgumentError, UsageError, check_choice, check_count, check_positive
 from bayes_kfac.laplace import tuning
-from bayes_kfac.laplace.evidence import Evidence
+from bayes_kfac.laplace.fitted import Fitted, Priors
 from bayes_kfac.laplace.loaders import warn_of_samplers
 from bayes_kfac.laplace.measurement import Measurement, Surveyor
 from bayes_kfac.laplace.prior import PriorPrecision, as_prior, by_layer, checked
@@ -38,7 +38,7 @@ from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.prediction import MEMORY_BUDGET
 from bayes_kfac.provenance import Provenance
-from bayes_kfac.structures import BlockGaussian, BlockSpec
+from bayes_kfac.structures import BlockSpec
 
 if TYPE_CHECKING:
     from bayes_kfac.training import NoisyNaturalGradient
@@ -118,8 +118,7 @@ class Laplace:
         )
         self._noise_scale: Tensor | None = None
         self._recorder = Recorder(self.layers)
-        self._measurement: Measurement | None = None
-        self._mean: dict[str, Tensor] = {}
+        self._fitted: Fitted | None = None
 
     @classmethod
     def from_trainer(cls, trainer: NoisyNaturalGradient, loader: Iterable[Any], *, progress: bool = True) -> Self:
@@ -187,9 +186,9 @@ class Laplace:
         Raises:
             UsageError: If nothing was fitted, or the model's weights have changed since.
         """
-        measurement = self._check_fitted()
+        fitted = self._check_fitted()
         now = _copied_state(self.model)
-        if any(not torch.equal(value, now[name]) for name, value in self._mean.items()):
+        if any(not torch.equal(value, now[name]) for name, value in fitted.mean.items()):
             raise UsageError(
                 "The model's weights have changed since fit(), so that the curvature of old and new data is not that "
                 "of one mode. Make a new Laplace with prior=laplace.posterior()."
@@ -200,14 +199,30 @@ class Laplace:
                 "update() see."
             )
         with torch.inference_mode(False):
-            self._take(measurement + self._measure(self._recorder, loader, self._mean, progress), self._mean)
+            more = self._measure(self._recorder, loader, fitted.mean, progress)
+            self._take(fitted.measurement + more, fitted.mean)
         return self
 
-    def _take(self, measurement: Measurement, mean: dict[str, Tensor]) -> None:
+    def _take(self, measurement: Measurement, mean: Mapping[str, Tensor]) -> None:
         """Go by a measurement at a mean from now on."""
-        prior_mean = None if self.prior is None else self.prior.mean
-        self._measurement, self._mean = measurement, mean
-        self._evidence = Evidence(measurement, mean, self.layers, self.structures, self.likelihood, prior_mean)
+        self._fitted = Fitted(
+            measurement,
+            self.model,
+            mean,
+            self.layers,
+            self.structures,
+            self.likelihood,
+            Provenance(
+                method="Laplace",
+                structure=self.structure.name,
+                damping=self.structure.damping,
+                fisher=self.fisher,
+                sharing=self.structure.sharing,
+                temperature=self.temperature,
+                num_data=round(measurement.num_examples),
+            ),
+            None if self.prior is None else self.prior.mean,
+        )
 
     def _measure(
         self, recorder: Recorder, loader: Iterable[Any], mean: Mapping[str, Tensor], progress: bool
@@ -252,14 +267,14 @@ class Laplace:
             ArgumentError: If an argument is out of range, or the prior is a posterior.
             UsageError: If nothing was fitted.
         """
-        self._check_fitted()
+        fitted = self._check_fitted()
         if prior_precision is not None and self.prior is not None:
             raise ArgumentError("prior_precision= cannot be changed where the prior is a posterior. Leave it out.")
-        device = self._mean[next(iter(self._mean))].device
+        device = fitted.measurement.nll.device
         priors = self._priors if prior_precision is None else by_layer(prior_precision, self.layers)
         temperature = self.temperature if temperature is None else temperature
         noise = self._noise_scale if noise_scale is None else noise_scale
-        return self._evidence(
+        return fitted.evidence(
             priors,
             checked("temperature", temperature).to(device, torch.float64),
             None if noise is None else checked("noise_scale", noise).to(device, torch.float64),
@@ -295,7 +310,7 @@ class Laplace:
             ArgumentError: If arguments do not go with the method.
             UsageError: If nothing was fitted.
         """
-        self._check_fitted()
+        fitted = self._check_fitted()
         check_choice("method", method, tuning.METHODS)
         check_choice("per", per, tuning.GROUPINGS)
         if self.prior is not None:
@@ -305,7 +320,10 @@ class Laplace:
                 raise ArgumentError("method='validation' needs loader=, the validation data, and leaves noise=False.")
             values = tuning.default_grid() if grid is None else list(grid)
             best = tuning.best_on_validation(
-                [(value, partial(self._posterior, by_layer(value, self.layers))) for value in values],
+                [
+                    (v, partial(fitted.posterior, by_layer(v, self.layers), self.temperature, self._noise_scale))
+                    for v in values
+                ],
                 loader,
                 progress=progress,
                 predict=predict,
@@ -316,8 +334,7 @@ class Laplace:
             raise ArgumentError("loader=, grid= and arguments of predict are for method='validation'.")
         with torch.inference_mode(False), torch.enable_grad():
             self.prior_precision, self._noise_scale = tuning.maximize_evidence(
-                self._evidence,
-                self.layers,
+                fitted,
                 self.prior_precision,
                 self.temperature,
                 self._noise_scale,
@@ -345,10 +362,13 @@ class Laplace:
         Returns:
             This object.
         """
-        self._check_fitted()
+        fitted = self._check_fitted()
         values = tuning.default_grid() if grid is None else list(grid)
         self.temperature = tuning.best_on_validation(
-            [(v, partial(self._posterior, self._priors, check_positive("temperature", v))) for v in values],
+            [
+                (v, partial(fitted.posterior, self._priors, check_positive("temperature", v), self._noise_scale))
+                for v in values
+            ],
             loader,
             progress=progress,
             predict=predict,
@@ -366,55 +386,25 @@ class Laplace:
         Raises:
             UsageError: If nothing was fitted.
         """
-        return self._posterior(self._priors)
+        return self._check_fitted().posterior(self._priors, self.temperature, self._noise_scale)
 
     def summary(self) -> Summary:
         """For each parameter: its block, structure, shape, and why where it has none."""
         names = {name: f"{kind.name}/{kind.damping}" for name, kind in self.structures.items()}
         return summarize(self.model, self.layers, self.reasons, names)
 
-    def _check_fitted(self) -> Measurement:
-        if self._measurement is None:
+    def _check_fitted(self) -> Fitted:
+        if self._fitted is None:
             raise UsageError("Nothing was fitted yet. Call fit(loader) first.")
-        return self._measurement
+        return self._fitted
 
     @property
-    def _priors(self) -> Mapping[str, Tensor | BlockGaussian]:
+    def _priors(self) -> Priors:
         if self.prior is None:
             return self.prior_precision
         return {
             name: block.map(partial(as_prior, layer=self.layers[name])) for name, block in self.prior.blocks.items()
         }
-
-    def _posterior(self, priors: Mapping[str, Tensor | BlockGaussian], temperature: float | None = None) -> Posterior:
-        measurement = self._check_fitted()
-        temperature = self.temperature if temperature is None else temperature
-        likelihood, scale = copy.deepcopy(self.likelihood), measurement.num_examples / temperature
-        if self._noise_scale is not None:
-            _, factor = self.likelihood.at_noise_scale(measurement.nll, measurement.num_targets, self._noise_scale)
-            scale *= float(factor)
-            likelihood.set_noise_scale(float(self._noise_scale))
-        specs = [BlockSpec(name, measurement.statistics[name], scale, prior) for name, prior in priors.items()]
-        with torch.no_grad(), linalg.full_precision(measurement.nll.device):
-            blocks = structures.build(self.structures, specs)
-        is_number = self.prior is None
-        return Posterior(
-            self.model,
-            likelihood,
-            blocks,
-            layers=self.layers,
-            mean=self._mean,
-            prior_precision={name: _plain(prior) for name, prior in priors.items()} if is_number else {},
-            provenance=Provenance(
-                method="Laplace",
-                structure=self.structure.name,
-                damping=self.structure.damping,
-                fisher=self.fisher,
-                sharing=self.structure.sharing,
-                temperature=temperature,
-                num_data=round(measurement.num_examples),
-            ),
-        )
 
     def _check_prior(self, prior: Posterior, prior_precision: PriorPrecision | None) -> None:
         if prior_precision is not None:
@@ -441,11 +431,6 @@ class Laplace:
             layer.shape, layer.like, sparse_sides=layer.sparse_sides, tied=layer.is_tied_to_transpose
         )
         return identity.map(torch.zeros_like)
-
-
-def _plain(prior: Any) -> float | Tensor:
-    """A prior's precision out of its graph; a scalar as a number."""
-    return float(prior.detach()) if prior.ndim == 0 else prior.detach()
 
 
 def _copied_state(model: nn.Module) -> dict[str, Tensor]:

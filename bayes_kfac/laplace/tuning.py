@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from bayes_kfac.batches import unpack
-from bayes_kfac.curvature import Layer
 from bayes_kfac.errors import ArgumentError, NonFiniteError, check_choice
-from bayes_kfac.laplace.evidence import Evidence
+from bayes_kfac.laplace.fitted import Fitted
 from bayes_kfac.laplace.prior import as_prior
 from bayes_kfac.posterior import Posterior
 
@@ -35,8 +34,7 @@ def default_grid() -> list[float]:
 
 
 def maximize_evidence(
-    evidence: Evidence,
-    layers: Mapping[str, Layer],
+    fitted: Fitted,
     start: Mapping[str, Tensor],
     temperature: float,
     noise_scale: Tensor | None,
@@ -49,8 +47,7 @@ def maximize_evidence(
     In their logarithms it is concave, so that a quasi-Newton method finds the one maximum from anywhere.
 
     Args:
-        evidence: The evidence.
-        layers: The layers by name.
+        fitted: The fit.
         start: Where to begin.
         temperature: ``τ``.
         noise_scale: The noise's scale, or ``None`` for what it was when the data were measured.
@@ -64,7 +61,7 @@ def maximize_evidence(
         ArgumentError: If ``per`` is unknown.
     """
     check_choice("per", per, GROUPINGS)
-    like = evidence.measurement.nll
+    layers, like = fitted.layers, fitted.measurement.nll
     members = {
         "model": lambda: {"": 0},
         "layer": lambda: {name: index for index, name in enumerate(layers)},
@@ -79,7 +76,7 @@ def maximize_evidence(
     log_scale = torch.zeros((), dtype=like.dtype, device=like.device)
     if noise:
         # the factor on the Fisher at scale 1 is the variance of the noise
-        _, variance = evidence.likelihood.at_noise_scale(like, evidence.measurement.num_targets, log_scale.exp())
+        _, variance = fitted.likelihood.at_noise_scale(like, fitted.measurement.num_targets, log_scale.exp())
         log_scale = (0.5 * variance.log() if noise_scale is None else noise_scale.log()).detach().requires_grad_()
     fixed = torch.tensor(temperature, dtype=like.dtype, device=like.device)
 
@@ -98,7 +95,7 @@ def maximize_evidence(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = -evidence(priors(), fixed, log_scale.exp() if noise else noise_scale)
+        loss = -fitted.evidence(priors(), fixed, log_scale.exp() if noise else noise_scale)
         loss.backward()
         return loss.detach()
 

@@ -135,11 +135,11 @@ class WhitenedRows(Whitened):
 
     def jacobians(self) -> Tensor:  # noqa: D102
         inputs = self.inputs.dense() if isinstance(self.inputs, SparseRows) else self.inputs
-        *blocks, batch, shared, in_features = inputs.shape
+        *blocks, batch, shared, _ = inputs.shape
         # one product for each example, [columns·out, shared] with [shared, in]
         gradients = self.gradients.movedim(0, -3).expand(*blocks, batch, -1, shared, -1)
         jacobians = gradients.mT.flatten(-3, -2) @ inputs
-        jacobians = jacobians.reshape(*blocks, batch, self._columns, -1, in_features)
+        jacobians = jacobians.unflatten(-2, (self._columns, self.gradients.shape[-1]))
         if self.weights is not None:
             jacobians = jacobians * self.weights.sqrt()[..., None, None, :, :]
         return jacobians.movedim(-4, 0).movedim(-3, 1).flatten(2)
@@ -187,8 +187,8 @@ class WhitenedRows(Whitened):
         """Of sparse rows one position for each element: ``w`` of it, which of them meet at an index, and gradients."""
         assert isinstance(self.inputs, SparseRows)
         assert self.weights is not None
-        batch, _, count = self.inputs.indices.shape
-        indices, weights = self.inputs.indices.reshape(batch, -1, 1), self.inputs.weights.reshape(batch, -1, 1)
+        count = self.inputs.indices.shape[-1]
+        indices, weights = (tensor.flatten(1).unsqueeze(-1) for tensor in (self.inputs.indices, self.inputs.weights))
         words = SparseRows(indices, weights, self.inputs.size)
         kernel = words.gram(self.weights.new_ones(words.size))
         return self.weights.mT[indices.squeeze(-1)], kernel, self.gradients.repeat_interleave(count, dim=-2)
@@ -219,7 +219,7 @@ def product_rows(
 
     Args:
         row_root: ``R_G``, a factor ``[*blocks, out, out]``.
-        column_root: ``R_A``, a factor ``[*blocks, in, in]``; diagonal where inputs are sparse.
+        column_root: ``R_A``, a factor ``[*blocks, in, in]``; sparse inputs stay sparse where it is diagonal.
         inputs: ``[*blocks, batch, shared, in]``.
         gradients: ``[columns, *blocks, batch, shared, out]``.
         weights: ``[*blocks, out, in]``, or ``None``.
@@ -227,6 +227,8 @@ def product_rows(
     Returns:
         The rows.
     """
+    if isinstance(inputs, SparseRows) and not linalg.is_diagonal(column_root):
+        inputs = inputs.dense()
     if isinstance(inputs, SparseRows):
         whitened: Tensor | SparseRows = inputs.scaled(column_root.flatten())
     else:
@@ -236,7 +238,7 @@ def product_rows(
 
 def _right_product(rows: Tensor, root: Tensor) -> Tensor:
     """Rows times a root ``[*blocks, size, size]``: one product for all examples and positions of a block."""
-    if rows.shape == (len(root), 1, 1, len(root)):  # maybe the unit vectors of an output layer
+    if root.ndim == 2 and rows.shape == (len(root), 1, 1, len(root)):  # maybe the unit vectors of an output layer
         identity = torch.eye(len(root), dtype=rows.dtype, device=rows.device)
         if torch.equal(rows[:, 0, 0], identity):
             return root[:, None, None]

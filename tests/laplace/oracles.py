@@ -200,8 +200,8 @@ def square(factor: Tensor) -> Tensor:
 
 
 def fishers(laplace: bk.Laplace) -> dict[str, Tensor]:
-    assert laplace._measurement is not None
-    return {name: dense_fisher(own) for name, own in laplace._measurement.statistics.items()}
+    assert laplace._fitted is not None
+    return {name: dense_fisher(own) for name, own in laplace._fitted.measurement.statistics.items()}
 
 
 def dense_prior(prior: float | Tensor | BlockGaussian, shape: tuple[int, ...]) -> Tensor:

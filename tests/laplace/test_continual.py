@@ -73,7 +73,7 @@ def test_a_sum_of_products_is_not_the_product_of_sums() -> None:
     """Adding factors, as it is often done, would be far off: the cross terms are not small."""
     old = fit_net("mlp", damping="factored").posterior()
     laplace = second_task("mlp", old)
-    measurement = laplace._measurement
+    measurement = laplace._fitted.measurement
     assert measurement is not None
     for name, block in laplace.posterior().blocks.items():
         prior = old.blocks[name]
@@ -96,7 +96,7 @@ def test_the_other_dampings_take_the_prior_in_its_own_coordinates(damping: str) 
     """Factored: ``(G' + √γ/π) ⊗ (A' + π√γ)`` where the prior is white, brought back; optimal: nearest in KL(q‖p)."""
     old = fit_net("mlp", damping="factored", prior_precision=0.3).posterior()
     laplace = second_task("mlp", old, damping=damping)
-    measurement = laplace._measurement
+    measurement = laplace._fitted.measurement
     assert measurement is not None
     for name, block in laplace.posterior().blocks.items():
         prior = old.blocks[name]
@@ -427,7 +427,7 @@ def test_the_projection_of_a_posterior_is_that_of_its_optimal_damping(name: str)
     assert any(isinstance(block, KroneckerEigenGaussian) for block in exact.blocks.values())
     x = NETS[name].x[:3]
     covariances = {
-        one: posterior._linearized.output(x).covariance
+        one: posterior.output(x).covariance
         for one, posterior in (("nearest", nearest), ("optimal", optimal), ("exact", exact))
     }
     assert_close(covariances["nearest"], covariances["optimal"], rtol=1e-4, atol=1e-6)

@@ -33,7 +33,7 @@ STRUCTURES = bk.structures.available()
 
 
 def assert_same_measurement(actual: bk.Laplace, expected: bk.Laplace, **tolerance: float) -> None:
-    own, other = actual._measurement, expected._measurement
+    own, other = actual._fitted.measurement, expected._fitted.measurement
     assert own is not None
     assert other is not None
     assert set(own.statistics) == set(other.statistics)
@@ -134,11 +134,11 @@ def test_sampled_targets_give_the_exact_fisher_in_expectation(kind: str, structu
     exact = fitted(model, case.make(), batches(X, y), structure=structure)
     many = [(X.repeat(200, 1), y.repeat(200, *[1] * (y.ndim - 1)))] * 10
     sampled = fitted(model, case.make(), many, structure=structure, fisher="mc", generator=rng(0))
-    assert exact._measurement is not None
-    assert sampled._measurement is not None
-    for name, statistics in exact._measurement.statistics.items():
+    assert exact._fitted is not None
+    assert sampled._fitted is not None
+    for name, statistics in exact._fitted.measurement.statistics.items():
         for key in statistics.sums:
-            expected, found = statistics.mean(key), sampled._measurement.statistics[name].mean(key)
+            expected, found = statistics.mean(key), sampled._fitted.measurement.statistics[name].mean(key)
             assert (found - expected).norm() < 0.04 * expected.norm()
 
 
@@ -247,12 +247,12 @@ def test_single_precision_is_double_precision_to_its_rounding(name: str, structu
     y = net.y.float() if net.y.is_floating_point() else net.y
     single = fitted(net.make().float(), net.likelihood().float(), batches(x, y), structure=structure)
     double = fit_net(name, structure=structure)
-    assert single._measurement is not None
-    assert double._measurement is not None
-    for layer, own in single._measurement.statistics.items():
+    assert single._fitted is not None
+    assert double._fitted is not None
+    for layer, own in single._fitted.measurement.statistics.items():
         for key, value in own.sums.items():
             assert value.dtype == torch.float32
-            assert_close(value.double(), double._measurement.statistics[layer].sums[key], rtol=1e-4, atol=1e-4)
+            assert_close(value.double(), double._fitted.measurement.statistics[layer].sums[key], rtol=1e-4, atol=1e-4)
     assert_close(single.log_marginal_likelihood(), double.log_marginal_likelihood(), rtol=1e-4, atol=0)
 
 
@@ -281,7 +281,7 @@ def test_masked_positions_leave_nothing_in(fisher: str) -> None:
     """The dense Fisher of a sequence model is that of the positions that weigh; the rest has no gradient."""
     model, x, y, mask = positions()
     laplace = fitted(model, Categorical(), [(x, torch.where(mask, y, 10**6), mask)], structure="dense", fisher=fisher)
-    measurement = laplace._measurement
+    measurement = laplace._fitted.measurement
     assert measurement is not None
     examples = int(mask.any(1).sum())
     assert measurement.num_examples == examples < len(x)

@@ -109,8 +109,8 @@ FORMULAS = {"factored": (factored, TIGHT), "optimal": (optimal, CONVERGED), "exa
 
 
 def factors(laplace: bk.Laplace, name: str) -> tuple[Tensor, Tensor]:
-    assert laplace._measurement is not None
-    statistics = laplace._measurement.statistics[name]
+    assert laplace._fitted is not None
+    statistics = laplace._fitted.measurement.statistics[name]
     return statistics.mean("input"), statistics.mean("gradient")
 
 

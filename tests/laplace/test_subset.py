@@ -264,6 +264,6 @@ def test_a_fit_to_all_predicts_by_the_dense_formula() -> None:
     for name in NETS:
         posterior = fit_net(name).posterior()
         mean, covariance = dense_output_covariance(posterior, NETS[name].x[:3])
-        output = posterior._linearized.output(NETS[name].x[:3])
+        output = posterior.output(NETS[name].x[:3])
         assert_close(output.mean.reshape(mean.shape), mean.detach(), **TIGHT)
         assert_close(output.covariance.reshape(covariance.shape), covariance.detach(), rtol=1e-9, atol=1e-9)

@@ -290,10 +290,10 @@ def nll_by_hand(laplace: bk.Laplace, loader: list[Any], prior: Any, temperature:
     """The mean over examples, not over batches, of minus the log of the probit's probability."""
     options = {"damping": "factored", "prior_precision": prior, "temperature": temperature}
     posterior = bk.Laplace(laplace.model, Categorical(), **options)
-    posterior._measurement, posterior._mean = laplace._measurement, laplace._mean
+    posterior._fitted = laplace._fitted
     total = 0.0
     for x, y in loader:
-        output = posterior.posterior()._linearized.output(x)
+        output = posterior.posterior().output(x)
         variance = output.covariance.diagonal(dim1=-2, dim2=-1)
         log_probs = (output.mean / (1 + math.pi / 8 * variance).sqrt()).log_softmax(-1)
         total -= float(log_probs.gather(1, y[:, None]).sum())
