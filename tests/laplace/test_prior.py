@@ -139,14 +139,14 @@ def test_weight_and_bias_may_have_precisions_of_their_own(damping: str) -> None:
 def test_a_refresh_that_starts_at_the_optimum_stays_there() -> None:
     """A previous Gaussian is taken to the coordinates in which the prior is white, column by column."""
     structure = structures.get("kron", damping="optimal", sharing="expand")
-    measurement = fit_net("mlp")._measurement
-    assert measurement is not None
+    fit = fit_net("mlp")._fitted
+    assert fit is not None
     by_column = torch.tensor([[1e-2, 3.0, 500.0, 5.0]], dtype=torch.float64)
     prior = MatrixNormalGaussian(
         torch.linalg.cholesky(random_spd(4, seed=1)), torch.linalg.cholesky(random_spd(4, seed=2))
     )
     for own in (by_column, prior):
-        spec = BlockSpec("0", measurement.statistics["0"], 11.0, own)
+        spec = BlockSpec("0", fit.measurement.statistics["0"], 11.0, own)
         (cold,) = structure.gaussians([spec])
         (warm,) = structure.gaussians([replace(spec, previous=cold)])
         assert_close(warm.to_dense(), cold.to_dense(), **CONVERGED)
