@@ -66,6 +66,7 @@ def test_the_new_precision_is_the_datas_plus_the_old_posteriors(name: str, struc
     data = fishers(laplace)
     for layer, block in laplace.posterior().blocks.items():
         assert_close(block.to_dense(), 7 / 0.4 * data[layer] + old.blocks[layer].to_dense(), **CLOSE)
+        assert_close(block.logdet(), torch.logdet(block.to_dense()), **CLOSE)
 
 
 def test_a_sum_of_products_is_not_the_product_of_sums() -> None:

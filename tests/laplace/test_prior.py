@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import bayes_kfac as bk
+from bayes_kfac import structures
 from bayes_kfac.errors import ArgumentError
-from tests.helpers import TIGHT, randn
+from bayes_kfac.structures import BlockSpec, MatrixNormalGaussian
+from tests.helpers import TIGHT, randn, random_spd
 from tests.laplace.oracles import (
     NETS,
     X,
@@ -131,6 +134,22 @@ def test_weight_and_bias_may_have_precisions_of_their_own(damping: str) -> None:
         by_column = torch.tensor([prior[f"{name}.weight"]] * size + [prior[f"{name}.bias"]], dtype=torch.float64)
         expected = formula(*factors(laplace, name), 11.0, by_column)
         assert_close(laplace.posterior().blocks[name].to_dense(), expected, **tolerance)
+
+
+def test_a_refresh_that_starts_at_the_optimum_stays_there() -> None:
+    """A previous Gaussian is taken to the coordinates in which the prior is white, column by column."""
+    structure = structures.get("kron", damping="optimal", sharing="expand")
+    fit = fit_net("mlp")._fitted
+    assert fit is not None
+    by_column = torch.tensor([[1e-2, 3.0, 500.0, 5.0]], dtype=torch.float64)
+    prior = MatrixNormalGaussian(
+        torch.linalg.cholesky(random_spd(4, seed=1)), torch.linalg.cholesky(random_spd(4, seed=2))
+    )
+    for own in (by_column, prior):
+        spec = BlockSpec("0", fit.measurement.statistics["0"], 11.0, own)
+        (cold,) = structure.gaussians([spec])
+        (warm,) = structure.gaussians([replace(spec, previous=cold)])
+        assert_close(warm.to_dense(), cold.to_dense(), **CONVERGED)
 
 
 @pytest.mark.parametrize("prior_precision", [1e-3, 1.0, 1e3])

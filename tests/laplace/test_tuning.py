@@ -337,11 +337,13 @@ def test_the_temperature_is_that_of_the_least_loss() -> None:
 
 def test_a_temperature_is_chosen_at_the_present_prior() -> None:
     laplace, loader = validation()
-    laplace.prior_precision = {name: 30.0 * value for name, value in laplace.prior_precision.items()}
-    by_hand = {value: nll_by_hand(laplace, loader, 30.0, value) for value in GRID}
+    laplace.prior_precision = {name: 0.01 * value for name, value in laplace.prior_precision.items()}
+    by_hand = {value: nll_by_hand(laplace, loader, 0.01, value) for value in GRID}
+    at_one = {value: nll_by_hand(laplace, loader, 1.0, value) for value in GRID}
+    assert min(by_hand, key=by_hand.__getitem__) != min(at_one, key=at_one.__getitem__)
     laplace.optimize_temperature(loader, grid=GRID, progress=False, link="probit")
     assert laplace.temperature == min(by_hand, key=by_hand.__getitem__)
-    assert {float(value) for value in laplace.prior_precision.values()} == {30.0}
+    assert {float(value) for value in laplace.prior_precision.values()} == {0.01}
 
 
 def test_the_loader_is_read_again_for_each_value() -> None:
