@@ -78,6 +78,7 @@ def check_coverage(layers: Mapping[str, Layer], reasons: Mapping[str, str], othe
     if reasons and others == "error":
         raise UnsupportedModelError(
             f"No curvature block covers these parameters:{listing}\nPass others='diagonal' to give each an independent "
-            "Gaussian, others='deterministic' to train them as point estimates beside the posterior, freeze them with "
-            "requires_grad_(False), or register an adapter with bayes_kfac.curvature.register."
+            "Gaussian, others='deterministic' to keep point estimates of them, leave them out (params= of a trainer, "
+            "subset= of a Laplace fit, requires_grad_(False)), or register an adapter with "
+            "bayes_kfac.curvature.register."
         )

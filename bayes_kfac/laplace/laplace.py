@@ -240,7 +240,7 @@ class Laplace:
         measured = surveyor.survey(loader, progress=progress)
         if self.num_data is not None:
             return measured.counting(self.num_data)
-        warn_of_samplers(loader, measured.num_examples, stacklevel=3)
+        warn_of_samplers(loader, surveyor.num_yielded, stacklevel=3)
         return measured
 
     # -- the evidence -------------------------------------------------------------------------------------------------

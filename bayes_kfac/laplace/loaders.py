@@ -11,7 +11,7 @@ from torch.utils.data import RandomSampler, SequentialSampler
 from bayes_kfac.errors import BayesKfacWarning
 
 
-def warn_of_samplers(loader: Iterable[Any], num_examples: float, *, stacklevel: int) -> None:
+def warn_of_samplers(loader: Iterable[Any], num_examples: int, *, stacklevel: int) -> None:
     """Warn where a loader leaves examples of its data set out, or may show them more than once.
 
     Args:
@@ -23,7 +23,7 @@ def warn_of_samplers(loader: Iterable[Any], num_examples: float, *, stacklevel: 
     advice = "The fit counts what was yielded, as it was yielded; pass num_data= if there are more examples or fewer."
     if isinstance(dataset, Sized) and len(dataset) != num_examples:
         cause = "drop_last=True" if getattr(loader, "drop_last", False) else f"its {type(sampler).__name__}"
-        message = f"The loader yielded {num_examples:.0f} examples of a data set of {len(dataset)}: {cause}. {advice}"
+        message = f"The loader yielded {num_examples} examples of a data set of {len(dataset)}: {cause}. {advice}"
     elif sampler is not None and not _shows_each_once(sampler):
         message = f"The loader's {type(sampler).__name__} may repeat examples and leave others out. {advice}"
     else:

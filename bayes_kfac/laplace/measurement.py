@@ -69,6 +69,8 @@ class Surveyor:
         fisher: ``"exact"``, ``"mc"`` or ``"empirical"``.
         generator: The source of randomness for ``"mc"``.
         memory_budget: Bytes that output gradients may take up while they are pulled back.
+        is_checked: Whether it is known that the layers account for the gradient.
+        num_yielded: How many examples loaders yielded, masked ones included.
     """
 
     model: nn.Module
@@ -80,6 +82,7 @@ class Surveyor:
     generator: torch.Generator | None
     memory_budget: int
     is_checked: bool = False
+    num_yielded: int = 0
 
     def survey(self, loader: Iterable[Any], *, progress: bool) -> Measurement:
         """Measure all batches of a loader.
@@ -98,11 +101,14 @@ class Surveyor:
         """
         from tqdm.auto import tqdm
 
+        if not isinstance(loader, Iterable):
+            raise ArgumentError(f"loader={loader!r} is not iterable. Allowed: a DataLoader, or a list of batches.")
         total: Measurement | None = None
         for raw in tqdm(loader, desc="laplace", unit="batch", disable=not progress):
             batch = unpack(raw)
             if not len(batch.target):
                 continue
+            self.num_yielded += len(batch.target)
             measured = self._batch(batch.to(next(iter(self.state.values())).device))
             total = measured if total is None else total + measured
         if total is None or not total.num_examples:

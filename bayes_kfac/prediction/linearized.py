@@ -204,7 +204,7 @@ class LinearizedModel:
             try:
                 self._sizes[key] = self._measure(inputs)
             except Exception:  # a model may say in any way that it does not take a part of its batch
-                return _Sizes()
+                self._sizes[key] = _Sizes()
         return self._sizes[key]
 
     def _measure(self, inputs: Any) -> _Sizes:
