@@ -1,0 +1,562 @@
+"""Laplace on the UCI splits, beside laplace-torch 0.3: the same trained networks, the same splits.
+
+``python benchmarks/laplace_uci.py`` trains one network of 50 ReLU units for each split, fits Laplace approximations
+around its weights by both libraries, tunes prior and noise by the evidence, and writes
+``benchmarks/results/uci/laplace/<data>.json`` with the figures of each split, versions, machine and seed. A run that
+was stopped goes on where it was; a result that exists is shown, not computed again. ``--report`` writes the page
+``docs/uci.md``.
+
+The networks' recipe (``Recipe``) is one for all sets. Its epochs and weight decay were chosen on a tenth of the
+training parts, never on test data. laplace-torch is tuned as its documentation's regression example does: a thousand
+steps of Adam on the logarithms of prior precision and noise; with one precision for all weights, and with one for each
+parameter, which it calls layerwise. Its Kronecker evidence takes the noise through ``math.pow``, so that the gradient
+in the noise lacks the determinant; *repaired* is the same with that gradient in place. Without laplace-torch its
+columns are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import ctypes
+import gc
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import MagicMock
+
+import numpy as np
+import torch
+from replicas import ReplicatedMLP
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+from uci import HERE, Splits, commit, load_splits, summary
+
+import bayes_kfac as bk
+
+DATA_SETS = ("boston", "concrete", "energy", "power", "wine_red", "yacht")
+RESULTS = HERE / "results" / "uci" / "laplace"
+PEER_STEPS = 1000
+SAMPLES = 100
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the networks are trained: Adam on half the mean squared error, the step size falling along a cosine."""
+
+    hidden: int = 50
+    epochs: int = 100
+    batch_size: int = 32
+    lr: float = 1e-2
+    weight_decay: float = 1e-4
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One of our fits. Predictions of one fit and tuning differ in damping and method only."""
+
+    structure: str
+    per: str
+    predictions: tuple[tuple[str, str, str], ...]  # name, damping, method
+
+
+LINEARIZED, SAMPLED = "linearized", "sampling"
+FITS = (
+    Fit(
+        "kron",
+        "layer",
+        (
+            ("kron exact", "exact", LINEARIZED),
+            ("kron factored", "factored", LINEARIZED),
+            ("kron optimal", "optimal", LINEARIZED),
+            ("kron exact, sampled weights", "exact", SAMPLED),
+            ("kron factored, sampled weights", "factored", SAMPLED),
+        ),
+    ),
+    Fit("kron", "model", (("kron exact, one precision", "exact", LINEARIZED),)),
+    Fit("kron", "parameter", (("kron exact, by parameter", "exact", LINEARIZED),)),
+    Fit("dense", "layer", (("dense", "exact", LINEARIZED),)),
+    Fit("diagonal", "layer", (("diagonal", "exact", LINEARIZED),)),
+)
+#: How many precisions, weights and biases of two layers or one; and whether the gradient in the noise is repaired.
+PEERS = {
+    "laplace-torch layerwise": (4, False),
+    "laplace-torch scalar": (1, False),
+    "laplace-torch layerwise, repaired": (4, True),
+}
+PAIRS = (
+    ("kron exact", "laplace-torch layerwise"),
+    ("kron exact, one precision", "laplace-torch scalar"),
+    ("kron exact, by parameter", "laplace-torch layerwise, repaired"),
+)
+
+
+def laplace_torch() -> ModuleType | None:
+    """The package ``laplace``, not a script of that name in this folder; ``None`` where it is not installed.
+
+    Its metrics import torchvision, of which nothing is used here; where that does not fit torch, a stand-in will do.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        for name in ("torchvision", "torchvision.models", "torchvision.ops", "torchvision.transforms"):
+            sys.modules[name] = MagicMock()
+    path = sys.path[:]
+    sys.path[:] = [folder for folder in path if Path(folder).resolve() != HERE]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import laplace
+    except ImportError:
+        return None
+    finally:
+        sys.path[:] = path
+    return laplace if hasattr(laplace, "Laplace") else None
+
+
+# -- the networks -----------------------------------------------------------------------------------------------------
+
+
+def train(splits: Splits, recipe: Recipe, seed: int) -> dict[str, Tensor]:
+    """The trained weights of all splits, stacked."""
+    num_data, replicas, features = splits.train_x.shape
+    generator = torch.Generator().manual_seed(seed)
+    model = ReplicatedMLP(replicas, features, recipe.hidden, generator)
+    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    steps = recipe.epochs * math.ceil(num_data / recipe.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    columns = torch.arange(replicas)
+    for _ in range(recipe.epochs):
+        order = torch.rand(num_data, replicas, generator=generator).argsort(0)
+        for rows in order.split(recipe.batch_size):
+            optimizer.zero_grad()
+            errors = model(splits.train_x[rows, columns]) - splits.train_y[rows, columns]
+            (0.5 * errors.square().mean(0).sum()).backward()
+            optimizer.step()
+            schedule.step()
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def network(weights: dict[str, Tensor], split: int) -> nn.Sequential:
+    """The network of one split by itself."""
+    hidden, features = weights["hidden.weight"].shape[1:]
+    model = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+    with torch.no_grad():
+        for layer, name in ((model[0], "hidden"), (model[2], "output")):
+            layer.weight.copy_(weights[f"{name}.weight"][split])
+            layer.bias.copy_(weights[f"{name}.bias"][split])
+    return model
+
+
+# -- one split --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Test:
+    """The test part of a split; inputs standardised, targets centred and in their own units."""
+
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+
+    def figures(self, mean: Tensor, log_density: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Error and log-likelihood in the target's units, of a prediction of standardised targets."""
+        return {
+            "rmse": float((mean * self.scale - self.y).square().mean().sqrt()),
+            "log_likelihood": float(log_density(self.y / self.scale).mean() - self.scale.log()),
+        }
+
+
+def evaluate_split(splits: Splits, weights: dict[str, Tensor], split: int, seed: int) -> dict[str, dict[str, Any]]:
+    """Figures of every method on one split."""
+    model = network(weights, split)
+    x, y = splits.train_x[:, split].contiguous(), splits.train_y[:, split].contiguous()
+    test = Test(splits.test_x[:, split].contiguous(), splits.test_y[:, split].contiguous(), splits.scale[split])
+    with torch.no_grad():
+        mean, noise = model(test.x), (model(x) - y).square().mean().sqrt()
+    found = {"MAP": {**test.figures(mean, torch.distributions.Normal(mean, noise).log_prob), "noise": float(noise)}}
+    loader = DataLoader(TensorDataset(x, y), batch_size=256)
+    found |= ours(model, loader, test, seed)
+    if laplace_torch() is not None:
+        found |= theirs(model, loader, test)
+    if split == 0:
+        found["kron exact"]["memory"] = resident_bytes(lambda: our_fit(model, loader, FITS[0]))
+        for name in PEERS if laplace_torch() is not None else ():
+            found[name]["memory"] = resident_bytes(lambda name=name: their_fit(model, loader, *PEERS[name]))
+    return found
+
+
+def our_fit(model: nn.Module, loader: DataLoader, fit: Fit, damping: str = "exact") -> tuple[bk.Laplace, list[float]]:
+    """A tuned fit, and the seconds of measuring and of tuning."""
+    start = time.perf_counter()
+    laplace = bk.Laplace(model, bk.likelihoods.Gaussian(1.0), structure=fit.structure, damping=damping)
+    laplace.fit(loader, progress=False)
+    middle = time.perf_counter()
+    laplace.optimize_prior_precision(per=fit.per, noise=True)
+    return laplace, [middle - start, time.perf_counter() - middle]
+
+
+def ours(model: nn.Module, loader: DataLoader, test: Test, seed: int) -> dict[str, dict[str, Any]]:
+    """All of our methods."""
+    found = {}
+    for fit in FITS:
+        for name, damping, method in fit.predictions:
+            laplace, seconds = our_fit(model, loader, fit, damping)
+            posterior = laplace.posterior()
+            generator = torch.Generator().manual_seed(seed)
+            start = time.perf_counter()
+            prediction = posterior.predict(test.x, method, num_samples=SAMPLES, generator=generator)
+            found[name] = {
+                **test.figures(prediction.mean, lambda y, prediction=prediction: prediction.log_prob(y)),
+                "noise": float(posterior.likelihood.noise_scale),
+                "precision": precisions(laplace, fit.per),
+                "evidence": float(laplace.log_marginal_likelihood()),
+                "seconds": [*seconds, time.perf_counter() - start],
+            }
+    return found
+
+
+def precisions(laplace: bk.Laplace, per: str) -> list[float]:
+    """The prior's precisions, by layer or parameter: weights before biases, as in ``model.parameters()``."""
+    values = laplace.prior_precision.values()
+    if per == "parameter":
+        return [float(own) for value in values for own in (value[0, 0], value[0, -1])]
+    return [float(value) for value in values][: 1 if per == "model" else None]
+
+
+@contextmanager
+def differentiable_noise(is_wanted: bool) -> Iterator[None]:
+    """Let laplace-torch's Kronecker factors keep the graph of what they are multiplied with, inside."""
+    from laplace.utils import matrix
+
+    original = matrix.pow
+    if is_wanted:
+        matrix.pow = lambda value, exponent: value**exponent
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad=True to a scalar")
+            yield
+    finally:
+        matrix.pow = original
+
+
+def their_fit(model: nn.Module, loader: DataLoader, count: int, is_repaired: bool) -> tuple[Any, list[float]]:
+    """laplace-torch's Kronecker fit, tuned as in its regression example, and the seconds of both."""
+    start = time.perf_counter()
+    laplace = laplace_torch().Laplace(
+        copy.deepcopy(model), "regression", subset_of_weights="all", hessian_structure="kron"
+    )
+    laplace.fit(loader)
+    middle = time.perf_counter()
+    log_prior, log_sigma = torch.ones(count, requires_grad=True), torch.ones(1, requires_grad=True)
+    optimizer = torch.optim.Adam([log_prior, log_sigma], lr=1e-1)
+    with differentiable_noise(is_repaired):
+        for _ in range(PEER_STEPS):
+            optimizer.zero_grad()
+            loss = -laplace.log_marginal_likelihood(log_prior.exp(), log_sigma.exp())
+            loss.backward()
+            optimizer.step()
+    laplace.prior_precision, laplace.sigma_noise = log_prior.detach().exp(), log_sigma.detach().exp()
+    return laplace, [middle - start, time.perf_counter() - middle]
+
+
+def theirs(model: nn.Module, loader: DataLoader, test: Test) -> dict[str, dict[str, Any]]:
+    """laplace-torch, by its linearised prediction."""
+    found = {}
+    for name, kind in PEERS.items():
+        laplace, seconds = their_fit(model, loader, *kind)
+        start = time.perf_counter()
+        mean, variance = laplace(test.x, pred_type="glm")
+        stop = time.perf_counter()
+        scale = (variance.squeeze(-1) + laplace.sigma_noise.square()).sqrt()
+        found[name] = {
+            **test.figures(mean, torch.distributions.Normal(mean, scale).log_prob),
+            "noise": float(laplace.sigma_noise),
+            "precision": laplace.prior_precision.tolist(),
+            "evidence": float(laplace.log_marginal_likelihood()),
+            "seconds": [*seconds, stop - start],
+        }
+    return found
+
+
+def resident_bytes(call: Callable[[], Any]) -> int | None:
+    """How far the process's resident memory rises above where it was; ``None`` where Linux does not say."""
+
+    def read(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        before = read("VmRSS")
+        call()
+        return read("VmHWM") - before
+    except OSError:
+        return None
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One data set.
+
+    Attributes:
+        name: The data set.
+        splits: How many splits, from the first.
+        seed: The seed of initial weights, batches and samples.
+        recipe: How the networks are trained.
+        cache: Where what is done so far is kept.
+    """
+
+    name: str
+    splits: int
+    seed: int
+    recipe: Recipe
+    cache: Path
+
+    def path(self, part: str) -> Path:
+        """The file of a part of the work."""
+        return self.cache / f"{self.name}-{self.seed}-{self.splits}-{part}"
+
+
+_IS_WARM: list[bool] = []
+
+
+def work(job: Job, split: int | None) -> None:
+    """Train the networks of a data set, or evaluate one of its splits, where that was not done."""
+    torch.set_num_threads(1)  # the matrices are small: a second thread only waits
+    path, weights = job.path("weights.pt" if split is None else f"{split}.json"), job.path("weights.pt")
+    if path.exists():
+        return
+    job.cache.mkdir(parents=True, exist_ok=True)
+    splits = load_splits(job.name, job.splits)
+    part = path.with_suffix(".part")
+    if split is None:
+        start = time.perf_counter()
+        trained = train(splits, job.recipe, job.seed)
+        torch.save({"weights": trained, "seconds": time.perf_counter() - start}, part)
+    else:
+        trained = torch.load(weights, weights_only=True)["weights"]
+        if not _IS_WARM:  # the first call of everything is slower
+            evaluate_split(splits, trained, split, job.seed)
+            _IS_WARM.append(True)
+        part.write_text(json.dumps(evaluate_split(splits, trained, split, job.seed)))
+    part.rename(path)
+
+
+def result(job: Job) -> dict[str, Any]:
+    """What is kept of a data set."""
+    parts = [json.loads(job.path(f"{split}.json").read_text()) for split in range(job.splits)]
+    methods = {
+        name: {key: [part[name].get(key) for part in parts] for key in parts[0][name] if key != "memory"}
+        for name in parts[0]
+    }
+    for name, method in methods.items():
+        if "memory" in parts[0][name]:
+            method["memory"] = parts[0][name]["memory"]
+    versions = {"bayes_kfac": bk.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    for package in ("laplace-torch", "curvlinops-for-pytorch"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "absent"
+    return {
+        "data": job.name,
+        "splits": job.splits,
+        "seed": job.seed,
+        "recipe": asdict(job.recipe),
+        "training_seconds": torch.load(job.path("weights.pt"), weights_only=True)["seconds"],
+        "samples": SAMPLES,
+        "peer_steps": PEER_STEPS,
+        "methods": methods,
+        "commit": commit(),
+        "versions": versions,
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": 1},
+    }
+
+
+def run(jobs: list[Job], processes: int) -> Iterator[Job]:
+    """Do what is to be done, at most two things at a time; yields each data set when it is complete."""
+    left = {job.name: job.splits for job in jobs}
+    with tqdm(total=sum(1 + job.splits for job in jobs), unit="split") as bar:
+
+        def done(job: Job, split: int | None) -> bool:
+            bar.set_postfix_str(f"{job.name} {'trained' if split is None else split}")
+            bar.update()
+            left[job.name] -= split is not None
+            return split is not None and not left[job.name]
+
+        if processes == 1:
+            for job in jobs:
+                for split in (None, *range(job.splits)):
+                    work(job, split)
+                    if done(job, split):
+                        yield job
+            return
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as executor:
+            training = {executor.submit(work, job, None): job for job in jobs}
+            for future in as_completed(training):
+                future.result()
+                done(training[future], None)
+            tasks = {executor.submit(work, job, split): (job, split) for job in jobs for split in range(job.splits)}
+            for future in as_completed(tasks):
+                future.result()
+                if done(*tasks[future]):
+                    yield tasks[future][0]
+
+
+# -- what is shown ----------------------------------------------------------------------------------------------------
+
+COLUMNS = {
+    "MAP": "MAP",
+    "kron exact": "kron exact",
+    "kron factored": "factored",
+    "kron optimal": "optimal",
+    "dense": "dense",
+    "diagonal": "diagonal",
+    "laplace-torch layerwise": "laplace-torch, layerwise",
+    "laplace-torch scalar": "laplace-torch, scalar",
+    "laplace-torch layerwise, repaired": "laplace-torch, layerwise, repaired",
+}
+SAMPLED_COLUMNS = {
+    "kron exact": "kron exact, linearised",
+    "kron exact, sampled weights": "kron exact, sampled",
+    "kron factored, sampled weights": "factored, sampled",
+}
+
+
+def table(results: list[dict[str, Any]], heads: list[str], row: Callable[[dict[str, Any]], list[str]]) -> list[str]:
+    """Lines of a table with a row for each data set."""
+    lines = ["| " + " | ".join(["data", *heads]) + " |", "|---" * (1 + len(heads)) + "|"]
+    return [*lines, *("| " + " | ".join([own["data"], *row(own)]) + " |" for own in results), ""]
+
+
+def figures(result: dict[str, Any], name: str, key: str) -> str:
+    """Mean ± standard error over splits."""
+    return summary(result["methods"][name][key]) if name in result["methods"] else "–"
+
+
+def paired(result: dict[str, Any], pair: tuple[str, str], key: str) -> str:
+    """The mean difference of two methods and its standard error over splits."""
+    if any(name not in result["methods"] for name in pair):
+        return "–"
+    left, right = (np.asarray(result["methods"][name][key]) for name in pair)
+    difference = left - right
+    return f"{difference.mean():+.4f}±{difference.std() / math.sqrt(len(difference)):.4f}"
+
+
+def medians(result: dict[str, Any], name: str, key: str) -> list[float]:
+    """Medians over splits, of each number of a list."""
+    if name not in result["methods"]:
+        return []
+    values = np.asarray(result["methods"][name][key], dtype=float)
+    return np.median(values.reshape(result["splits"], -1), axis=0).tolist()
+
+
+def chosen(result: dict[str, Any], name: str) -> str:
+    """What the evidence chose: noise (of standardised targets) and precisions."""
+    own = result["methods"].get(name)
+    if own is None:
+        return "–"
+    parts = [f"{medians(result, name, 'noise')[0]:.3f}"]
+    if "precision" in own:
+        parts.append(" ".join(f"{value:.3g}" for value in medians(result, name, "precision")))
+    return "; ".join(parts)
+
+
+def cost(result: dict[str, Any], name: str) -> str:
+    """Milliseconds of fitting, tuning and predicting, and the memory of the first two."""
+    milliseconds = [f"{1e3 * value:.0f}" for value in medians(result, name, "seconds")]
+    if not milliseconds:
+        return "–"
+    memory = result["methods"][name].get("memory")
+    return " + ".join(milliseconds) + ("" if memory is None else f"; {memory / 2**20:.1f} MB")
+
+
+def tables(results: list[dict[str, Any]]) -> list[str]:
+    """All tables."""
+    pairs = [f"{left} − {right}" for left, right in PAIRS]
+    rmse = ["MAP", "kron exact, sampled weights", "kron factored, sampled weights"]
+    priors = ["kron exact", "kron exact, by parameter", "laplace-torch layerwise", "laplace-torch layerwise, repaired"]
+    scalars = ["MAP", "kron exact, one precision", "laplace-torch scalar"]
+    costs = ["kron exact", "laplace-torch layerwise", "laplace-torch scalar"]
+    return [
+        "### Log-likelihood\n",
+        *table(results, list(COLUMNS.values()), lambda own: [figures(own, name, "log_likelihood") for name in COLUMNS]),
+        "Ours minus laplace-torch's, paired by split:\n",
+        *table(results, pairs, lambda own: [paired(own, pair, "log_likelihood") for pair in PAIRS]),
+        "### Linearised against sampled\n",
+        *table(
+            results,
+            [f"log-likelihood, {head}" for head in SAMPLED_COLUMNS.values()],
+            lambda own: [figures(own, name, "log_likelihood") for name in SAMPLED_COLUMNS],
+        ),
+        *table(
+            results,
+            ["RMSE, MAP and all linearised", "RMSE, kron exact, sampled", "RMSE, factored, sampled"],
+            lambda own: [figures(own, name, "rmse") for name in rmse],
+        ),
+        "### What the evidence chose\n",
+        *table(results, priors, lambda own: [chosen(own, name) for name in priors]),
+        *table(results, scalars, lambda own: [chosen(own, name) for name in scalars]),
+        "### Cost of fit, tuning and prediction\n",
+        *table(results, costs, lambda own: [cost(own, name) for name in costs]),
+    ]
+
+
+def main() -> None:
+    """Run what is asked for and not yet there; print tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", default=list(DATA_SETS), metavar="NAME", help=f"default: {DATA_SETS}")
+    parser.add_argument("--splits", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--processes", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--epochs", type=int, help="fewer epochs, for a quick look; the result is not kept")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--report", action="store_true", help="write docs/uci.md from the results and end")
+    arguments = parser.parse_args()
+    if arguments.report:
+        import report
+
+        report.write()
+        return
+    torch.set_num_threads(1)
+    if laplace_torch() is None:
+        print("laplace-torch is not installed, so its columns are left out: pip install laplace-torch==0.3 brings it.")
+    recipe = Recipe(epochs=arguments.epochs or Recipe.epochs)
+    with tempfile.TemporaryDirectory() as quick:
+        cache = Path(quick) if arguments.epochs else HERE.parent / ".cache" / "laplace_uci"
+        paths = {name: arguments.results / f"{name}.json" for name in arguments.data}
+        jobs = [Job(name, arguments.splits, arguments.seed, recipe, cache) for name in arguments.data]
+        results = {
+            name: json.loads(path.read_text()) for name, path in paths.items() if path.exists() and not arguments.epochs
+        }
+        for job in run([job for job in jobs if job.name not in results], arguments.processes):
+            results[job.name] = result(job)
+            if not arguments.epochs:
+                arguments.results.mkdir(parents=True, exist_ok=True)
+                paths[job.name].write_text(json.dumps(results[job.name], indent=1) + "\n")
+        print("\n".join(tables([results[name] for name in arguments.data])))
+
+
+if __name__ == "__main__":
+    main()
