@@ -68,11 +68,19 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Fit:
-    """One of our fits. Predictions of one fit and tuning differ in damping and method only."""
+    """One of our fits. Predictions of one fit and tuning differ in damping and method only.
+
+    Attributes:
+        structure: The structure of the blocks.
+        per: What has a precision of its own.
+        predictions: Name, damping and method of each.
+        tunes_noise: Whether the evidence chooses the noise; else it is that of the training residuals.
+    """
 
     structure: str
     per: str
-    predictions: tuple[tuple[str, str, str], ...]  # name, damping, method
+    predictions: tuple[tuple[str, str, str], ...]
+    tunes_noise: bool = True
 
 
 LINEARIZED, SAMPLED = "linearized", "sampling"
@@ -90,6 +98,7 @@ FITS = (
     ),
     Fit("kron", "model", (("kron exact, one precision", "exact", LINEARIZED),)),
     Fit("kron", "parameter", (("kron exact, by parameter", "exact", LINEARIZED),)),
+    Fit("kron", "layer", (("kron exact, noise of residuals", "exact", LINEARIZED),), tunes_noise=False),
     Fit("dense", "layer", (("dense", "exact", LINEARIZED),)),
     Fit("diagonal", "layer", (("diagonal", "exact", LINEARIZED),)),
 )
@@ -101,6 +110,7 @@ PEERS = {
 }
 PAIRS = (
     ("kron exact", "laplace-torch layerwise"),
+    ("kron exact, noise of residuals", "laplace-torch layerwise"),
     ("kron exact, one precision", "laplace-torch scalar"),
     ("kron exact, by parameter", "laplace-torch layerwise, repaired"),
 )
@@ -182,53 +192,63 @@ class Test:
         }
 
 
-def evaluate_split(splits: Splits, weights: dict[str, Tensor], split: int, seed: int) -> dict[str, dict[str, Any]]:
-    """Figures of every method on one split."""
+def evaluate_split(
+    splits: Splits, weights: dict[str, Tensor], split: int, seed: int, known: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Figures of every method on one split, those that are known already included."""
     model = network(weights, split)
     x, y = splits.train_x[:, split].contiguous(), splits.train_y[:, split].contiguous()
     test = Test(splits.test_x[:, split].contiguous(), splits.test_y[:, split].contiguous(), splits.scale[split])
     with torch.no_grad():
         mean, noise = model(test.x), (model(x) - y).square().mean().sqrt()
     found = {"MAP": {**test.figures(mean, torch.distributions.Normal(mean, noise).log_prob), "noise": float(noise)}}
+    found |= known
     loader = DataLoader(TensorDataset(x, y), batch_size=256)
-    found |= ours(model, loader, test, seed)
-    if laplace_torch() is not None:
-        found |= theirs(model, loader, test)
-    if split == 0:
+    for fit in FITS:
+        scale = 1.0 if fit.tunes_noise else float(noise)
+        for name, damping, method in fit.predictions:
+            if name not in found:
+                found[name] = ours(model, loader, test, seed, fit, scale, damping, method)
+    peers = {name: kind for name, kind in PEERS.items() if name not in found and laplace_torch() is not None}
+    for name, kind in peers.items():
+        found[name] = theirs(model, loader, test, kind)
+    if split == 0 and not known:
         found["kron exact"]["memory"] = resident_bytes(lambda: our_fit(model, loader, FITS[0]))
-        for name in PEERS if laplace_torch() is not None else ():
-            found[name]["memory"] = resident_bytes(lambda name=name: their_fit(model, loader, *PEERS[name]))
+        for name, kind in peers.items():
+            found[name]["memory"] = resident_bytes(lambda kind=kind: their_fit(model, loader, *kind))
     return found
 
 
-def our_fit(model: nn.Module, loader: DataLoader, fit: Fit, damping: str = "exact") -> tuple[bk.Laplace, list[float]]:
+def our_fit(
+    model: nn.Module, loader: DataLoader, fit: Fit, noise: float = 1.0, damping: str = "exact"
+) -> tuple[bk.Laplace, list[float]]:
     """A tuned fit, and the seconds of measuring and of tuning."""
     start = time.perf_counter()
-    laplace = bk.Laplace(model, bk.likelihoods.Gaussian(1.0), structure=fit.structure, damping=damping)
+    laplace = bk.Laplace(model, bk.likelihoods.Gaussian(noise), structure=fit.structure, damping=damping)
     laplace.fit(loader, progress=False)
     middle = time.perf_counter()
-    laplace.optimize_prior_precision(per=fit.per, noise=True)
+    laplace.optimize_prior_precision(per=fit.per, noise=fit.tunes_noise)
     return laplace, [middle - start, time.perf_counter() - middle]
 
 
-def ours(model: nn.Module, loader: DataLoader, test: Test, seed: int) -> dict[str, dict[str, Any]]:
-    """All of our methods."""
-    found = {}
-    for fit in FITS:
-        for name, damping, method in fit.predictions:
-            laplace, seconds = our_fit(model, loader, fit, damping)
-            posterior = laplace.posterior()
-            generator = torch.Generator().manual_seed(seed)
-            start = time.perf_counter()
-            prediction = posterior.predict(test.x, method, num_samples=SAMPLES, generator=generator)
-            found[name] = {
-                **test.figures(prediction.mean, lambda y, prediction=prediction: prediction.log_prob(y)),
-                "noise": float(posterior.likelihood.noise_scale),
-                "precision": precisions(laplace, fit.per),
-                "evidence": float(laplace.log_marginal_likelihood()),
-                "seconds": [*seconds, time.perf_counter() - start],
-            }
-    return found
+def ours(
+    model: nn.Module, loader: DataLoader, test: Test, seed: int, fit: Fit, noise: float, damping: str, method: str
+) -> dict[str, Any]:
+    """One of our methods."""
+    laplace, seconds = our_fit(model, loader, fit, noise, damping)
+    posterior = laplace.posterior()
+    generator = torch.Generator().manual_seed(seed)
+    start = time.perf_counter()
+    prediction = posterior.predict(test.x, method, num_samples=SAMPLES, generator=generator)
+    mean = prediction.mean
+    stop = time.perf_counter()
+    return {
+        **test.figures(mean, prediction.log_prob),
+        "noise": float(posterior.likelihood.noise_scale),
+        "precision": precisions(laplace, fit.per),
+        "evidence": float(laplace.log_marginal_likelihood()),
+        "seconds": [*seconds, stop - start],
+    }
 
 
 def precisions(laplace: bk.Laplace, per: str) -> list[float]:
@@ -275,23 +295,20 @@ def their_fit(model: nn.Module, loader: DataLoader, count: int, is_repaired: boo
     return laplace, [middle - start, time.perf_counter() - middle]
 
 
-def theirs(model: nn.Module, loader: DataLoader, test: Test) -> dict[str, dict[str, Any]]:
+def theirs(model: nn.Module, loader: DataLoader, test: Test, kind: tuple[int, bool]) -> dict[str, Any]:
     """laplace-torch, by its linearised prediction."""
-    found = {}
-    for name, kind in PEERS.items():
-        laplace, seconds = their_fit(model, loader, *kind)
-        start = time.perf_counter()
-        mean, variance = laplace(test.x, pred_type="glm")
-        stop = time.perf_counter()
-        scale = (variance.squeeze(-1) + laplace.sigma_noise.square()).sqrt()
-        found[name] = {
-            **test.figures(mean, torch.distributions.Normal(mean, scale).log_prob),
-            "noise": float(laplace.sigma_noise),
-            "precision": laplace.prior_precision.tolist(),
-            "evidence": float(laplace.log_marginal_likelihood()),
-            "seconds": [*seconds, stop - start],
-        }
-    return found
+    laplace, seconds = their_fit(model, loader, *kind)
+    start = time.perf_counter()
+    mean, variance = laplace(test.x, pred_type="glm")
+    stop = time.perf_counter()
+    scale = (variance.squeeze(-1) + laplace.sigma_noise.square()).sqrt()
+    return {
+        **test.figures(mean, torch.distributions.Normal(mean, scale).log_prob),
+        "noise": float(laplace.sigma_noise),
+        "precision": laplace.prior_precision.tolist(),
+        "evidence": float(laplace.log_marginal_likelihood()),
+        "seconds": [*seconds, stop - start],
+    }
 
 
 def resident_bytes(call: Callable[[], Any]) -> int | None:
@@ -341,11 +358,18 @@ class Job:
 _IS_WARM: list[bool] = []
 
 
+def methods() -> set[str]:
+    """The names of all methods that can be run here."""
+    own = {name for fit in FITS for name, _, _ in fit.predictions}
+    return {"MAP", *own, *(PEERS if laplace_torch() is not None else ())}
+
+
 def work(job: Job, split: int | None) -> None:
-    """Train the networks of a data set, or evaluate one of its splits, where that was not done."""
+    """Train the networks of a data set, or evaluate one of its splits, as far as that was not done."""
     torch.set_num_threads(1)  # the matrices are small: a second thread only waits
-    path, weights = job.path("weights.pt" if split is None else f"{split}.json"), job.path("weights.pt")
-    if path.exists():
+    path = job.path("weights.pt" if split is None else f"{split}.json")
+    known = {} if split is None or not path.exists() else json.loads(path.read_text())
+    if path.exists() and (split is None or methods() <= set(known)):
         return
     job.cache.mkdir(parents=True, exist_ok=True)
     splits = load_splits(job.name, job.splits)
@@ -355,22 +379,24 @@ def work(job: Job, split: int | None) -> None:
         trained = train(splits, job.recipe, job.seed)
         torch.save({"weights": trained, "seconds": time.perf_counter() - start}, part)
     else:
-        trained = torch.load(weights, weights_only=True)["weights"]
+        trained = torch.load(job.path("weights.pt"), weights_only=True)["weights"]
         if not _IS_WARM:  # the first call of everything is slower
-            evaluate_split(splits, trained, split, job.seed)
+            evaluate_split(splits, trained, split, job.seed, known)
             _IS_WARM.append(True)
-        part.write_text(json.dumps(evaluate_split(splits, trained, split, job.seed)))
+        part.write_text(json.dumps(evaluate_split(splits, trained, split, job.seed, known)))
     part.rename(path)
 
 
 def result(job: Job) -> dict[str, Any]:
     """What is kept of a data set."""
     parts = [json.loads(job.path(f"{split}.json").read_text()) for split in range(job.splits)]
-    methods = {
+    names = ["MAP", *(name for fit in FITS for name, _, _ in fit.predictions), *PEERS]
+    found = {
         name: {key: [part[name].get(key) for part in parts] for key in parts[0][name] if key != "memory"}
-        for name in parts[0]
+        for name in names
+        if all(name in part for part in parts)
     }
-    for name, method in methods.items():
+    for name, method in found.items():
         if "memory" in parts[0][name]:
             method["memory"] = parts[0][name]["memory"]
     versions = {"bayes_kfac": bk.__version__, "torch": torch.__version__, "python": platform.python_version()}
@@ -387,7 +413,7 @@ def result(job: Job) -> dict[str, Any]:
         "training_seconds": torch.load(job.path("weights.pt"), weights_only=True)["seconds"],
         "samples": SAMPLES,
         "peer_steps": PEER_STEPS,
-        "methods": methods,
+        "methods": found,
         "commit": commit(),
         "versions": versions,
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": 1},
@@ -433,6 +459,7 @@ COLUMNS = {
     "kron optimal": "optimal",
     "dense": "dense",
     "diagonal": "diagonal",
+    "kron exact, noise of residuals": "kron exact, noise of residuals",
     "laplace-torch layerwise": "laplace-torch, layerwise",
     "laplace-torch scalar": "laplace-torch, scalar",
     "laplace-torch layerwise, repaired": "laplace-torch, layerwise, repaired",
