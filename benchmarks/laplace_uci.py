@@ -550,6 +550,13 @@ def tables(results: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def section() -> str:
+    """The section of ``docs/uci.md``, where there are results."""
+    paths = [RESULTS / f"{name}.json" for name in DATA_SETS]
+    results = [json.loads(path.read_text()) for path in paths if path.exists()]
+    return "\n" + HEAD + "\n".join(tables(results)) + TAIL if results else ""
+
+
 def main() -> None:
     """Run what is asked for and not yet there; print tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

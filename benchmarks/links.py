@@ -1,9 +1,14 @@
 """Class probabilities from Laplace posteriors by every link and by sampled weights: quality, cost and error.
 
 ``python benchmarks/links.py`` trains 64-100-10 networks on 400 of scikit-learn's digits for several random splits, fits
-Laplace approximations (Kronecker, exact damping), chooses the prior's precision by the evidence, and once more by the
-log-likelihood of 100 other images, predicts the remaining 1297 in every way, writes ``benchmarks/results/links.json``
-and prints the tables of ``docs/predicting.md``. A result that exists is shown; delete it to take it anew.
+Laplace approximations (Kronecker, exact damping), predicts 1297 other images in every way, writes
+``benchmarks/results/links.json`` and prints the tables of ``docs/predicting.md``. A result that exists is shown; delete
+it to take it anew. There are four posteriors of each network:
+
+- evidence: the precision of each layer's prior where the evidence is greatest.
+- last layer: the same with a posterior over the last layer only.
+- temperature: that of *evidence* at the temperature with the best log-likelihood of 100 further images.
+- validation: one precision for all layers with the best log-likelihood of these.
 
 The error of a link is its total variation distance from ``E[softmax(f)]`` by 20 000 draws of the logits, a mean over
 200 test images.
@@ -35,7 +40,7 @@ from bayes_kfac.prediction import LINKS
 RESULTS = HERE / "results" / "links.json"
 TRAINING, EPOCHS, DRAWS, REFERENCE_DRAWS, REFERENCE_IMAGES = 400, 60, 64, 20_000, 200
 VALIDATION, WEIGHT_DECAY = 100, 1 / 400  # the mode of a prior of precision 1
-PRIORS = ("evidence", "validation")
+POSTERIORS = ("evidence", "last layer", "temperature", "validation")
 WAYS = ("MAP", *(f"linearised, {link}" for link in LINKS), "linearised, mc, variances only", "sampled weights")
 
 
@@ -68,19 +73,23 @@ def trained(x: Tensor, y: Tensor, split: int, epochs: int) -> tuple[nn.Module, D
 
 
 def one_split(split: int, epochs: int, reference_draws: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """Figures of every way to predict, for each way to choose the prior."""
+    """Figures of every way to predict, from each posterior."""
     training, validation, test = digits(split)
     model, loader = trained(*training, split, epochs)
-    laplace = bk.Laplace(model, bk.likelihoods.Categorical()).fit(loader, progress=False)
     found = {}
-    for prior in PRIORS:
-        if prior == "evidence":
+    for name in POSTERIORS:
+        subset = "last_layer" if name == "last layer" else "all"
+        laplace = bk.Laplace(model, bk.likelihoods.Categorical(), subset=subset).fit(loader, progress=False)
+        if name != "validation":
             laplace.optimize_prior_precision()
-        else:
-            options = {"link": "probit", "progress": False}
+        options = {"generator": torch.Generator().manual_seed(split), "progress": False}
+        if name == "validation":
             laplace.optimize_prior_precision("validation", loader=[validation], **options)
-        found[prior] = of_posterior(laplace.posterior(), *test, split, reference_draws)
-        found[prior]["MAP"]["precision"] = [float(value) for value in laplace.prior_precision.values()]
+        if name == "temperature":
+            laplace.optimize_temperature([validation], **options)
+        found[name] = of_posterior(laplace.posterior(), *test, split, reference_draws)
+        found[name]["MAP"]["precision"] = [float(value) for value in laplace.prior_precision.values()]
+        found[name]["MAP"]["temperature"] = laplace.temperature
     return found
 
 
@@ -122,28 +131,30 @@ def of_posterior(posterior: bk.Posterior, x: Tensor, y: Tensor, seed: int, draws
     return found
 
 
-def table(result: dict[str, Any], prior: str) -> str:
-    """Mean ± standard error over splits, a row for each way."""
-    names = ["NLL", "accuracy", "ECE", "error", "milliseconds"]
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
-    rows = [own[prior] for own in result["splits"]]
-    for way in WAYS:
-        cells = []
-        for name in names:
-            values = np.asarray([own[way][name] for own in rows])
-            error = f"±{values.std() / math.sqrt(len(values)):.3f}"
-            cells.append(f"{np.median(values):.0f}" if name == "milliseconds" else f"{values.mean():.3f}{error}")
-        lines.append(f"| {way} | " + " | ".join(cells) + " |")
-    deviation = np.mean([own["MAP"]["logit standard deviation"] for own in rows])
-    precision = " ".join(f"{value:.3g}" for value in np.median([own["MAP"]["precision"] for own in rows], axis=0))
-    tail = f"Median standard deviation of a logit: {deviation:.2f}; median precisions of the layers: {precision}"
-    return "\n".join([f"Prior by {prior}\n", *lines, "", tail, ""])
+def cell(result: dict[str, Any], posterior: str, way: str, figure: str) -> str:
+    """Mean ± standard error over splits; of milliseconds the median."""
+    values = np.asarray([own[posterior][way][figure] for own in result["splits"]])
+    if figure == "milliseconds":
+        return f"{np.median(values):.0f}"
+    return f"{values.mean():.3f}±{values.std() / math.sqrt(len(values)):.3f}"
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print a table for each prior."""
-    for prior in PRIORS:
-        print(table(result, prior))
+    """Print the first posterior's figures, and the others' beside it."""
+    columns = ("NLL", "accuracy", "ECE", "error", "milliseconds")
+    print("| evidence | " + " | ".join(columns) + " |\n" + "|---" * 6 + "|")
+    for way in WAYS:
+        print(f"| {way} | " + " | ".join(cell(result, "evidence", way, figure) for figure in columns) + " |")
+    for figure in ("NLL", "error"):
+        print(f"\n| {figure} | " + " | ".join(POSTERIORS) + " |\n" + "|---" * (1 + len(POSTERIORS)) + "|")
+        for way in WAYS:
+            print(f"| {way} | " + " | ".join(cell(result, name, way, figure) for name in POSTERIORS) + " |")
+    print("\nMedians: the logits' standard deviation; the precisions; the temperature")
+    for name in POSTERIORS:
+        rows = [own[name]["MAP"] for own in result["splits"]]
+        deviation = np.median([row["logit standard deviation"] for row in rows])
+        precision = " ".join(f"{value:.3g}" for value in np.median([row["precision"] for row in rows], axis=0))
+        print(f"{name}: {deviation:.2f}; {precision}; {np.median([row['temperature'] for row in rows]):.2g}")
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from laplace_uci import section
 from uci import DATA_SETS, HERE, summary
 
 PAGE = HERE.parent / "docs" / "uci.md"
@@ -109,5 +110,15 @@ def profile() -> str:
     return "\n".join(lines) + "\n" + PROFILE
 
 
+def page() -> str:
+    """The whole page."""
+    return HEAD + table(0) + table(1) + cost() + TAIL + notes() + profile() + section()
+
+
+def write() -> None:
+    """Write the page."""
+    PAGE.write_text(page())
+
+
 if __name__ == "__main__":
-    PAGE.write_text(HEAD + table(0) + table(1) + cost() + TAIL + notes() + profile())
+    write()

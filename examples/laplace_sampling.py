@@ -18,6 +18,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
@@ -139,6 +140,9 @@ def main() -> None:
         print(f"| {name} | {'linearised' if method == 'linearized' else 'sampled weights'} | {cells} |")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.output, dpi=90)
+    with Image.open(arguments.output) as picture:  # few colours: a third of the size
+        small = picture.convert("RGB").quantize(64)
+    small.save(arguments.output, optimize=True)
     print(f"Picture: {arguments.output}")
 
 
