@@ -424,7 +424,10 @@ def work(job: Job, split: int | None) -> None:
         if not _IS_WARM:  # the first call of everything is slower
             evaluate_split(splits, trained, split, job.seed, known)
             _IS_WARM.append(True)
-        part.write_text(json.dumps(evaluate_split(splits, trained, split, job.seed, known)))
+        found = evaluate_split(splits, trained, split, job.seed, known)
+        for name in found.keys() - known.keys():  # what is kept says what made it, not what put it together
+            found[name]["commit"] = commit()
+        part.write_text(json.dumps(found))
     part.rename(path)
 
 
@@ -433,11 +436,12 @@ def result(job: Job) -> dict[str, Any]:
     parts = [json.loads(job.path(f"{split}.json").read_text()) for split in range(job.splits)]
     names = ["MAP", *(name for fit in FITS for name, _, _ in fit.predictions), FULL, *PEERS]
     found = {
-        name: {key: [part[name].get(key) for part in parts] for key in parts[0][name] if key != "memory"}
+        name: {key: [part[name][key] for part in parts] for key in parts[0][name] if key not in {"memory", "commit"}}
         for name in names
         if all(name in part for part in parts)
     }
     for name, method in found.items():
+        method["commits"] = sorted({str(part[name]["commit"]) for part in parts})
         if "memory" in parts[0][name]:
             method["memory"] = parts[0][name]["memory"]
     versions = {"bayes_kfac": bk.__version__, "torch": torch.__version__, "python": platform.python_version()}
@@ -456,7 +460,6 @@ def result(job: Job) -> dict[str, Any]:
         "samples": SAMPLES,
         "peer_steps": PEER_STEPS,
         "methods": found,
-        "commit": commit(),
         "versions": versions,
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": 1},
     }
