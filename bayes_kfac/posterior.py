@@ -22,8 +22,10 @@ from bayes_kfac.curvature import Layer, Summary, find_layers, summarize
 from bayes_kfac.errors import ArgumentError, UsageError, check_choice, check_count
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.prediction import (
+    LINKS,
     MEMORY_BUDGET,
     Draws,
+    GaussianOutput,
     LinearizedModel,
     Prediction,
     Source,
@@ -151,21 +153,21 @@ class Posterior:
         """
         method = check_choice("method", method or ("linearized" if draws is None else "sampling"), METHODS)
         check_choice("output_covariance", output_covariance, OUTPUT_COVARIANCES)
+        if link is not None:
+            check_choice("link", link, LINKS)
         check_count("num_samples", num_samples)
         check_count("memory_budget", memory_budget)
         if link is not None and (method == "sampling" or draws is not None):
+            given = f"method={method!r}" if draws is None else "draws are given"
             raise ArgumentError(
-                f"link={link!r} is for the closed form of method='linearized', but method={method!r} and draws are "
-                f"{'given' if draws is not None else 'made'}. Leave one of them out."
+                f"link={link!r} is for method='linearized' without draws, but {given}. Leave one of them out."
             )
         if method == "sampling" and draws is None:
             draws = self.sample(num_samples, generator=generator)
 
         def predict(part: Any) -> Prediction:
             if draws is None:
-                output = self._linearized.output(
-                    part, diagonal=output_covariance == "diagonal", memory_budget=memory_budget
-                )
+                output = self.output(part, output_covariance=output_covariance, memory_budget=memory_budget)
                 source = Source(method, None, self.provenance)
                 return from_gaussian(
                     self.likelihood, output, source, link=link, num_samples=num_samples, generator=generator
@@ -179,6 +181,23 @@ class Posterior:
         if isinstance(inputs, DataLoader):
             return concatenate([predict(part) for part in self._parts(inputs, progress)])
         return predict(inputs)
+
+    def output(
+        self, inputs: Any, *, output_covariance: str = "full", memory_budget: int = MEMORY_BUDGET
+    ) -> GaussianOutput:
+        """The Gaussian of the linearised model's output: of logits, where classes are predicted.
+
+        Args:
+            inputs: The model's input, as in :meth:`predict`.
+            output_covariance: As in :meth:`predict`.
+            memory_budget: As in :meth:`predict`.
+
+        Returns:
+            Its mean, and its covariance or variances; noise of the targets is not in it.
+        """
+        check_choice("output_covariance", output_covariance, OUTPUT_COVARIANCES)
+        check_count("memory_budget", memory_budget)
+        return self._linearized.output(inputs, diagonal=output_covariance == "diagonal", memory_budget=memory_budget)
 
     def function_covariance(self, inputs: Any, others: Any = None, *, memory_budget: int = MEMORY_BUDGET) -> Tensor:
         """The covariance of the linearised model's outputs between all pairs of examples.

@@ -24,7 +24,6 @@ import json
 import math
 import os
 import platform
-import sys
 import tempfile
 import time
 import warnings
@@ -37,8 +36,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import MagicMock
 
+import libraries
 import numpy as np
 import torch
 from replicas import ReplicatedMLP
@@ -119,26 +118,11 @@ PAIRS = (
 
 
 def laplace_torch() -> ModuleType | None:
-    """The package ``laplace``, not a script of that name in this folder; ``None`` where it is not installed.
-
-    Its metrics import torchvision, of which nothing is used here; where that does not fit torch, a stand-in will do.
-    """
+    """The package ``laplace``; ``None`` where it is not installed."""
     try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):
-        for name in ("torchvision", "torchvision.models", "torchvision.ops", "torchvision.transforms"):
-            sys.modules[name] = MagicMock()
-    path = sys.path[:]
-    sys.path[:] = [folder for folder in path if Path(folder).resolve() != HERE]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import laplace
+        return libraries.laplace_torch()
     except ImportError:
         return None
-    finally:
-        sys.path[:] = path
-    return laplace if hasattr(laplace, "Laplace") else None
 
 
 # -- the networks -----------------------------------------------------------------------------------------------------

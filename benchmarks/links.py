@@ -108,7 +108,7 @@ def of_posterior(posterior: bk.Posterior, x: Tensor, y: Tensor, seed: int, draws
         return lambda: posterior.predict(x, link=way.removeprefix("linearised, "), **options).probs
 
     with torch.no_grad():
-        output = posterior._linearized.output(x[:REFERENCE_IMAGES])
+        output = posterior.output(x[:REFERENCE_IMAGES])
         exact = torch.zeros_like(output.mean)
         for _ in range(draws // 500):
             exact += output.sample(500, generator).softmax(-1).mean(0) / (draws // 500)

@@ -13,12 +13,23 @@ from bayes_kfac import Posterior, structures
 from bayes_kfac.batches import call
 from bayes_kfac.curvature import Layer, Rows, find_layers
 from bayes_kfac.likelihoods import Likelihood
+from bayes_kfac.prediction import Draws
 from bayes_kfac.prediction.forward import evaluating
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import DAMPING_KINDS, BlockSpec
 from tests.helpers import in_block, parameter_jacobians, randn
 
-__all__ = ["DAMPING_KINDS", "STRUCTURES", "dense_covariances", "dense_output_covariance", "random_posterior"]
+__all__ = [
+    "DAMPING_KINDS",
+    "STRUCTURES",
+    "dense_covariances",
+    "dense_derivatives",
+    "dense_function_covariance",
+    "dense_function_samples",
+    "dense_mean",
+    "dense_output_covariance",
+    "random_posterior",
+]
 
 #: Every structure with every damping that makes a difference to it.
 STRUCTURES = sorted(
@@ -70,17 +81,52 @@ def dense_covariances(posterior: Posterior) -> dict[str, Tensor]:
     return {name: torch.linalg.inv(gaussian.to_dense()) for name, gaussian in posterior.blocks.items()}
 
 
-def dense_output_covariance(posterior: Posterior, inputs: Any) -> tuple[Tensor, Tensor]:
-    """The linearised model's mean ``[batch, ...]`` and ``J P⁻¹ Jᵀ``, ``[batch, outputs, outputs]``, by torch.func."""
+def dense_mean(posterior: Posterior, inputs: Any) -> Tensor:
+    """The model's output at the posterior's mean, ``[batch, ...]``."""
 
     def function(*args: Any, **kwargs: Any) -> Any:
         return functional_call(posterior.model, posterior.mean, args, kwargs)
 
     with evaluating(posterior.model):
-        mean = call(function, inputs)
-        derivatives = parameter_jacobians(posterior.model, inputs, posterior.mean)
-    total = mean.new_zeros(len(mean), mean[0].numel(), mean[0].numel())
+        return call(function, inputs).detach()
+
+
+def dense_derivatives(posterior: Posterior, inputs: Any) -> dict[str, Tensor]:
+    """By torch.func, of each example's output by each parameter at the mean, ``[batch, outputs, *parameter]``."""
+    with evaluating(posterior.model):
+        return parameter_jacobians(posterior.model, inputs, posterior.mean)
+
+
+def dense_output_covariance(posterior: Posterior, inputs: Any) -> tuple[Tensor, Tensor]:
+    """The linearised model's mean ``[batch, ...]`` and ``J P⁻¹ Jᵀ``, ``[batch, outputs, outputs]``, by torch.func."""
+    joint = dense_function_covariance(posterior, inputs, inputs)
+    return dense_mean(posterior, inputs), joint.diagonal(dim1=0, dim2=1).movedim(-1, 0)
+
+
+def dense_function_covariance(
+    posterior: Posterior, inputs: Any, others: Any, derivatives: dict[str, Tensor] | None = None
+) -> Tensor:
+    """``J P⁻¹ J'ᵀ`` between all pairs of examples, ``[batch, other batch, outputs, outputs]``, by torch.func.
+
+    Where ``others`` is ``inputs``, their derivatives may be passed on.
+    """
+    mine = dense_derivatives(posterior, inputs) if derivatives is None else derivatives
+    theirs = mine if others is inputs else dense_derivatives(posterior, others)
+    total = []
     for name, covariance in dense_covariances(posterior).items():
-        J = in_block(posterior.layers[name], derivatives).flatten(-2)
-        total = total + torch.einsum("nc...i,...ij,nd...j->ncd", J, covariance, J)
-    return mean, total
+        J, K = (in_block(posterior.layers[name], each).flatten(-2) for each in (mine, theirs))
+        total.append(torch.einsum("nc...i,...ij,md...j->nmcd", J, covariance, K))
+    return torch.stack(total).sum(0)
+
+
+def dense_function_samples(
+    posterior: Posterior, inputs: Any, draws: Draws, derivatives: dict[str, Tensor] | None = None
+) -> Tensor:
+    """``f(x) + J (w − M)`` for each draw ``w``, ``[num_samples, batch, ...]``, by torch.func."""
+    mean = dense_mean(posterior, inputs)
+    derivatives = dense_derivatives(posterior, inputs) if derivatives is None else derivatives
+    change = torch.zeros(len(draws), len(mean), mean[0].numel(), dtype=mean.dtype)
+    for name, values in draws.values.items():
+        J = derivatives[name].reshape(*derivatives[name].shape[:2], -1)
+        change = change + torch.einsum("nci,si->snc", J, (values - posterior.mean[name]).reshape(len(draws), -1))
+    return mean + change.reshape(-1, *mean.shape)

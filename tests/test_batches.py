@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bayes_kfac.batches import Batch, call, count_examples, expect_output_tensor, output_tensor, unpack
+from bayes_kfac.batches import Batch, call, count_examples, expect_output_tensor, inputs_of, output_tensor, unpack
 from bayes_kfac.errors import ArgumentError
 
 INPUTS, TARGET = torch.ones(3, 2), torch.arange(3)
@@ -98,6 +98,60 @@ def test_examples_are_those_with_anything_that_weighs():
     assert count_examples(MASK) == 2
     assert count_examples(torch.tensor([[True, False], [False, False], [True, True]])) == 2
     assert count_examples(torch.zeros(3, 2, 2, dtype=torch.bool)) == 0
+
+
+# Inputs without targets
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        INPUTS,
+        [INPUTS],
+        (INPUTS,),
+        (INPUTS, TARGET),
+        [INPUTS, TARGET],
+        (INPUTS, TARGET, MASK),
+        Pair(INPUTS, TARGET),
+    ],
+    ids=lambda batch: type(batch).__name__,
+)
+def test_the_inputs_of_a_batch_are_what_a_model_is_called_with(batch):
+    """A tensor, one in a list as loaders make of it, or the first of those with targets."""
+    assert inputs_of(batch, CPU) is INPUTS
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"words": INPUTS, "types": MASK},
+        {"words": INPUTS, "types": MASK, "labels": TARGET},
+        {"words": INPUTS, "types": MASK, "target": TARGET, "mask": MASK},
+        [{"words": INPUTS, "types": MASK}],
+        ({"words": INPUTS, "types": MASK}, TARGET),
+    ],
+)
+def test_the_inputs_of_a_mapping_are_keywords(batch):
+    """All of it but the target and its mask."""
+    assert inputs_of(batch, CPU) == {"words": INPUTS, "types": MASK}
+
+
+def test_the_inputs_of_a_dataclass_are_its_other_fields():
+    assert inputs_of(Labelled(INPUTS, TARGET), CPU) == {"words": INPUTS}
+
+
+def test_several_inputs_of_a_pair_stay_together():
+    assert inputs_of(((INPUTS, MASK), TARGET), CPU) == (INPUTS, MASK)
+
+
+def test_inputs_move_to_the_models_device_and_targets_do_not_matter():
+    moved = inputs_of(({"words": INPUTS, "more": [INPUTS, "text"]}, "no tensor"), torch.device("meta"))
+    assert moved["words"].is_meta
+    assert moved["more"][0].is_meta
+    assert moved["more"][1] == "text"
+    assert inputs_of([INPUTS], torch.device("meta")).is_meta
 
 
 # Calls

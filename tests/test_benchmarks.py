@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -165,3 +167,31 @@ def test_links_are_measured(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.count("| linearised, mc |") == 3
     assert "nan" not in printed
+
+
+def compare(tmp_path: Path, *parts: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / "laplace.py"), "--results", str(tmp_path), *parts]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_linearized_outputs_are_those_of_laplace_torch_and_of_dense_jacobians(tmp_path):
+    try:
+        version("laplace-torch")
+    except PackageNotFoundError:
+        pytest.skip("laplace-torch is not installed: pip install -e '.[peers]'")
+    printed = compare(tmp_path, "agreement")
+    for name in ("mlp", "cnn", "attention"):
+        result = json.loads((tmp_path / "agreement" / f"{name}.json").read_text())
+        assert len(result["rows"]) == (4 if name == "mlp" else 3)
+        for row, errors in result["rows"].items():
+            for figure, error in errors.items():
+                assert error < (1e-4 if "float32" in row else 1e-9), f"{name}, {row}, {figure}: off by {error:.1e}"
+    assert printed == compare(tmp_path, "agreement"), "a result that is there is shown, not computed again"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_without_a_gpu_that_part_says_so(tmp_path):
+    assert compare(tmp_path, "gpu/mlp") == "gpu: needs a CUDA device, which this machine does not have.\n"
+    assert not list(tmp_path.iterdir())

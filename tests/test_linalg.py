@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from bayes_kfac import linalg
@@ -91,11 +93,96 @@ def test_the_same_functions_of_a_dense_factor_are_those_of_matrices(stack):
     assert linalg.dense(factor) is factor
 
 
+def factors(size: int, forms: str, *stack: int, seed: int = 0) -> list[torch.Tensor]:
+    """Factors of one size, each dense (``"d"``) or kept as its diagonal (``"-"``); of both signs."""
+    shapes = {"d": (size, size), "-": (1, size)}
+    return [randn(*stack, *shapes[form], seed=seed + i) for i, form in enumerate(forms)]
+
+
+SIZES, STACKS, FACTOR_SEEDS = st.integers(2, 5), st.sampled_from([(), (2,), (2, 3)]), st.integers(0, 2**31 - 1)
+
+
+@given(size=SIZES, stack=STACKS, seed=FACTOR_SEEDS, forms=st.sampled_from(["dd", "d-", "-d", "--"]))
+def test_a_congruence_is_the_roots_transpose_times_the_factor_times_the_root(size, stack, seed, forms):
+    """``Rᵀ F R`` in every combination of forms; ``F`` need not be symmetric, and ``R`` is not."""
+    factor, root = factors(size, forms, *stack, seed=seed)
+    result = linalg.congruence(factor, root)
+    assert linalg.is_diagonal(result) == (forms == "--")
+    expected = linalg.dense(root).mT @ linalg.dense(factor) @ linalg.dense(root)
+    assert_close(linalg.dense(result), expected, **TIGHT)
+
+
+@given(size=SIZES, stack=STACKS, seed=FACTOR_SEEDS, forms=st.sampled_from(["dd", "d-", "-d", "--"]))
+def test_a_product_of_factors_is_that_of_their_matrices_in_this_order(size, stack, seed, forms):
+    left, right = factors(size, forms, *stack, seed=seed)
+    result = linalg.product(left, right)
+    assert linalg.is_diagonal(result) == (forms == "--")
+    assert_close(linalg.dense(result), linalg.dense(left) @ linalg.dense(right), **TIGHT)
+
+
+@given(
+    size=SIZES,
+    stack=STACKS,
+    seed=FACTOR_SEEDS,
+    form=st.sampled_from("d-"),
+    transposed=st.booleans(),
+    leading=st.sampled_from([(), (4,), (4, 1)]),
+    columns=st.integers(1, 4),
+)
+def test_left_solve_is_the_inverse_of_a_triangular_factor(size, stack, seed, form, transposed, leading, columns):
+    """Or of its transpose; of values with leading dimensions of their own."""
+    (factor,) = factors(size, form, *stack, seed=seed)
+    eye = torch.eye(size, dtype=torch.float64)
+    factor = factor.tril(-1) + (0.5 + factor.abs()) * eye if form == "d" else 0.5 + factor.abs()
+    value = randn(*leading, *stack, size, columns, seed=seed + 1)
+    matrix = linalg.dense(factor)
+    expected = torch.linalg.solve(matrix.mT if transposed else matrix, value)
+    assert_close(linalg.left_solve(factor, value, transposed=transposed), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_left_solve_reads_the_lower_triangle_only():
+    """What a Cholesky factorisation may have left above it does not matter."""
+    factor, value = torch.linalg.cholesky(random_spd(3, seed=0)), randn(3, 2, seed=1)
+    for transposed in (False, True):
+        clean = linalg.left_solve(factor, value, transposed=transposed)
+        assert torch.equal(linalg.left_solve(factor + randn(3, 3, seed=2).triu(1), value, transposed=transposed), clean)
+
+
+@given(size=SIZES, stack=STACKS, seed=FACTOR_SEEDS, form=st.sampled_from("d-"))
+def test_a_triangular_root_is_the_cholesky_factor_of_the_roots_square(size, stack, seed, form):
+    (root,) = factors(size, form, *stack, seed=seed)
+    root = root + 0.5 * torch.eye(size, dtype=torch.float64) if form == "d" else root
+    lower = linalg.triangular_root(root)
+    matrix, result = linalg.dense(root), linalg.dense(lower)
+    assert linalg.is_diagonal(lower) == (form == "-")
+    assert torch.equal(result, result.tril())
+    assert bool((linalg.diagonal(lower) >= 0).all())
+    assert_close(result @ result.mT, matrix @ matrix.mT, **TIGHT)
+
+
+def test_the_triangular_root_of_a_cholesky_factor_is_itself():
+    factor = torch.linalg.cholesky(random_spd(2, 4, seed=0))
+    assert_close(linalg.triangular_root(factor), factor, **TIGHT)
+
+
+@given(size=SIZES, seed=FACTOR_SEEDS, forms=st.sampled_from(["dd", "d-", "-d", "--"]))
+def test_functions_of_two_factors_leave_them_alone(size, seed, forms):
+    left, right = factors(size, forms, 2, seed=seed)
+    before = left.clone(), right.clone()
+    linalg.congruence(left, right), linalg.product(left, right), linalg.triangular_root(left)
+    assert torch.equal(left, before[0])
+    assert torch.equal(right, before[1])
+
+
 def test_of_size_one_both_forms_of_a_factor_are_one():
     factor, value = torch.tensor([[4.0]]), torch.tensor([[3.0]])
     assert not linalg.is_diagonal(factor)
     assert linalg.left_product(factor, value).item() == linalg.right_product(value, factor).item() == 12
     assert linalg.inverse_cholesky(factor, ["word"]).item() == 0.5
+    assert linalg.product(factor, value).item() == linalg.left_product(factor, value).item()
+    assert linalg.congruence(factor, value).item() == 36
+    assert linalg.left_solve(factor, value).item() == linalg.left_solve(factor, value, transposed=True).item() == 0.75
+    assert linalg.triangular_root(-factor).item() == 4
 
 
 def test_a_diagonal_factor_is_not_changed():

@@ -90,7 +90,7 @@ class Recorder:
         """What pulls gradients with respect to the model's output back to every block; the graph is kept.
 
         Whether examples meet in a layer is a property of the model: it is probed once for each shape of an example's
-        output, on the first batch of several.
+        output, on the first batch of several whose output is finite.
 
         Args:
             output: The model's output, ``[batch, ...]``, of the forward pass that was recorded.
@@ -108,7 +108,7 @@ class Recorder:
         spread = self._spread.get(shape)
         if spread is None:
             spread = pull_back.probe()
-            if len(output) > 1:
+            if len(output) > 1 and bool(torch.isfinite(output).all()):
                 self._spread[shape] = spread
         return replace(pull_back, spread=spread)
 
@@ -138,7 +138,8 @@ class Recorder:
             return output
         if output._is_view():  # an operation in place on a view would take its edge out of the graph
             output = output.clone()
-        captured = capture()
+        with torch.set_grad_enabled(self.keeps_graph):
+            captured = capture()
         if not self.keeps_graph:
             captured = tree_map_only(Tensor, Tensor.detach, captured)
         self.calls += [Call.of(name, use, captured, output) for name, use in uses]

@@ -92,6 +92,7 @@ def kronecker_factors(rows: Rows, sharing: str) -> Statistics:
     if other is None:
         return _factors(rows, sharing, diagonal_gradients=False)
     own = _factors(rows, sharing, diagonal_gradients=isinstance(other.inputs, SparseRows))
+    other = replace(other, share=rows.share)
     tied = _factors(other, sharing, diagonal_gradients=isinstance(rows.inputs, SparseRows))
     return Statistics(
         {**own.sums, **{f"transposed_{name}": value for name, value in tied.sums.items()}},

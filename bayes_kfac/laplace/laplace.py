@@ -7,8 +7,7 @@ the library. Fitting is one pass over the data, in which nothing of the model ch
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -16,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from bayes_kfac import linalg, structures
+from bayes_kfac import structures
 from bayes_kfac.curvature import (
     FISHER_KINDS,
     Recorder,
+    Statistics,
     Summary,
     check_coverage,
     check_types,
@@ -27,17 +27,18 @@ from bayes_kfac.curvature import (
     summarize,
     unwrapped,
 )
-from bayes_kfac.errors import ArgumentError, BayesKfacWarning, UsageError, check_choice, check_count, check_positive
+from bayes_kfac.errors import ArgumentError, UsageError, check_choice, check_count, check_positive
 from bayes_kfac.laplace import tuning
-from bayes_kfac.laplace.evidence import Evidence
+from bayes_kfac.laplace.fitted import Fitted, Priors
+from bayes_kfac.laplace.loaders import warn_of_samplers
 from bayes_kfac.laplace.measurement import Measurement, Surveyor
-from bayes_kfac.laplace.prior import PriorPrecision, by_layer
+from bayes_kfac.laplace.prior import PriorPrecision, as_prior, by_layer, checked
 from bayes_kfac.laplace.subset import Subset, choose_parameters
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.prediction import MEMORY_BUDGET
 from bayes_kfac.provenance import Provenance
-from bayes_kfac.structures import BlockGaussian, BlockSpec
+from bayes_kfac.structures import BlockSpec
 
 if TYPE_CHECKING:
     from bayes_kfac.training import NoisyNaturalGradient
@@ -117,8 +118,7 @@ class Laplace:
         )
         self._noise_scale: Tensor | None = None
         self._recorder = Recorder(self.layers)
-        self._measurement: Measurement | None = None
-        self._mean: dict[str, Tensor] = {}
+        self._fitted: Fitted | None = None
 
     @classmethod
     def from_trainer(cls, trainer: NoisyNaturalGradient, loader: Iterable[Any], *, progress: bool = True) -> Self:
@@ -168,8 +168,9 @@ class Laplace:
         Returns:
             This object. A fit before is forgotten.
         """
-        mean = _copied_state(self.model)
-        self._take(self._measure(self._recorder, loader, mean, progress), mean)
+        with torch.inference_mode(False):  # the evidence is to be differentiable, wherever this is called
+            mean = _copied_state(self.model)
+            self._take(self._measure(self._recorder, loader, mean, progress), mean)
         return self
 
     def update(self, loader: Iterable[Any], *, progress: bool = True) -> Self:
@@ -185,9 +186,9 @@ class Laplace:
         Raises:
             UsageError: If nothing was fitted, or the model's weights have changed since.
         """
-        measurement = self._check_fitted()
+        fitted = self._check_fitted()
         now = _copied_state(self.model)
-        if any(not torch.equal(value, now[name]) for name, value in self._mean.items()):
+        if any(not torch.equal(value, now[name]) for name, value in fitted.mean.items()):
             raise UsageError(
                 "The model's weights have changed since fit(), so that the curvature of old and new data is not that "
                 "of one mode. Make a new Laplace with prior=laplace.posterior()."
@@ -197,14 +198,31 @@ class Laplace:
                 f"num_data={self.num_data} was given for all of the data. Leave it out to count what fit() and "
                 "update() see."
             )
-        self._take(measurement + self._measure(self._recorder, loader, self._mean, progress), self._mean)
+        with torch.inference_mode(False):
+            more = self._measure(self._recorder, loader, fitted.mean, progress)
+            self._take(fitted.measurement + more, fitted.mean)
         return self
 
-    def _take(self, measurement: Measurement, mean: dict[str, Tensor]) -> None:
+    def _take(self, measurement: Measurement, mean: Mapping[str, Tensor]) -> None:
         """Go by a measurement at a mean from now on."""
-        prior_mean = None if self.prior is None else self.prior.mean
-        self._measurement, self._mean = measurement, mean
-        self._evidence = Evidence(measurement, mean, self.layers, self.structures, self.likelihood, prior_mean)
+        self._fitted = Fitted(
+            measurement,
+            self.model,
+            mean,
+            self.layers,
+            self.structures,
+            self.likelihood,
+            Provenance(
+                method="Laplace",
+                structure=self.structure.name,
+                damping=self.structure.damping,
+                fisher=self.fisher,
+                sharing=self.structure.sharing,
+                temperature=self.temperature,
+                num_data=round(measurement.num_examples),
+            ),
+            None if self.prior is None else self.prior.mean,
+        )
 
     def _measure(
         self, recorder: Recorder, loader: Iterable[Any], mean: Mapping[str, Tensor], progress: bool
@@ -222,15 +240,7 @@ class Laplace:
         measured = surveyor.survey(loader, progress=progress)
         if self.num_data is not None:
             return measured.counting(self.num_data)
-        dataset = getattr(loader, "dataset", None)
-        if isinstance(dataset, Sized) and len(dataset) != measured.num_examples:
-            warnings.warn(
-                f"The loader yielded {measured.num_examples:.0f} examples, but its data set has {len(dataset)}: it "
-                "drops the last batch, or samples. The posterior counts what was yielded; pass num_data= for another "
-                "number.",
-                BayesKfacWarning,
-                stacklevel=4,
-            )
+        warn_of_samplers(loader, measured.num_examples, stacklevel=3)
         return measured
 
     # -- the evidence -------------------------------------------------------------------------------------------------
@@ -257,17 +267,17 @@ class Laplace:
             ArgumentError: If an argument is out of range, or the prior is a posterior.
             UsageError: If nothing was fitted.
         """
-        self._check_fitted()
+        fitted = self._check_fitted()
         if prior_precision is not None and self.prior is not None:
             raise ArgumentError("prior_precision= cannot be changed where the prior is a posterior. Leave it out.")
-        device = self._mean[next(iter(self._mean))].device
+        device = fitted.measurement.nll.device
         priors = self._priors if prior_precision is None else by_layer(prior_precision, self.layers)
         temperature = self.temperature if temperature is None else temperature
         noise = self._noise_scale if noise_scale is None else noise_scale
-        return self._evidence(
+        return fitted.evidence(
             priors,
-            torch.as_tensor(temperature, dtype=torch.float64, device=device),
-            None if noise is None else torch.as_tensor(noise, dtype=torch.float64, device=device),
+            checked("temperature", temperature).to(device, torch.float64),
+            None if noise is None else checked("noise_scale", noise).to(device, torch.float64),
         )
 
     def optimize_prior_precision(
@@ -300,8 +310,9 @@ class Laplace:
             ArgumentError: If arguments do not go with the method.
             UsageError: If nothing was fitted.
         """
-        self._check_fitted()
+        fitted = self._check_fitted()
         check_choice("method", method, tuning.METHODS)
+        check_choice("per", per, tuning.GROUPINGS)
         if self.prior is not None:
             raise ArgumentError("prior= is a posterior, whose precision is what it is. Nothing to optimize.")
         if method == "validation":
@@ -309,7 +320,10 @@ class Laplace:
                 raise ArgumentError("method='validation' needs loader=, the validation data, and leaves noise=False.")
             values = tuning.default_grid() if grid is None else list(grid)
             best = tuning.best_on_validation(
-                [(value, partial(self._posterior, by_layer(value, self.layers))) for value in values],
+                [
+                    (v, partial(fitted.posterior, by_layer(v, self.layers), self.temperature, self._noise_scale))
+                    for v in values
+                ],
                 loader,
                 progress=progress,
                 predict=predict,
@@ -318,15 +332,15 @@ class Laplace:
             return self
         if loader is not None or grid is not None or predict:
             raise ArgumentError("loader=, grid= and arguments of predict are for method='validation'.")
-        self.prior_precision, self._noise_scale = tuning.maximize_evidence(
-            self._evidence,
-            self.layers,
-            self.prior_precision,
-            self.temperature,
-            self._noise_scale,
-            per=per,
-            noise=noise,
-        )
+        with torch.inference_mode(False), torch.enable_grad():
+            self.prior_precision, self._noise_scale = tuning.maximize_evidence(
+                fitted,
+                self.prior_precision,
+                self.temperature,
+                self._noise_scale,
+                per=per,
+                noise=noise,
+            )
         return self
 
     def optimize_temperature(
@@ -348,10 +362,13 @@ class Laplace:
         Returns:
             This object.
         """
-        self._check_fitted()
+        fitted = self._check_fitted()
         values = tuning.default_grid() if grid is None else list(grid)
         self.temperature = tuning.best_on_validation(
-            [(v, partial(self._posterior, self._priors, check_positive("temperature", v))) for v in values],
+            [
+                (v, partial(fitted.posterior, self._priors, check_positive("temperature", v), self._noise_scale))
+                for v in values
+            ],
             loader,
             progress=progress,
             predict=predict,
@@ -369,55 +386,33 @@ class Laplace:
         Raises:
             UsageError: If nothing was fitted.
         """
-        return self._posterior(self._priors)
+        return self._check_fitted().posterior(self._priors, self.temperature, self._noise_scale)
 
     def summary(self) -> Summary:
         """For each parameter: its block, structure, shape, and why where it has none."""
         names = {name: f"{kind.name}/{kind.damping}" for name, kind in self.structures.items()}
         return summarize(self.model, self.layers, self.reasons, names)
 
-    def _check_fitted(self) -> Measurement:
-        if self._measurement is None:
+    def _check_fitted(self) -> Fitted:
+        if self._fitted is None:
             raise UsageError("Nothing was fitted yet. Call fit(loader) first.")
-        return self._measurement
+        return self._fitted
 
     @property
-    def _priors(self) -> Mapping[str, Tensor | BlockGaussian]:
-        return self.prior_precision if self.prior is None else self.prior.blocks
-
-    def _posterior(self, priors: Mapping[str, Tensor | BlockGaussian], temperature: float | None = None) -> Posterior:
-        measurement = self._check_fitted()
-        temperature = self.temperature if temperature is None else temperature
-        likelihood, scale = copy.deepcopy(self.likelihood), measurement.num_examples / temperature
-        if self._noise_scale is not None:
-            _, factor = self.likelihood.at_noise_scale(measurement.nll, measurement.num_targets, self._noise_scale)
-            scale *= float(factor)
-            likelihood.set_noise_scale(float(self._noise_scale))
-        specs = [BlockSpec(name, measurement.statistics[name], scale, prior) for name, prior in priors.items()]
-        with torch.no_grad(), linalg.full_precision(measurement.nll.device):
-            blocks = structures.build(self.structures, specs)
-        is_number = self.prior is None
-        return Posterior(
-            self.model,
-            likelihood,
-            blocks,
-            layers=self.layers,
-            mean=self._mean,
-            prior_precision={name: _plain(prior) for name, prior in priors.items()} if is_number else {},
-            provenance=Provenance(
-                method="Laplace",
-                structure=self.structure.name,
-                damping=self.structure.damping,
-                fisher=self.fisher,
-                sharing=self.structure.sharing,
-                temperature=temperature,
-                num_data=round(measurement.num_examples),
-            ),
-        )
+    def _priors(self) -> Priors:
+        if self.prior is None:
+            return self.prior_precision
+        return {
+            name: block.map(partial(as_prior, layer=self.layers[name])) for name, block in self.prior.blocks.items()
+        }
 
     def _check_prior(self, prior: Posterior, prior_precision: PriorPrecision | None) -> None:
         if prior_precision is not None:
             raise ArgumentError("prior= and prior_precision= both say what the prior is. Leave one of them out.")
+        if not isinstance(prior, Posterior):
+            raise ArgumentError(
+                f"prior={prior!r} is not allowed. Allowed: a Posterior. A number is a prior_precision=."
+            )
         own = {name: layer.shape for name, layer in self.layers.items()}
         theirs = {name: block.shape for name, block in prior.blocks.items()}
         if own != theirs:
@@ -426,11 +421,16 @@ class Laplace:
                 f"prior= has other blocks than this model's subset: {', '.join(differing)}. Allowed: a posterior over "
                 "the same layers."
             )
+        # whether each structure can add the prior exactly is known when it has done so, and better before the data
+        specs = [BlockSpec(name, self._without_curvature(name), 1.0, block) for name, block in self._priors.items()]
+        structures.build(self.structures, specs)
 
-
-def _plain(prior: Any) -> float | Tensor:
-    """A prior's precision out of its graph; a scalar as a number."""
-    return float(prior) if prior.ndim == 0 else prior.detach()
+    def _without_curvature(self, name: str) -> Statistics:
+        layer = self.layers[name]
+        identity = self.structures[name].identity(
+            layer.shape, layer.like, sparse_sides=layer.sparse_sides, tied=layer.is_tied_to_transpose
+        )
+        return identity.map(torch.zeros_like)
 
 
 def _copied_state(model: nn.Module) -> dict[str, Tensor]:

@@ -100,12 +100,15 @@ class Surveyor:
 
         total: Measurement | None = None
         for raw in tqdm(loader, desc="laplace", unit="batch", disable=not progress):
-            measured = self._batch(unpack(raw).to(next(iter(self.state.values())).device))
+            batch = unpack(raw)
+            if not len(batch.target):
+                continue
+            measured = self._batch(batch.to(next(iter(self.state.values())).device))
             total = measured if total is None else total + measured
         if total is None or not total.num_examples:
             raise ArgumentError(
-                f"loader={loader!r} yielded no example. An iterator is used up after one pass: pass a DataLoader or a "
-                "list."
+                f"loader=<{type(loader).__name__}> yielded no example. An iterator is used up after one pass: pass a "
+                "DataLoader or a list."
             )
         if missing := sorted(set(self.recorder.layers) - set(total.statistics)):
             raise UsageError(

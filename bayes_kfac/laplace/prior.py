@@ -32,8 +32,8 @@ def by_layer(prior_precision: PriorPrecision, layers: Mapping[str, Layer]) -> di
         ArgumentError: If a name is unknown, a layer is left out or named twice, or a value is not positive.
     """
     if not isinstance(prior_precision, Mapping):
-        value = _checked("prior_precision", prior_precision, ())
-        return {name: value.to(layer.like) for name, layer in layers.items()}
+        value = checked("prior_precision", prior_precision)
+        return {name: as_prior(value, layer) for name, layer in layers.items()}
     home = {parameter: name for name, layer in layers.items() for parameter in layer.parameters}
     if unknown := sorted(set(prior_precision) - set(layers) - set(home)):
         raise ArgumentError(
@@ -43,26 +43,48 @@ def by_layer(prior_precision: PriorPrecision, layers: Mapping[str, Layer]) -> di
     return {name: _of_layer(layer, prior_precision) for name, layer in layers.items()}
 
 
+def as_prior(value: Tensor, layer: Layer) -> Tensor:
+    """A layer's precisions on its device, in the dtype of its statistics."""
+    return value.to(layer.like.device, torch.promote_types(layer.like.dtype, torch.float32))
+
+
 def _of_layer(layer: Layer, given: Mapping[str, float | Tensor]) -> Tensor:
     named = [parameter for parameter in layer.parameters if parameter in given and parameter != layer.name]
     if layer.name in given:
         if named:
             raise ArgumentError(f"prior_precision names the layer {layer.name!r} and {named} in it. Name one of them.")
-        return _checked(f"prior_precision[{layer.name!r}]", given[layer.name], ()).to(layer.like)
+        alone = layer.parameters.get(layer.name)  # a parameter that is a layer by itself
+        value = checked(
+            f"prior_precision[{layer.name!r}]", given[layer.name], () if alone is None else tuple(alone.shape)
+        )
+        return as_prior(layer.matrix({layer.name: value}) if value.ndim else value, layer)
     if missing := [parameter for parameter in layer.parameters if parameter not in given]:
         raise ArgumentError(
             f"prior_precision leaves out {missing} of layer {layer.name!r}. Name the layer, or all of its parameters."
         )
     values = {
-        name: _checked(f"prior_precision[{name!r}]", given[name], tuple(parameter.shape))
-        .to(parameter)
-        .expand_as(parameter)
+        name: as_prior(checked(f"prior_precision[{name!r}]", given[name], tuple(parameter.shape)), layer).expand_as(
+            parameter
+        )
         for name, parameter in layer.parameters.items()
     }
     return layer.matrix(values)
 
 
-def _checked(name: str, value: float | Tensor, shape: tuple[int, ...]) -> Tensor:
+def checked(name: str, value: float | Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+    """A positive number, or numbers of a shape, as a tensor in its graph.
+
+    Args:
+        name: The argument's name, for the message.
+        value: What the user gave.
+        shape: Which shape is allowed beside that of one number.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        ArgumentError: If it is none.
+    """
     try:
         tensor = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -73,5 +95,6 @@ def _checked(name: str, value: float | Tensor, shape: tuple[int, ...]) -> Tensor
         allowed = f"a number, or a tensor of shape {shape}" if shape else "one number"
         raise ArgumentError(f"{name} has shape {tuple(tensor.shape)}. Allowed: {allowed}.")
     if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
-        raise ArgumentError(f"{name}={value!r} is out of range. Allowed: finite numbers > 0.")
+        what = f"{name}={value!r} is" if not tensor.ndim else f"{name} holds elements that are"
+        raise ArgumentError(f"{what} out of range. Allowed: finite numbers > 0.")
     return tensor

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from bayes_kfac.batches import unpack
-from bayes_kfac.curvature import Layer
-from bayes_kfac.errors import ArgumentError, check_choice
-from bayes_kfac.laplace.evidence import Evidence
+from bayes_kfac.errors import ArgumentError, NonFiniteError, check_choice
+from bayes_kfac.laplace.fitted import Fitted
+from bayes_kfac.laplace.prior import as_prior
 from bayes_kfac.posterior import Posterior
 
 METHODS = ("marginal_likelihood", "validation")
@@ -20,6 +21,11 @@ GROUPINGS = ("model", "layer", "parameter")
 #: curvature may fall.
 BOUNDS = (1e-10, 1e10)
 MAX_ITERATIONS = 200
+#: Searches one after another, until one of them gains less than this part of the evidence.
+MAX_SEARCHES = 10
+TOLERANCE = 1e-12
+
+Value = TypeVar("Value")
 
 
 def default_grid() -> list[float]:
@@ -28,8 +34,7 @@ def default_grid() -> list[float]:
 
 
 def maximize_evidence(
-    evidence: Evidence,
-    layers: Mapping[str, Layer],
+    fitted: Fitted,
     start: Mapping[str, Tensor],
     temperature: float,
     noise_scale: Tensor | None,
@@ -42,8 +47,7 @@ def maximize_evidence(
     In their logarithms it is concave, so that a quasi-Newton method finds the one maximum from anywhere.
 
     Args:
-        evidence: The evidence.
-        layers: The layers by name.
+        fitted: The fit.
         start: Where to begin.
         temperature: ``τ``.
         noise_scale: The noise's scale, or ``None`` for what it was when the data were measured.
@@ -57,7 +61,7 @@ def maximize_evidence(
         ArgumentError: If ``per`` is unknown.
     """
     check_choice("per", per, GROUPINGS)
-    like = evidence.measurement.nll
+    layers, like = fitted.layers, fitted.measurement.nll
     members = {
         "model": lambda: {"": 0},
         "layer": lambda: {name: index for index, name in enumerate(layers)},
@@ -65,17 +69,19 @@ def maximize_evidence(
             name: index for index, name in enumerate(name for layer in layers.values() for name in layer.parameters)
         },
     }[per]()
-    centre = torch.stack([prior.detach().double().log().mean() for prior in start.values()]).mean()
+    bounds = [math.log(bound) for bound in BOUNDS]
+    # outside of the bounds the evidence is flat, and nothing would lead back
+    centre = torch.stack([prior.detach().double().log().mean() for prior in start.values()]).mean().clamp(*bounds)
     logs = centre.expand(len(members)).clone().requires_grad_()
     log_scale = torch.zeros((), dtype=like.dtype, device=like.device)
     if noise:
         # the factor on the Fisher at scale 1 is the variance of the noise
-        _, variance = evidence.likelihood.at_noise_scale(like, evidence.measurement.num_targets, log_scale.exp())
+        _, variance = fitted.likelihood.at_noise_scale(like, fitted.measurement.num_targets, log_scale.exp())
         log_scale = (0.5 * variance.log() if noise_scale is None else noise_scale.log()).detach().requires_grad_()
     fixed = torch.tensor(temperature, dtype=like.dtype, device=like.device)
 
     def priors() -> dict[str, Tensor]:
-        values = logs.clamp(*(torch.tensor(bound).log().item() for bound in BOUNDS)).exp()
+        values = logs.clamp(*bounds).exp()
         if per == "model":
             return dict.fromkeys(layers, values[0])
         if per == "layer":
@@ -86,20 +92,30 @@ def maximize_evidence(
         }
 
     variables = [logs, log_scale] if noise else [logs]
-    optimizer = torch.optim.LBFGS(
-        variables, max_iter=MAX_ITERATIONS, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
-    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = -evidence(priors(), fixed, log_scale.exp() if noise else noise_scale)
+        loss = -fitted.evidence(priors(), fixed, log_scale.exp() if noise else noise_scale)
         loss.backward()
         return loss.detach()
 
-    with torch.enable_grad():
+    last = math.inf
+    for _ in range(MAX_SEARCHES):
+        # far from the maximum the evidence is almost linear, and a line search may end early: begin again from there
+        optimizer = torch.optim.LBFGS(
+            variables,
+            max_iter=MAX_ITERATIONS,
+            tolerance_grad=1e-7,
+            tolerance_change=1e-12,
+            line_search_fn="strong_wolfe",
+        )
         optimizer.step(closure)
+        now = float(closure())
+        if last - now <= TOLERANCE * abs(now):
+            break
+        last = now
     with torch.no_grad():
-        found = {name: value.detach().to(layers[name].like) for name, value in priors().items()}
+        found = {name: as_prior(value.detach(), layers[name]) for name, value in priors().items()}
     return found, log_scale.detach().exp() if noise else noise_scale
 
 
@@ -123,6 +139,7 @@ def best_on_validation(
 
     Raises:
         ArgumentError: If there is no candidate, or the loader yields nothing or masks.
+        NonFiniteError: If there are no finite predictions.
     """
     from tqdm.auto import tqdm
 
@@ -133,7 +150,28 @@ def best_on_validation(
         for value, make in bar:
             scores[value] = mean_nll(make(), loader, predict)
             bar.set_postfix(value=f"{value:.3g}", nll=f"{scores[value]:.4f}")
-    return min(scores, key=scores.__getitem__)
+    return least(scores)
+
+
+def least(scores: Mapping[Value, float]) -> Value:
+    """The value with the least score that is finite.
+
+    Args:
+        scores: The scores by value.
+
+    Returns:
+        The value.
+
+    Raises:
+        NonFiniteError: If no score is finite.
+    """
+    finite = {value: score for value, score in scores.items() if math.isfinite(score)}
+    if not finite:
+        raise NonFiniteError(
+            f"At no value of the grid is the validation data's log-likelihood finite: {dict(scores)}. Check the data "
+            "and the weights for NaN."
+        )
+    return min(finite, key=finite.__getitem__)
 
 
 def mean_nll(posterior: Posterior, loader: Iterable[Any], predict: Mapping[str, Any]) -> float:
@@ -161,5 +199,5 @@ def mean_nll(posterior: Posterior, loader: Iterable[Any], predict: Mapping[str, 
         total -= float(log_prob.double().sum())
         count += len(log_prob)
     if not count:
-        raise ArgumentError(f"loader={loader!r} yielded no example. Pass a DataLoader or a list.")
+        raise ArgumentError(f"loader=<{type(loader).__name__}> yielded no example. Pass a DataLoader or a list.")
     return total / count

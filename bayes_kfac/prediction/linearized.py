@@ -7,9 +7,10 @@ require gradients, mean and covariance are differentiable in them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -85,19 +86,17 @@ class LinearizedModel:
         Raises:
             UsageError: If autograd sees none of the layers.
         """
+        num_columns = self._sizes_of(inputs).columns(memory_budget)
 
         def gaussian(part: Any) -> tuple[Tensor, Tensor]:
             with self._forward(part) as (output, pull_back):
                 if not diagonal:
                     whitened = self._whitened(pull_back, _unit_vectors(output)).values()
-                    size = output[0].numel()
-                    total = sum((own.covariance() for own in whitened), output.new_zeros(len(output), size, size))
-                    return output, total
+                    return output, _total([own.covariance() for own in whitened])
                 variances = []
-                for columns in _unit_vectors(output).split(self._sizes_of(part).columns(memory_budget)):
+                for columns in _unit_vectors(output).split(num_columns):
                     whitened = self._whitened(pull_back, columns).values()
-                    zero = output.new_zeros(len(output), len(columns))
-                    variances.append(sum((own.variance() for own in whitened), zero))
+                    variances.append(_total([own.variance() for own in whitened]))
                 return output, torch.cat(variances, dim=-1)
 
         means, spreads = zip(*self._in_parts(gaussian, inputs, memory_budget, diagonal=diagonal), strict=True)
@@ -122,7 +121,7 @@ class LinearizedModel:
         def against(mine: dict[str, Whitened]) -> Tensor:
             def products(part: Any) -> Tensor:
                 theirs = mine if others is inputs and part is inputs else whitened(part)
-                return torch.stack([mine[name].between(theirs[name]) for name in mine if name in theirs]).sum(0)
+                return _total([mine[name].between(theirs[name]) for name in mine if name in theirs])
 
             return torch.cat(list(self._in_parts(products, others, memory_budget)), dim=1)
 
@@ -143,8 +142,8 @@ class LinearizedModel:
         def outputs(part: Any) -> Tensor:
             with self._forward(part) as (output, pull_back):
                 rows = self._rows(pull_back, _unit_vectors(output))
-                responses = torch.stack([own.response(changes[name].to(output)) for name, own in rows.items()])
-                return output + responses.sum(0).reshape(-1, *output.shape)
+                response = _total([own.response(changes[name].to(own.gradients)) for name, own in rows.items()])
+                return output + response.reshape(-1, *output.shape)
 
         return torch.cat(list(self._in_parts(outputs, inputs, memory_budget)), dim=1)
 
@@ -169,7 +168,10 @@ class LinearizedModel:
                 "forward run under torch.no_grad(), or use none of these layers? method='sampling' needs no graph."
             )
         if not self._is_checked:
-            pull_back.check_complete(columns[0], rows)
+            # of all outputs together: each of them may reach weights that the others do not
+            generator = torch.Generator(columns.device).manual_seed(0)
+            some = torch.rand(columns.shape[1:], generator=generator, device=columns.device).to(columns.dtype)
+            pull_back.check_complete(some, pull_back.rows(some.unsqueeze(0)))
             self._is_checked = True
         return {name: own.to(next(iter(self.blocks[name].state.values())).dtype) for name, own in rows.items()}
 
@@ -196,19 +198,26 @@ class LinearizedModel:
         kinds = [(leaf.shape[1:], leaf.dtype) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
         batch = _batch_size(inputs)
         key = (batch is not None and batch > 1, *kinds)
+        if batch is None:
+            return _Sizes()
         if key not in self._sizes:
-            self._sizes[key] = _Sizes() if batch is None else self._measure(inputs)
+            try:
+                self._sizes[key] = self._measure(inputs)
+            except Exception:  # a model may say in any way that it does not take a part of its batch
+                return _Sizes()
         return self._sizes[key]
 
     def _measure(self, inputs: Any) -> _Sizes:
-        try:
-            with torch.no_grad(), self._forward(_some(inputs, slice(0, 1))) as (alone, pull_back):
-                made = sum(made.size for made in pull_back.calls)
-            with torch.no_grad(), self._forward(_some(inputs, slice(0, 2))) as (both, _):
-                splits = len(both) == 2 and torch.allclose(alone[0], both[0], rtol=1e-3, atol=1e-4)
-        except Exception:  # a model may say in any way that it does not take a part of its batch
-            return _Sizes()
+        with torch.no_grad(), self._forward(_some(inputs, slice(0, 1))) as (alone, pull_back):
+            made = sum(made.size for made in pull_back.calls)
+        with torch.no_grad(), self._forward(_some(inputs, slice(0, 2))) as (both, _):
+            splits = len(both) == 2 and torch.allclose(alone[0], both[0], rtol=1e-3, atol=1e-4)
         return _Sizes(max(made, 1) * alone.element_size(), alone[0].numel(), splits=splits)
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of at least one tensor."""
+    return reduce(torch.add, parts)
 
 
 def _unit_vectors(output: Tensor) -> Tensor:

@@ -48,6 +48,6 @@ class GaussianOutput:
         if self.is_diagonal:
             noise = noise * self.spread.clamp(min=0).sqrt()
         else:
-            values, vectors = linalg.eigh(self.spread, ["output covariance"])
-            noise = torch.einsum("bij,sbj->sbi", vectors * values.sqrt().unsqueeze(-2), noise)
+            root = linalg.psd_root(self.spread, ["output covariance"])
+            noise = torch.einsum("bij,sbj->sbi", root, noise)
         return self.mean + noise.reshape(num_samples, *self.mean.shape)

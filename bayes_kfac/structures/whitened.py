@@ -20,8 +20,9 @@ from torch import Tensor
 from bayes_kfac import linalg
 from bayes_kfac.curvature import SparseRows
 
-#: Bytes of Jacobians that are formed at a time.
-JACOBIAN_BYTES = 1 << 27
+#: Bytes of Jacobians that are formed at a time: on a CPU what the caches like, elsewhere what memory allows.
+CPU_JACOBIAN_BYTES = 1 << 27
+ACCELERATOR_JACOBIAN_BYTES = 1 << 30
 
 
 class Whitened(ABC):
@@ -92,9 +93,13 @@ class WhitenedRows(Whitened):
         if isinstance(self.inputs, SparseRows) and self.weights is not None:
             variances, kernel, gradients = self._meetings()
             return torch.einsum("cnto,nto,ntu,dnuo->ncd", gradients, variances, kernel, gradients)
-        if self._shared == 1 and self.weights is not None:
-            variances, gradients = self._output_variances(), self.gradients.squeeze(-2)
-            return torch.einsum("c...no,...no,d...no->ncd", gradients, variances, gradients)
+        if self._shared == 1 and isinstance(self.inputs, Tensor):
+            scale, gradients = self._scale(), self.gradients.squeeze(-2)
+            if self._is_same_for_all and self.weights is None:
+                products = torch.einsum("c...no,d...no->...cd", gradients, gradients)
+                return torch.einsum("...no,...cd->ncd", scale, products)
+            weighted = gradients * scale.sqrt()
+            return torch.einsum("c...no,d...no->ncd", weighted, weighted)
         if self._prefers_kernel(self._columns**2):
             left = self._by_kernel()
             return torch.einsum("c...nuo,d...nuo->ncd", left, self.gradients.expand_as(left))
@@ -105,8 +110,13 @@ class WhitenedRows(Whitened):
         if isinstance(self.inputs, SparseRows) and self.weights is not None:
             variances, kernel, gradients = self._meetings()
             return torch.einsum("cnto,nto,ntu,cnuo->nc", gradients, variances, kernel, gradients)
-        if self._shared == 1 and self.weights is not None:
-            return torch.einsum("c...no,...no->nc", self.gradients.squeeze(-2).square(), self._output_variances())
+        if self._shared == 1 and isinstance(self.inputs, Tensor):
+            scale, squares = self._scale(), self.gradients.squeeze(-2).square()
+            if self.weights is None:
+                squares = squares.sum(-1, keepdim=True)
+            if self._is_same_for_all:
+                return torch.einsum("c...o,...no->nc", squares.squeeze(-2), scale)
+            return torch.einsum("c...no,...no->nc", squares, scale)
         if self._prefers_kernel(self._columns):
             return torch.einsum("c...nuo,c...nuo->nc", self._by_kernel(), self.gradients)
         return torch.cat([part.jacobians().square().sum(-1) for part in self._parts()])
@@ -125,11 +135,11 @@ class WhitenedRows(Whitened):
 
     def jacobians(self) -> Tensor:  # noqa: D102
         inputs = self.inputs.dense() if isinstance(self.inputs, SparseRows) else self.inputs
-        *blocks, batch, shared, in_features = inputs.shape
+        *blocks, batch, shared, _ = inputs.shape
         # one product for each example, [columns·out, shared] with [shared, in]
         gradients = self.gradients.movedim(0, -3).expand(*blocks, batch, -1, shared, -1)
         jacobians = gradients.mT.flatten(-3, -2) @ inputs
-        jacobians = jacobians.reshape(*blocks, batch, self._columns, -1, in_features)
+        jacobians = jacobians.unflatten(-2, (self._columns, self.gradients.shape[-1]))
         if self.weights is not None:
             jacobians = jacobians * self.weights.sqrt()[..., None, None, :, :]
         return jacobians.movedim(-4, 0).movedim(-3, 1).flatten(2)
@@ -163,18 +173,22 @@ class WhitenedRows(Whitened):
             kernel = self.inputs @ self.inputs.mT
         return kernel.mT @ self.gradients
 
-    def _output_variances(self) -> Tensor:
-        """``Σ_i w_oi a_i²`` where an example has one position, ``[*blocks, batch, out]``."""
+    @property
+    def _is_same_for_all(self) -> bool:
+        return self.gradients.shape[-3] == 1
+
+    def _scale(self) -> Tensor:
+        """``Σ_i w_oi a_i²`` where there is one position, ``[*blocks, batch, out]``; ``out`` is 1 without weights."""
         assert isinstance(self.inputs, Tensor)
-        assert self.weights is not None
-        return self.inputs.squeeze(-2).square() @ self.weights.mT
+        squares = self.inputs.squeeze(-2).square()
+        return squares.sum(-1, keepdim=True) if self.weights is None else squares @ self.weights.mT
 
     def _meetings(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of sparse rows one position for each element: ``w`` of it, which of them meet at an index, and gradients."""
         assert isinstance(self.inputs, SparseRows)
         assert self.weights is not None
-        batch, _, count = self.inputs.indices.shape
-        indices, weights = self.inputs.indices.reshape(batch, -1, 1), self.inputs.weights.reshape(batch, -1, 1)
+        count = self.inputs.indices.shape[-1]
+        indices, weights = (tensor.flatten(1).unsqueeze(-1) for tensor in (self.inputs.indices, self.inputs.weights))
         words = SparseRows(indices, weights, self.inputs.size)
         kernel = words.gram(self.weights.new_ones(words.size))
         return self.weights.mT[indices.squeeze(-1)], kernel, self.gradients.repeat_interleave(count, dim=-2)
@@ -184,7 +198,8 @@ class WhitenedRows(Whitened):
         batch, in_features = self.inputs.shape[-3], self.inputs.shape[-1]
         blocks = self.gradients.shape[1:-3].numel()
         size = self.gradients.element_size() * self._columns * blocks * self.gradients.shape[-1] * in_features
-        step = max(1, JACOBIAN_BYTES // max(size, 1))
+        on_cpu = self.gradients.device.type == "cpu"
+        step = max(1, (CPU_JACOBIAN_BYTES if on_cpu else ACCELERATOR_JACOBIAN_BYTES) // max(size, 1))
         for start in range(0, max(batch, 1), step):
             piece = slice(start, start + step)
             gradients = self.gradients
@@ -204,7 +219,7 @@ def product_rows(
 
     Args:
         row_root: ``R_G``, a factor ``[*blocks, out, out]``.
-        column_root: ``R_A``, a factor ``[*blocks, in, in]``; diagonal where inputs are sparse.
+        column_root: ``R_A``, a factor ``[*blocks, in, in]``; sparse inputs stay sparse where it is diagonal.
         inputs: ``[*blocks, batch, shared, in]``.
         gradients: ``[columns, *blocks, batch, shared, out]``.
         weights: ``[*blocks, out, in]``, or ``None``.
@@ -212,6 +227,8 @@ def product_rows(
     Returns:
         The rows.
     """
+    if isinstance(inputs, SparseRows) and not linalg.is_diagonal(column_root):
+        inputs = inputs.dense()
     if isinstance(inputs, SparseRows):
         whitened: Tensor | SparseRows = inputs.scaled(column_root.flatten())
     else:
@@ -221,6 +238,10 @@ def product_rows(
 
 def _right_product(rows: Tensor, root: Tensor) -> Tensor:
     """Rows times a root ``[*blocks, size, size]``: one product for all examples and positions of a block."""
+    if root.ndim == 2 and rows.shape == (len(root), 1, 1, len(root)):  # maybe the unit vectors of an output layer
+        identity = torch.eye(len(root), dtype=rows.dtype, device=rows.device)
+        if torch.equal(rows[:, 0, 0], identity):
+            return root[:, None, None]
     return linalg.right_product(rows.flatten(-3, -2), root).unflatten(-2, rows.shape[-3:-1])
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
 
 from bayes_kfac import structures
 from bayes_kfac.curvature import Layer, Recorder, Rows, find_layers
 from bayes_kfac.curvature.statistics import kronecker_factors
 from bayes_kfac.errors import UsageError
-from tests.helpers import TIGHT, jacobians, parameter_jacobians, randn, record, rng, seeded
+from tests.helpers import TIGHT, jacobians, parameter_jacobians, randn, record, rng, seeded, unit_gradients
 
 
 class OverTime(nn.Module):
@@ -182,6 +185,70 @@ def test_rows_hold_no_graph(model_and_inputs):
     for rows in record(*model_and_inputs).values():
         assert not rows.inputs.requires_grad
         assert not rows.gradients.requires_grad
+
+
+@pytest.mark.parametrize("keeps_graph", [True, False])
+def test_captured_inputs_are_in_the_graph_only_where_it_is_to_be_kept(model_and_inputs, keeps_graph):
+    """Otherwise a loop that keeps rows would keep the graph of every batch; rows have the same values."""
+    model, inputs = model_and_inputs
+    expected = record(model, inputs)
+    recorder = Recorder(find_layers(model)[0])
+    recorder.keeps_graph = keeps_graph
+    recorder.attach()
+    output = model(inputs.clone().requires_grad_())
+    captured = [leaf for call in recorder.calls for leaf in tree_leaves(call.captured) if isinstance(leaf, Tensor)]
+    rows = recorder.rows(output, unit_gradients(output))
+    recorder.detach()
+    assert captured
+    assert {leaf.requires_grad for leaf in captured} == {keeps_graph}
+    for name, one in rows.items():
+        assert one.inputs.requires_grad == keeps_graph
+        assert_close(one.inputs, expected[name].inputs, **TIGHT)
+        assert_close(one.gradients, expected[name].gradients, **TIGHT)
+
+
+class Token:
+    """Something whose end can be noticed."""
+
+
+class Marked(torch.autograd.Function):
+    """The identity; its node in the graph holds a token."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, token: Token) -> Tensor:
+        ctx.token = token
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def test_rows_and_captured_inputs_outlive_the_graph():
+    """Memory: the graph ends with the calls, though what was captured of them is kept."""
+
+    class WithMark(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, token: Token) -> Tensor:
+            return self.last(self.norm(Marked.apply(self.first(x), token)))
+
+    model, token = seeded(WithMark()), Token()
+    alive = weakref.ref(token)
+    recorder = Recorder(find_layers(model)[0])
+    recorder.attach()
+    output = model(randn(4, 3, seed=1), token)
+    rows = recorder.rows(output, unit_gradients(output))
+    kept = [call.captured for call in recorder.calls]
+    del output, token
+    recorder.clear()
+    gc.collect()
+    assert alive() is None
+    assert rows
+    assert kept
+    recorder.detach()
 
 
 # Shared weights

@@ -63,6 +63,80 @@ def test_to_another_dtype_keeps_the_words():
     assert single.dense().dtype == torch.float32
 
 
+@given(rows=sparse_rows(), seed=SEEDS)
+def test_scaled_rows_are_the_dense_ones_with_each_column_scaled(rows, seed):
+    scale = randn(rows.size, seed=seed)
+    scaled = rows.scaled(scale)
+    assert_close(scaled.dense(), rows.dense() * scale, **TIGHT)
+    assert scaled.size == rows.size
+    assert torch.equal(scaled.indices, rows.indices)
+
+
+def test_scaling_is_differentiable_in_weights_and_scale():
+    """By indices of which some occur twice."""
+    indices = words(2, 3, 2).indices
+
+    def dense(weights: Tensor, scale: Tensor) -> Tensor:
+        return SparseRows(indices, weights, 5).scaled(scale).dense()
+
+    inputs = randn(2, 3, 2, seed=1).requires_grad_(), randn(5, seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(dense, inputs)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [slice(1, 3), slice(4, 9), slice(0, 0), (slice(1, 3), slice(0, 2)), (..., slice(1, 3), slice(None), slice(None))],
+    ids=str,
+)
+def test_an_index_takes_some_of_the_rows(index):
+    """Of examples, or of examples and positions, as it would of the rows written out."""
+    rows = words(5, 4, 2)
+    some = rows[index]
+    assert some.size == rows.size
+    assert torch.equal(some.dense(), rows.dense()[index])
+    assert some.shape == some.dense().shape
+
+
+# Changes of the weights
+
+
+@pytest.mark.parametrize("blocks", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("shared", [1, 4])
+def test_a_response_is_the_jacobian_times_the_change(blocks, shared):
+    """``Σ J_c δW`` over the elements of all blocks, for each draw, example and column."""
+    rows = dense_rows(3, blocks, 5, shared)
+    change = randn(7, *blocks, 2, 3, seed=9)
+    expected = torch.einsum("c...noi,s...oi->snc", rows.jacobians(), change)
+    response = rows.response(change)
+    assert response.shape == (7, 5, 3)
+    assert_close(response, expected, **TIGHT)
+
+
+@given(rows=sparse_rows(), columns=st.integers(1, 3), out=st.integers(1, 3), draws=st.integers(1, 3), seed=SEEDS)
+def test_sparse_rows_respond_as_dense_ones(rows, columns, out, draws, seed):
+    sparse = Rows(rows, randn(columns, *rows.indices.shape[:2], out, seed=seed))
+    change = randn(draws, out, rows.size, seed=seed + 1)
+    expected = torch.einsum("cnoi,soi->snc", sparse.jacobians(), change)
+    assert_close(sparse.response(change), expected, **TIGHT)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_transposed_uses_respond_to_the_same_change(sparse):
+    rows = tied_rows(sparse=sparse)
+    change = randn(4, 5, 3, seed=9)
+    expected = torch.einsum("cnoi,soi->snc", rows.jacobians(), change)
+    assert_close(rows.response(change), expected, **TIGHT)
+    assert not torch.allclose(expected, replace(rows, transposed=None).response(change))
+
+
+def test_gradients_that_all_examples_share_respond_as_their_copies():
+    rows = dense_rows(3, (), 5, 4)
+    same = replace(rows, gradients=rows.gradients[:, :1].expand_as(rows.gradients))
+    change = randn(7, 2, 3, seed=9)
+    expected = torch.einsum("cnoi,soi->snc", same.jacobians(), change)
+    assert_close(same.response(change), expected, **TIGHT)
+
+
 # Jacobians
 
 

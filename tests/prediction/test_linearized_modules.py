@@ -7,8 +7,17 @@ from torch.testing import assert_close
 
 from bayes_kfac.likelihoods import Gaussian
 from tests.curvature.modules.cases import CASES
-from tests.helpers import record, seeded
-from tests.posteriors import STRUCTURES, dense_output_covariance, random_posterior
+from tests.helpers import record, rng, seeded
+from tests.posteriors import (
+    STRUCTURES,
+    dense_derivatives,
+    dense_function_covariance,
+    dense_function_samples,
+    dense_output_covariance,
+    random_posterior,
+)
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
 
@@ -26,3 +35,24 @@ def test_mean_and_covariance_are_the_dense_ones(name, structure, damping):
     assert_close(prediction.mean, mean, rtol=1e-9, atol=1e-9)
     assert_close(prediction.epistemic_covariance, covariance, rtol=1e-9, atol=1e-9)
     assert covariance.diagonal(dim1=-2, dim2=-1).mean() > 1e-4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_joint_covariances_and_affine_draws_are_the_dense_ones(name):
+    """``J P⁻¹ J'ᵀ`` between all examples, and ``f(x) + J (w − M)``, by every structure; example by example too."""
+    build, inputs = CASES[name]
+    model = seeded(build())
+    rows = record(model, inputs)
+    derivatives = None
+    for structure, damping in STRUCTURES:
+        if damping == "optimal":
+            continue  # as factored, another matrix normal
+        posterior = random_posterior(model, Gaussian(0.5), structure=structure, damping=damping, rows=rows)
+        derivatives = derivatives or dense_derivatives(posterior, inputs)
+        joint = dense_function_covariance(posterior, inputs, inputs, derivatives)
+        assert_close(posterior.function_covariance(inputs), joint, **CLOSE)
+        draws = posterior.sample(3, generator=rng(0))
+        functions = dense_function_samples(posterior, inputs, draws, derivatives)
+        assert_close(posterior.function_samples(inputs, draws=draws), functions, **CLOSE)
+    assert_close(posterior.function_covariance(inputs, memory_budget=1), joint, **CLOSE)
+    assert_close(posterior.function_samples(inputs, draws=draws, memory_budget=1), functions, **CLOSE)

@@ -122,6 +122,40 @@ def test_solve_takes_any_leading_dimensions(gaussian):
     assert_close(gaussian.solve(value[0, 0]), expected[0, 0], **TIGHT)
 
 
+def test_whiten_is_the_adjoint_of_sample(gaussian):
+    """``⟨B ε, V⟩ = ⟨ε, Bᵀ V⟩`` for one ``B``: both maps take the same root, over any leading dimensions."""
+    B = as_columns(gaussian.sample(basis(gaussian)))
+    assert_close(as_columns(gaussian.whiten(basis(gaussian))), B.mT, **TIGHT)
+    value = randn(5, 2, *gaussian.shape, seed=6)
+    expected = (B.mT @ value.flatten(-2).unsqueeze(-1)).reshape(value.shape)
+    assert_close(gaussian.whiten(value), expected, **TIGHT)
+    assert_close(gaussian.whiten(value[0, 0]), expected[0, 0], **TIGHT)
+
+
+def test_whitening_a_sample_gives_its_noise_a_white_metric(gaussian):
+    """``Bᵀ P B = I``."""
+    B = as_columns(gaussian.sample(basis(gaussian)))
+    white = B.mT @ gaussian.to_dense() @ B
+    assert_close(white, torch.eye(OUT * IN, dtype=torch.float64).expand_as(white), **TIGHT)
+
+
+def test_multiply_is_the_precision_and_the_inverse_of_solve(gaussian):
+    assert_close(as_columns(gaussian.multiply(basis(gaussian))), gaussian.to_dense(), **TIGHT)
+    value = randn(5, 2, *gaussian.shape, seed=6)
+    expected = (gaussian.to_dense() @ value.flatten(-2).unsqueeze(-1)).reshape(value.shape)
+    assert_close(gaussian.multiply(value), expected, **TIGHT)
+    assert_close(gaussian.multiply(value[0, 0]), expected[0, 0], **TIGHT)
+    assert_close(gaussian.multiply(gaussian.solve(value)), value, **TIGHT)
+    assert_close(gaussian.solve(gaussian.multiply(value)), value, **TIGHT)
+
+
+def test_maps_are_differentiable(gaussian):
+    """As the penalty of a posterior that is the prior of a new task."""
+    value = randn(*gaussian.shape, seed=6).requires_grad_()
+    for function in (gaussian.multiply, gaussian.solve, gaussian.whiten, gaussian.sample):
+        assert torch.autograd.gradcheck(function, value)
+
+
 def test_logdet_is_of_the_precision(gaussian):
     assert gaussian.logdet().shape == gaussian.shape[:-2]
     assert_close(gaussian.logdet(), torch.linalg.slogdet(gaussian.to_dense()).logabsdet, **TIGHT)

@@ -10,7 +10,6 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,8 +29,7 @@ class NormalizationAdapter(ModuleAdapter):
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:  # noqa: D102
         # at once: running averages change with the next call
         inputs: Tensor = super().capture(args, kwargs, output)
-        with torch.no_grad():
-            return self.normalize(inputs) if self.weight else inputs
+        return self.normalize(inputs) if self.weight else inputs
 
     @abstractmethod
     def normalize(self, inputs: Tensor) -> Tensor:

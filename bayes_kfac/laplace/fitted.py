@@ -1,6 +1,7 @@
-"""The evidence of a Laplace fit: ``log p(D) ≈ log p(D | M)^(1/τ) + log p(M) − ½ log det P + ½ d log 2π``.
+"""A mode and what was measured there, as a function of prior, noise and temperature: the evidence, and the posterior.
 
-With the prior ``N(M₀, P₀⁻¹)`` and the eigenvalues ``λ`` of the Fisher where the prior is white, this is
+The evidence is ``log p(D) ≈ log p(D | M)^(1/τ) + log p(M) − ½ log det P + ½ d log 2π``. With the prior ``N(M₀, P₀⁻¹)``
+and the eigenvalues ``λ`` of the Fisher where the prior is white, this is
 ``−NLL/τ − ½ (M − M₀)ᵀ P₀ (M − M₀) − ½ Σ log(1 + (N/τ) λ)``: for a prior ``δ I`` the eigenvalues are those of the Fisher
 over ``δ``, so that one decomposition serves every ``δ``, noise and temperature (MacKay 1992; Immer et al. 2021). In the
 logarithms of ``δ`` and of the noise's scale it is concave. The prior enters exactly, whatever the posterior's damping:
@@ -9,47 +10,55 @@ the cross terms of factored damping would bias it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayes_kfac import linalg
 from bayes_kfac.curvature import Layer
 from bayes_kfac.laplace.measurement import Measurement
 from bayes_kfac.likelihoods import Likelihood
-from bayes_kfac.structures import BlockGaussian, BlockSpec, Prior, Structure
+from bayes_kfac.posterior import Posterior
+from bayes_kfac.provenance import Provenance
+from bayes_kfac.structures import BlockGaussian, BlockSpec, Prior, Structure, build
+
+#: The precision of each layer's prior, as a tensor, or as the Gaussian of an earlier posterior.
+Priors = Mapping[str, Tensor | BlockGaussian]
 
 
 @dataclass
-class Evidence:
-    """The evidence as a function of prior, noise and temperature.
+class Fitted:
+    """What a Laplace fit knows.
 
     Attributes:
         measurement: What was measured of the data.
-        mean: All parameters at the mode.
+        model: The model.
+        mean: All parameters and buffers at the mode.
         layers: The layers by name.
         structures: Their structures.
         likelihood: The likelihood that the measurement was made with.
+        provenance: How it was made.
         prior_mean: The prior's mean of all parameters; ``None`` for zero.
     """
 
     measurement: Measurement
+    model: nn.Module
     mean: Mapping[str, Tensor]
     layers: Mapping[str, Layer]
     structures: Mapping[str, Structure]
     likelihood: Likelihood
+    provenance: Provenance
     prior_mean: Mapping[str, Tensor] | None = None
     _unit_spectra: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
-    def __call__(
-        self, priors: Mapping[str, Tensor | BlockGaussian], temperature: Tensor, noise_scale: Tensor | None = None
-    ) -> Tensor:
+    def evidence(self, priors: Priors, temperature: Tensor, noise_scale: Tensor | None = None) -> Tensor:
         """The log marginal likelihood, differentiable in its arguments.
 
         Args:
-            priors: The precision of each layer's prior, as a tensor or the Gaussian of an earlier posterior.
+            priors: The layers' priors.
             temperature: ``τ``, scalar.
             noise_scale: The noise of a Gaussian likelihood, or ``None`` for what it was when the data were measured.
 
@@ -66,6 +75,26 @@ class Evidence:
             total = total - 0.5 * (self.distance(name, prior) + torch.log1p(scale * spectrum).sum())
         return total
 
+    def posterior(self, priors: Priors, temperature: float, noise_scale: Tensor | None = None) -> Posterior:
+        """The posterior, of the arguments of :meth:`evidence`."""
+        likelihood, scale = copy.deepcopy(self.likelihood), self.measurement.num_examples / temperature
+        if noise_scale is not None:
+            _, factor = self.likelihood.at_noise_scale(self.measurement.nll, self.measurement.num_targets, noise_scale)
+            scale *= float(factor)
+            likelihood.set_noise_scale(float(noise_scale))
+        specs = [BlockSpec(name, self.measurement.statistics[name], scale, prior) for name, prior in priors.items()]
+        with torch.no_grad(), linalg.full_precision(self.measurement.nll.device):
+            blocks = build(self.structures, specs)
+        return Posterior(
+            self.model,
+            likelihood,
+            blocks,
+            layers=self.layers,
+            mean=self.mean,
+            prior_precision={name: _plain(prior) for name, prior in priors.items() if isinstance(prior, Tensor)},
+            provenance=replace(self.provenance, temperature=temperature),
+        )
+
     def distance(self, name: str, prior: Tensor | BlockGaussian) -> Tensor:
         """``(M − M₀)ᵀ P₀ (M − M₀)`` of a layer."""
         layer = self.layers[name]
@@ -75,7 +104,7 @@ class Evidence:
         if isinstance(prior, BlockGaussian):
             away = away.to(next(iter(prior.state.values())).dtype)
             return (away * prior.multiply(away)).double().sum()
-        return (prior * away.square()).double().sum()
+        return (prior * away.double().square()).sum()
 
     def _spectrum(self, name: str, prior: Tensor | BlockGaussian) -> Tensor:
         """The eigenvalues of the Fisher where the prior is white."""
@@ -86,6 +115,13 @@ class Evidence:
         return self._decompose(name, prior)
 
     def _decompose(self, name: str, prior: Prior) -> Tensor:
-        spec = BlockSpec(name, self.measurement.statistics[name], 1.0, prior)
+        # in float32 the rounding of small eigenvalues leads the search for a maximum astray where priors are weak
+        prior = prior.to(torch.float64) if isinstance(prior, Tensor | BlockGaussian) else prior
+        spec = BlockSpec(name, self.measurement.statistics[name].map(Tensor.double), 1.0, prior)
         with linalg.full_precision(self.measurement.nll.device):
-            return self.structures[name].spectrum(spec).double()
+            return self.structures[name].spectrum(spec)
+
+
+def _plain(prior: Tensor) -> float | Tensor:
+    """A prior's precision out of its graph; a scalar as a number."""
+    return float(prior.detach()) if prior.ndim == 0 else prior.detach()
