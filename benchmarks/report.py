@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from laplace_uci import section
 from uci import DATA_SETS, HERE, summary
 
 PAGE = HERE.parent / "docs" / "uci.md"
@@ -151,6 +152,11 @@ def profile() -> str:
     return "\n".join(lines) + "\n" + PROFILE
 
 
+def page() -> str:
+    """The whole page."""
+    return HEAD + table(0) + table(1) + cost() + TAIL + notes() + profile() + section()
+
+
 def laplace(item: str) -> dict[str, Any]:
     """The rows of one committed comparison; none where it is not there."""
     path: Path = HERE / "results" / "laplace" / f"{item}.json"
@@ -174,6 +180,11 @@ def laplace_page() -> str:
     return page + SCALING
 
 
-if __name__ == "__main__":
+def write() -> None:
+    """Write both pages."""
     LAPLACE_PAGE.write_text(laplace_page())
-    PAGE.write_text(HEAD + table(0) + table(1) + cost() + TAIL + notes() + profile())
+    PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    write()

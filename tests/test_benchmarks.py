@@ -103,6 +103,72 @@ def test_missing_data_is_one_clear_sentence(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def toy(tmp_path: Path) -> None:
+    """A small data set with two splits."""
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(40, 3))
+    folder = tmp_path / "data" / "uci"
+    folder.mkdir(parents=True)
+    order = np.stack([generator.permutation(40) for _ in range(2)])
+    np.savez(folder / "toy.npz", X=x, y=x[:, 0] * 3 + 1, train_idx=order[:, :30], test_idx=order[:, 30:])
+
+
+def test_laplace_on_the_splits_runs_prints_and_keeps_no_quick_result(tmp_path, monkeypatch, capsys):
+    import laplace_uci
+
+    toy(tmp_path)
+    monkeypatch.setenv("BAYES_KFAC_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(laplace_uci, "laplace_torch", lambda: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    arguments = ["--data", "toy", "--splits", "2", "--epochs", "3", "--processes", "1"]
+    monkeypatch.setattr("sys.argv", ["laplace_uci.py", *arguments, "--results", str(tmp_path / "results")])
+    laplace_uci.main()
+    printed = capsys.readouterr().out
+    assert printed.startswith("laplace-torch is not installed, so its columns are left out")
+    rows = [line for line in printed.splitlines() if line.startswith("| toy")]
+    assert len(rows) == printed.count("| data |")
+    assert "±" in rows[0]
+    assert "nan" not in printed
+    assert not (tmp_path / "results").exists()
+
+
+def test_laplace_on_the_splits_computes_only_what_is_missing(tmp_path, monkeypatch):
+    import laplace_uci
+
+    toy(tmp_path)
+    monkeypatch.setenv("BAYES_KFAC_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(laplace_uci, "laplace_torch", lambda: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    job = laplace_uci.Job("toy", 2, 1, laplace_uci.Recipe(epochs=1), tmp_path / "cache")
+    laplace_uci.work(job, None)
+    laplace_uci.work(job, 0)
+    path = job.path("0.json")
+    found = json.loads(path.read_text())
+    known = {name: {**own, "rmse": -1.0} for name, own in found.items() if name != "dense"}
+    path.write_text(json.dumps(known))
+    laplace_uci.work(job, 0)
+    assert json.loads(path.read_text()).keys() == found.keys()
+    assert json.loads(path.read_text())["dense"]["rmse"] == found["dense"]["rmse"]
+    assert json.loads(path.read_text())["kron exact"]["rmse"] == -1.0
+
+
+def test_the_page_is_what_the_results_make_it():
+    import report
+
+    assert report.PAGE.read_text() == report.page()
+
+
+def test_links_are_measured(monkeypatch, capsys):
+    import links
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr("sys.argv", ["links.py", "--smoke", "--splits", "1"])
+    links.main()
+    printed = capsys.readouterr().out
+    assert printed.count("| linearised, mc |") == 3
+    assert "nan" not in printed
+
+
 def compare(tmp_path: Path, *parts: str) -> str:
     command = [sys.executable, str(BENCHMARKS / "laplace.py"), "--results", str(tmp_path), *parts]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

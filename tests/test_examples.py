@@ -56,6 +56,15 @@ def test_missing_data_are_one_clear_sentence(name, run):
     assert "\n" not in message
 
 
+def test_sampled_laplace_is_drawn_and_printed(run, tmp_path):
+    output = tmp_path / "figures" / "laplace_sampling.png"
+    printed = run("laplace_sampling", "--splits", "1", "--steps", "6", "--output", str(output))
+    assert "a noisy sine stands in for it" in printed
+    assert printed.count("| sampled weights |") == printed.count("| linearised |") == 2
+    assert "nan" not in printed
+    assert output.stat().st_size < 100_000
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_example_is_under_eighty_lines(name):
     assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 80
