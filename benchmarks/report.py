@@ -66,8 +66,7 @@ Jacobians are by `torch.func`, the precision of each layer written out.
 SPEED = """
 ## Their cost
 
-Two threads of a two-core x86-64 CPU that ran much other work, which lengthens the times of both libraries and of short
-calls the most; medians over three processes, the libraries in turns.
+Two threads of a two-core x86-64 CPU that did nothing else; medians over three processes, the libraries in turns.
 `fit` is on 5000 images of MNIST, `predict` the mean and covariance of 64 inputs, both of an MLP 784-512-10;
 `last_layer` those of one input for 1000 classes from 512 features.
 Memory is what is added at the peak: of the process, and of tensors alone.
