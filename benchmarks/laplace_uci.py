@@ -49,7 +49,7 @@ from uci import HERE, Splits, commit, load_splits, summary
 
 import bayes_kfac as bk
 
-DATA_SETS = ("boston", "concrete", "energy", "power", "wine_red", "yacht")
+DATA_SETS = ("boston", "concrete", "energy", "kin8nm", "naval", "power", "protein", "wine_red", "yacht")
 RESULTS = HERE / "results" / "uci" / "laplace"
 PEER_STEPS = 1000
 SAMPLES = 100
