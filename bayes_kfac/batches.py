@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        return Batch(*tree_map(lambda value: value.to(device) if hasattr(value, "to") else value, tuple(self)))
+        return Batch(*_moved(tuple(self), device))
 
 
 def unpack(batch: Any) -> Batch:
@@ -88,7 +88,11 @@ def inputs_of(batch: Any, device: torch.device) -> Any:
         inputs = unpack(batch).inputs
     except ArgumentError:
         inputs = batch
-    return Batch(inputs, torch.empty(0)).to(device).inputs
+    return _moved(inputs, device)
+
+
+def _moved(collection: Any, device: torch.device) -> Any:
+    return tree_map(lambda value: value.to(device) if hasattr(value, "to") else value, collection)
 
 
 def weighing_examples(mask: Tensor) -> Tensor:

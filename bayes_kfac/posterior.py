@@ -35,7 +35,7 @@ from bayes_kfac.prediction import (
     sampled_outputs,
 )
 from bayes_kfac.provenance import Provenance
-from bayes_kfac.structures import BlockGaussian, KroneckerEigenGaussian, MatrixNormalGaussian, standard_normal
+from bayes_kfac.structures import BlockGaussian, MatrixNormalGaussian, standard_normal
 
 if TYPE_CHECKING:
     from bayes_kfac.distributions import MatrixNormal
@@ -251,9 +251,8 @@ class Posterior:
         """The inputs of a loader's batches, on the model's device."""
         from tqdm.auto import tqdm
 
-        device = next(iter(self.mean.values())).device
         for batch in tqdm(loader, desc="predict", unit="batch", disable=not progress):
-            yield inputs_of(batch, device)
+            yield inputs_of(batch, self.device)
 
     # -- the Gaussian itself ------------------------------------------------------------------------------------------
 
@@ -284,10 +283,10 @@ class Posterior:
             A scalar.
         """
         named = dict(self.model.named_parameters())
-        total = torch.zeros((), device=next(iter(self.mean.values())).device)
+        total = torch.zeros((), device=self.device)
         for name, block in self.blocks.items():
             away = self.layers[name].matrix({key: named[key] - self.mean[key] for key in self.layers[name].parameters})
-            away = away.to(next(iter(block.state.values())).dtype)
+            away = away.to(block.like.dtype)
             total = total + 0.5 * (away * block.multiply(away)).sum()
         return total
 
@@ -300,10 +299,7 @@ class Posterior:
             A new posterior.
         """
         nearest = copy.copy(self)
-        nearest.blocks = {
-            name: block.nearest_matrix_normal() if isinstance(block, KroneckerEigenGaussian) else block
-            for name, block in self.blocks.items()
-        }
+        nearest.blocks = {name: block.as_prior() for name, block in self.blocks.items()}
         nearest.provenance = replace(self.provenance, damping="optimal")
         nearest._linearized = LinearizedModel(nearest.model, nearest.mean, nearest.layers, nearest.blocks)
         return nearest
@@ -339,8 +335,13 @@ class Posterior:
         made = self.provenance
         structure = structures.get(made.structure, damping=made.damping, sharing=made.sharing)
         own = {name: structure.for_block(layer.adapter.structure) for name, layer in self.layers.items()}
-        names = {name: f"{kind.name}/{kind.damping}" for name, kind in own.items()}
+        names = {name: kind.label for name, kind in own.items()}
         return summarize(self.model, self.layers, self.reasons, names)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self.mean.values())).device
 
     def to(self, target: torch.device | torch.dtype | str) -> Posterior:
         """The same posterior on another device or in another dtype; the model is moved too, as in ``nn.Module.to``.

@@ -3,7 +3,7 @@
 from bayes_kfac.curvature.fisher import FISHER_KINDS, output_gradients
 from bayes_kfac.curvature.layers import Layer, find_layers
 from bayes_kfac.curvature.meter import Meter
-from bayes_kfac.curvature.models import OTHERS, check_coverage, check_types, unwrapped
+from bayes_kfac.curvature.models import OTHERS, check_types, find_covered, unwrapped
 from bayes_kfac.curvature.modules import CompositeAdapter, ModuleAdapter, register, register_like
 from bayes_kfac.curvature.pullback import COPIES, PullBack
 from bayes_kfac.curvature.recorder import Recorder
@@ -28,8 +28,8 @@ __all__ = [
     "Summary",
     "SummaryRow",
     "added",
-    "check_coverage",
     "check_types",
+    "find_covered",
     "find_layers",
     "kronecker_factors",
     "output_gradients",

@@ -83,6 +83,11 @@ class Layer:
         """Which sides of the block are diagonal because of sparse inputs: ``"input"``, ``"gradient"``."""
         return frozenset("gradient" if use.transposed else "input" for use in self.uses if use.adapter.sparse)
 
+    @property
+    def form(self) -> dict[str, Any]:
+        """What beside its shape decides which factors the block has, as ``Structure.identity`` takes it."""
+        return {"sparse_sides": self.sparse_sides, "tied": self.is_tied_to_transpose}
+
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Join tensors keyed by parameter name (values, gradients, ...) into ``[*blocks, out, in]``."""
         weight, bias = (None if name is None else tensors[name] for name in (self.weight_name, self.bias_name))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
-from bayes_kfac.curvature.layers import Layer
+from bayes_kfac.curvature.layers import Layer, find_layers
 from bayes_kfac.errors import ArgumentError, UnsupportedModelError, check_choice
 from bayes_kfac.likelihoods import Likelihood
 
@@ -58,18 +58,29 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, bool]:
             return model, is_parallel
 
 
-def check_coverage(layers: Mapping[str, Layer], reasons: Mapping[str, str], others: str) -> None:
-    """Refuse models without blocks, and parameters that no block covers unless the user said what to do with them.
+def find_covered(
+    model: nn.Module, parameters: Collection[nn.Parameter], others: str
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """:func:`find_layers`, with what the user said about parameters that no block covers.
 
     Args:
-        layers: The layers that were found.
-        reasons: Why each trainable parameter outside of them is no block.
+        model: The model.
+        parameters: Which parameters to sort.
         others: ``"error"``, ``"diagonal"`` or ``"deterministic"``.
+
+    Returns:
+        The layers by name, and for each parameter that no layer covers the reason why.
 
     Raises:
         UnsupportedModelError: If there is no block, or a parameter is not covered and ``others="error"``.
     """
     check_choice("others", others, OTHERS)
+    layers, reasons = find_layers(model, parameters, rest="diagonal" if others == "diagonal" else "none")
+    _check_coverage(layers, reasons, others)
+    return layers, reasons
+
+
+def _check_coverage(layers: Mapping[str, Layer], reasons: Mapping[str, str], others: str) -> None:
     listing = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
     if not layers:
         raise UnsupportedModelError(

@@ -102,7 +102,7 @@ class Fitted:
         if self.prior_mean is not None:
             away = away - layer.matrix(self.prior_mean)
         if isinstance(prior, BlockGaussian):
-            away = away.to(next(iter(prior.state.values())).dtype)
+            away = away.to(prior.like.dtype)
             return (away * prior.multiply(away)).double().sum()
         return (prior * away.double().square()).sum()
 

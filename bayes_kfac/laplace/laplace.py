@@ -21,9 +21,8 @@ from bayes_kfac.curvature import (
     Recorder,
     Statistics,
     Summary,
-    check_coverage,
     check_types,
-    find_layers,
+    find_covered,
     summarize,
     unwrapped,
 )
@@ -103,10 +102,7 @@ class Laplace:
         self.memory_budget = check_count("memory_budget", memory_budget)
         self.generator = generator
         parameters = choose_parameters(self.model, subset)
-        self.layers, self.reasons = find_layers(
-            self.model, parameters, rest="diagonal" if others == "diagonal" else "none"
-        )
-        check_coverage(self.layers, self.reasons, others)
+        self.layers, self.reasons = find_covered(self.model, parameters, others)
         self.structures = {
             name: self.structure.for_block(layer.adapter.structure) for name, layer in self.layers.items()
         }
@@ -390,7 +386,7 @@ class Laplace:
 
     def summary(self) -> Summary:
         """For each parameter: its block, structure, shape, and why where it has none."""
-        names = {name: f"{kind.name}/{kind.damping}" for name, kind in self.structures.items()}
+        names = {name: kind.label for name, kind in self.structures.items()}
         return summarize(self.model, self.layers, self.reasons, names)
 
     def _check_fitted(self) -> Fitted:
@@ -427,9 +423,7 @@ class Laplace:
 
     def _without_curvature(self, name: str) -> Statistics:
         layer = self.layers[name]
-        identity = self.structures[name].identity(
-            layer.shape, layer.like, sparse_sides=layer.sparse_sides, tied=layer.is_tied_to_transpose
-        )
+        identity = self.structures[name].identity(layer.shape, layer.like, **layer.form)
         return identity.map(torch.zeros_like)
 
 

@@ -189,9 +189,8 @@ def mean_nll(posterior: Posterior, loader: Iterable[Any], predict: Mapping[str, 
         ArgumentError: If the loader yields nothing, or masks.
     """
     total, count = 0.0, 0
-    device = next(iter(posterior.mean.values())).device
     for raw in loader:
-        batch = unpack(raw).to(device)
+        batch = unpack(raw).to(posterior.device)
         if batch.mask is not None:
             raise ArgumentError("loader= yields masks, which predictions do not know. Leave masked targets out of it.")
         with torch.no_grad():

@@ -170,7 +170,7 @@ class LinearizedModel:
         if not self._is_checked:
             pull_back.check()
             self._is_checked = True
-        return {name: own.to(next(iter(self.blocks[name].state.values())).dtype) for name, own in rows.items()}
+        return {name: own.to(self.blocks[name].like.dtype) for name, own in rows.items()}
 
     def _whitened(self, pull_back: PullBack, columns: Tensor) -> dict[str, Whitened]:
         return {name: self.blocks[name].whitened_rows(rows) for name, rows in self._rows(pull_back, columns).items()}

@@ -106,6 +106,15 @@ class BlockGaussian(ABC):
     def state(self) -> dict[str, Tensor]:
         """Plain tensors from which the class rebuilds the Gaussian as keyword arguments."""
 
+    @property
+    def like(self) -> Tensor:
+        """One of its tensors, for dtype and device."""
+        return next(iter(self.state.values()))
+
+    def as_prior(self) -> BlockGaussian:
+        """The nearest Gaussian in ``KL(q ‖ p)`` whose precision a block of its structure can add exactly."""
+        return self
+
     def trace_covariance(self) -> Tensor:
         """``tr P⁻¹``, ``[*blocks]``."""
         return self.marginal_variance().sum((-2, -1))
@@ -144,7 +153,7 @@ Prior = float | Tensor | BlockGaussian
 
 def standard_normal(gaussian: BlockGaussian, generator: torch.Generator | None, count: tuple[int, ...] = ()) -> Tensor:
     """Standard normal noise for a block, ``[*count, *blocks, out, in]``, like its state."""
-    like = next(iter(gaussian.state.values()))
+    like = gaussian.like
     # a generator draws on its own device only: one of the CPU serves a model anywhere, the same numbers everywhere
     device = like.device if generator is None else generator.device
     noise = torch.randn((*count, *gaussian.shape), dtype=like.dtype, device=device, generator=generator)
@@ -194,6 +203,11 @@ class Structure(ABC):
     def __init__(self, *, damping: str, sharing: str) -> None:
         self.damping = check_choice("damping", damping, DAMPING_KINDS)
         self.sharing = check_choice("sharing", sharing, SHARING_KINDS)
+
+    @property
+    def label(self) -> str:
+        """Name and damping, for summaries."""
+        return f"{self.name}/{self.damping}"
 
     def for_block(self, own: str | None) -> Structure:
         """The structure of a block whose kind has one of its own by this name, or ``None`` for this one."""

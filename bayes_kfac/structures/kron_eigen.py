@@ -82,6 +82,9 @@ class KroneckerEigenGaussian(BlockGaussian):
             "log_volume": self.log_volume,
         }
 
+    def as_prior(self) -> MatrixNormalGaussian:  # noqa: D102
+        return self.nearest_matrix_normal()
+
     def nearest_matrix_normal(self) -> MatrixNormalGaussian:
         """The matrix normal ``q`` nearest in ``KL(q ‖ p)`` to this Gaussian ``p``.
 

@@ -151,7 +151,7 @@ class Blocks:
 
     def describe(self) -> dict[str, str]:
         """The structure of each layer in words, for the summary."""
-        return {name: f"{structure.name}/{structure.damping}" for name, structure in self.structures.items()}
+        return {name: structure.label for name, structure in self.structures.items()}
 
     def _blended(self, name: str, state: BlockState) -> Statistics:
         """The statistics that training goes by: with warm-up, as if the average had started at the identity."""
@@ -163,9 +163,7 @@ class Blocks:
     def _identity(self, name: str) -> Statistics:
         """The statistics of a layer whose Fisher is the identity."""
         layer = self.layers[name]
-        return self.structures[name].identity(
-            layer.shape, layer.like, sparse_sides=layer.sparse_sides, tied=layer.is_tied_to_transpose
-        )
+        return self.structures[name].identity(layer.shape, layer.like, **layer.form)
 
 
 def _key(layer: Layer) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from bayes_kfac.batches import Batch, call, count_examples, expect_output_tensor, unpack
-from bayes_kfac.curvature import check_types, find_layers, unwrapped
+from bayes_kfac.curvature import check_types, find_covered, unwrapped
 from bayes_kfac.errors import ArgumentError, check_choice, check_count
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
@@ -148,9 +148,9 @@ def _train_epoch(
 def _one_for_each_layer(model: nn.Module, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A parameter group for each layer that will have a posterior."""
     model, _ = unwrapped(model)
-    chosen = options.get("params")
-    rest = "diagonal" if options.get("others") == "diagonal" else "none"
-    layers, _ = find_layers(model, None if chosen is None else [p for p in chosen if p.requires_grad], rest=rest)
+    chosen = model.parameters() if options.get("params") is None else options["params"]
+    trainable = [parameter for parameter in chosen if parameter.requires_grad]
+    layers, _ = find_covered(model, trainable, options.get("others", "error"))
     return [{"params": list(layer.parameters.values())} for layer in layers.values()]
 
 

@@ -22,9 +22,8 @@ from bayes_kfac.curvature import (
     Layer,
     Meter,
     Summary,
-    check_coverage,
     check_types,
-    find_layers,
+    find_covered,
     summarize,
     unwrapped,
 )
@@ -423,10 +422,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         return [parameter for parameter in candidates if parameter.requires_grad]
 
     def _sort(self) -> dict[str, Layer]:
-        layers, self.reasons = find_layers(
-            self.model, self._trainable_now(), rest="diagonal" if self._others == "diagonal" else "none"
-        )
-        check_coverage(layers, self.reasons, self._others)
+        layers, self.reasons = find_covered(self.model, self._trainable_now(), self._others)
         return layers
 
     def _take_up(self, layers: Mapping[str, Layer]) -> None:
