@@ -87,6 +87,8 @@ def fit(
     if tune is not None:
         check_choice("tune", tune, TUNE_KINDS)
         check_types(model, likelihood)
+        if options.get("params") is not None:
+            options["params"] = list(options["params"])  # a generator is used up by one look
         options.setdefault("groups", _one_for_each_layer(model, options))
     optimizer = NoisyNaturalGradient(
         model,

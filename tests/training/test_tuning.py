@@ -184,6 +184,23 @@ def test_groups_of_the_users_own_are_kept() -> None:
     assert len(set(posterior.prior_precision.values())) == 1
 
 
+def test_params_may_be_a_generator() -> None:
+    """Looked at for the groups, and again by the trainer."""
+    x, y = data()
+    model = seeded(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)))
+    posterior = bk.fit(
+        model,
+        bk.likelihoods.Gaussian(torch.tensor(0.6).double()),
+        [(x, y)],
+        epochs=2,
+        num_data=60,
+        tune="marginal_likelihood",
+        params=(parameter for parameter in model[2].parameters()),
+        progress=False,
+    )
+    assert list(posterior.blocks) == ["2"]
+
+
 def test_unknown_ways_of_tuning_say_what_there_is() -> None:
     model = nn.Linear(4, 2)
     with pytest.raises(ArgumentError, match=r"tune='evidence' is unknown. Allowed: 'marginal_likelihood'"):
