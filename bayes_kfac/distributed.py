@@ -50,7 +50,9 @@ def _summed(statistics: Statistics) -> Statistics:
     device = statistics.sums[names[0]].device
     counts = _sum(torch.tensor([statistics.counts[name] for name in names], dtype=torch.float64, device=device))
     return Statistics(
-        {name: _sum(statistics.sums[name]) for name in names}, dict(zip(names, counts.tolist(), strict=True))
+        {name: _sum(statistics.sums[name]) for name in names},
+        dict(zip(names, counts.tolist(), strict=True)),
+        statistics.frame,
     )
 
 

@@ -11,16 +11,18 @@ from torch.func import functional_call
 
 from bayes_kfac import Posterior, structures
 from bayes_kfac.batches import call
-from bayes_kfac.curvature import Layer, Rows, find_layers
+from bayes_kfac.curvature import Layer, Rows, Statistics, find_layers
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.prediction import Draws
 from bayes_kfac.prediction.forward import evaluating
 from bayes_kfac.provenance import Provenance
-from bayes_kfac.structures import DAMPING_KINDS, BlockSpec
+from bayes_kfac.structures import DAMPING_KINDS, BlockSpec, Structure
 from tests.helpers import in_block, parameter_jacobians, randn
 
 __all__ = [
     "DAMPING_KINDS",
+    "FAMILIES",
+    "FAMILY_NAMES",
     "STRUCTURES",
     "dense_covariances",
     "dense_derivatives",
@@ -29,7 +31,19 @@ __all__ = [
     "dense_mean",
     "dense_output_covariance",
     "random_posterior",
+    "surveyed",
 ]
+
+#: One structure for each kind of Gaussian, and for each way in which a prior enters: what depends on these alone is
+#: tested with them. What every structure must do is in ``tests/structures/test_contract.py`` and ``test_in_use.py``.
+FAMILIES = [
+    ("dense", "exact"),
+    ("diagonal", "exact"),
+    ("kron", "exact"),
+    ("kron", "factored"),
+    ("kron", "optimal"),
+]
+FAMILY_NAMES = sorted({name for name, _ in FAMILIES})
 
 #: Every structure with every damping that makes a difference to it.
 STRUCTURES = sorted(
@@ -39,6 +53,14 @@ STRUCTURES = sorted(
         for damping in DAMPING_KINDS
     }
 )
+
+
+def surveyed(structure: Structure, rows: Rows) -> Statistics:
+    """What a structure measures of these rows in as many passes as it takes."""
+    statistics = structure.measure(rows)
+    for _ in range(structure.passes - 1):
+        statistics = structure.measure(rows, structure.reframed(statistics, "layer").frame)
+    return statistics
 
 
 def random_posterior(
@@ -58,7 +80,7 @@ def random_posterior(
     blocks = {}
     for index, (name, layer) in enumerate(layers.items()):
         own = whole.for_block(layer.adapter.structure)
-        statistics = own.measure(random_rows(layer, seed=seed + 2 * index) if rows is None else rows[name])
+        statistics = surveyed(own, random_rows(layer, seed=seed + 2 * index) if rows is None else rows[name])
         (blocks[name],) = own.gaussians([BlockSpec(name, statistics, float(num_data), prior_precision)])
     return Posterior(
         model,

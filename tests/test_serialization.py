@@ -20,7 +20,7 @@ from bayes_kfac.errors import ArgumentError, BayesKfacError
 from bayes_kfac.likelihoods import Bernoulli, Categorical, GammaNoise, Gaussian, LearnedNoise, Likelihood
 from tests.curvature.modules.cases import CASES
 from tests.helpers import randn, record, rng, seeded
-from tests.posteriors import DAMPING_KINDS, STRUCTURES, random_posterior
+from tests.posteriors import DAMPING_KINDS, FAMILIES, random_posterior
 
 
 def mlp() -> nn.Module:
@@ -352,7 +352,7 @@ def test_a_block_beside_a_parameter_without_one_comes_back(path: Path) -> None:
     assert same(Posterior.load(path, Scaled()).predict(x).covariance, posterior.predict(x).covariance)
 
 
-@pytest.mark.parametrize(("structure", "damping"), STRUCTURES)
+@pytest.mark.parametrize(("structure", "damping"), FAMILIES)
 def test_every_structure_comes_back_with_ties_and_bare_parameters(structure: str, damping: str, path: Path) -> None:
     """Diagonal factors, unit-wise blocks, and an embedding that is tied to the output layer."""
     build, inputs = CASES["language model"]

@@ -8,15 +8,17 @@ from bayes_kfac.curvature.modules import CompositeAdapter, ModuleAdapter, regist
 from bayes_kfac.curvature.pullback import COPIES, PullBack
 from bayes_kfac.curvature.recorder import Recorder
 from bayes_kfac.curvature.rows import Rows, SparseRows
-from bayes_kfac.curvature.statistics import SHARING_KINDS, Statistics, added, kronecker_factors
+from bayes_kfac.curvature.statistics import NO_FRAME, SHARING_KINDS, Frame, Statistics, added, kronecker_factors
 from bayes_kfac.curvature.summary import Summary, SummaryRow, summarize
 
 __all__ = [
     "COPIES",
     "FISHER_KINDS",
+    "NO_FRAME",
     "OTHERS",
     "SHARING_KINDS",
     "CompositeAdapter",
+    "Frame",
     "Layer",
     "Meter",
     "ModuleAdapter",

@@ -3,12 +3,15 @@
 Sums and counts, not averages, are what is kept: they add over batches, accumulation steps, workers and tasks. An
 exponential moving average is the same recursion on both, so that it is debiased by construction: after one update the
 average is the batch's. Sums are in float32 whatever the model's dtype (float64 where the model is).
+
+Some sums are taken in coordinates that come from earlier statistics, such as the eigenvectors of Kronecker factors.
+These coordinates are the statistics' frame; sums add where they are of one frame.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +19,11 @@ from torch import Tensor
 from bayes_kfac.curvature.rows import Rows, SparseRows
 
 SHARING_KINDS = ("expand", "reduce")
+
+#: Coordinates in which sums are taken: see :attr:`Statistics.frame`.
+Frame = Mapping[str, Tensor]
+#: Coordinates as they are.
+NO_FRAME: Frame = {}
 
 
 @dataclass(frozen=True)
@@ -25,10 +33,12 @@ class Statistics:
     Attributes:
         sums: Tensors by name.
         counts: How many terms each sum has, by the same names.
+        frame: What the sums were taken in, tensors by name; empty for coordinates as they are.
     """
 
     sums: Mapping[str, Tensor]
     counts: Mapping[str, float]
+    frame: Frame = field(default_factory=dict)
 
     def mean(self, name: str) -> Tensor:
         """The average of one statistic; zero where nothing was counted."""
@@ -38,12 +48,14 @@ class Statistics:
         return Statistics(
             {name: value + other.sums[name] for name, value in self.sums.items()},
             {name: value + other.counts[name] for name, value in self.counts.items()},
+            self.frame,
         )
 
     def __mul__(self, factor: float) -> Statistics:
         return Statistics(
             {name: value * factor for name, value in self.sums.items()},
             {name: value * factor for name, value in self.counts.items()},
+            self.frame,
         )
 
     def moving_average(self, batch: Statistics, decay: float) -> Statistics:
@@ -51,8 +63,12 @@ class Statistics:
         return self * decay + batch * (1 - decay)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Statistics:
-        """The statistics with a function applied to every sum: a move to another device or dtype."""
-        return Statistics({name: function(value) for name, value in self.sums.items()}, self.counts)
+        """The statistics with a function applied to every tensor: a move to another device or dtype."""
+        return Statistics(
+            {name: function(value) for name, value in self.sums.items()},
+            self.counts,
+            {name: function(value) for name, value in self.frame.items()},
+        )
 
     def lean(self, other: Statistics, weight: float) -> Statistics:
         """Statistics whose averages are ``(1 − weight) · self + weight · other``, with the counts of ``self``."""
@@ -60,7 +76,7 @@ class Statistics:
             name: value * (1 - weight) + other.mean(name) * (weight * self.counts[name])
             for name, value in self.sums.items()
         }
-        return Statistics(sums, self.counts)
+        return Statistics(sums, self.counts, self.frame)
 
     def non_finite(self) -> list[str]:
         """The names of the sums that hold NaN or infinity."""

@@ -23,7 +23,7 @@ from bayes_kfac.laplace.measurement import Measurement
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.provenance import Provenance
-from bayes_kfac.structures import BlockGaussian, BlockSpec, Prior, Structure, build
+from bayes_kfac.structures import BlockGaussian, BlockSpec, Information, Prior, Structure, build
 
 #: The precision of each layer's prior, as a tensor, or as the Gaussian of an earlier posterior.
 Priors = Mapping[str, Tensor | BlockGaussian]
@@ -52,7 +52,7 @@ class Fitted:
     likelihood: Likelihood
     provenance: Provenance
     prior_mean: Mapping[str, Tensor] | None = None
-    _unit_spectra: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _under_unit_prior: dict[str, Information] = field(default_factory=dict, init=False, repr=False)
 
     def evidence(self, priors: Priors, temperature: Tensor, noise_scale: Tensor | None = None) -> Tensor:
         """The log marginal likelihood, differentiable in its arguments.
@@ -71,8 +71,7 @@ class Fitted:
             scale = scale * factor
         total = -nll / temperature - self.likelihood.kl().detach()
         for name, prior in priors.items():
-            spectrum = self._spectrum(name, prior)
-            total = total - 0.5 * (self.distance(name, prior) + torch.log1p(scale * spectrum).sum())
+            total = total - 0.5 * (self.distance(name, prior) + self._information(name, prior, scale))
         return total
 
     def posterior(self, priors: Priors, temperature: float, noise_scale: Tensor | None = None) -> Posterior:
@@ -106,20 +105,20 @@ class Fitted:
             return (away * prior.multiply(away)).double().sum()
         return (prior * away.double().square()).sum()
 
-    def _spectrum(self, name: str, prior: Tensor | BlockGaussian) -> Tensor:
-        """The eigenvalues of the Fisher where the prior is white."""
-        if isinstance(prior, Tensor) and prior.ndim == 0:
-            if name not in self._unit_spectra:
-                self._unit_spectra[name] = self._decompose(name, 1.0)
-            return self._unit_spectra[name] / prior
-        return self._decompose(name, prior)
+    def _information(self, name: str, prior: Tensor | BlockGaussian, scale: Tensor | float) -> Tensor:
+        """``log det P − log det P₀`` of a layer."""
+        if isinstance(prior, Tensor) and prior.ndim == 0:  # where it is white the data's scale is over it
+            if name not in self._under_unit_prior:
+                self._under_unit_prior[name] = self._decompose(name, 1.0)
+            return self._under_unit_prior[name](scale / prior)
+        return self._decompose(name, prior)(torch.as_tensor(scale))
 
-    def _decompose(self, name: str, prior: Prior) -> Tensor:
+    def _decompose(self, name: str, prior: Prior) -> Information:
         # in float32 the rounding of small eigenvalues leads the search for a maximum astray where priors are weak
         prior = prior.to(torch.float64) if isinstance(prior, Tensor | BlockGaussian) else prior
         spec = BlockSpec(name, self.measurement.statistics[name].map(Tensor.double), 1.0, prior)
         with linalg.full_precision(self.measurement.nll.device):
-            return self.structures[name].spectrum(spec)
+            return self.structures[name].information(spec)
 
 
 def _plain(prior: Tensor) -> float | Tensor:

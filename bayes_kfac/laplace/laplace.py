@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bayes_kfac import structures
 from bayes_kfac.curvature import (
     FISHER_KINDS,
+    Frame,
     Recorder,
     Statistics,
     Summary,
@@ -37,7 +38,7 @@ from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.prediction import MEMORY_BUDGET
 from bayes_kfac.provenance import Provenance
-from bayes_kfac.structures import BlockSpec
+from bayes_kfac.structures import BlockSpec, Structure
 
 if TYPE_CHECKING:
     from bayes_kfac.training import NoisyNaturalGradient
@@ -51,7 +52,8 @@ class Laplace:
     Args:
         model: The trained model; its weights are the mode. It stays as it is: mode, weights, hooks, attributes.
         likelihood: What its output means; copied.
-        structure: The family of the posterior's blocks; see ``bayes_kfac.structures.available()``.
+        structure: The family of the posterior's blocks: one of ``bayes_kfac.structures.available()``, or a structure
+            with options of its own.
         subset: Which parameters have a posterior: ``"all"``, ``"last_layer"``, ``"requires_grad"``, a list of names of
             parameters or modules, or a function of a parameter's name and the parameter. The others stay at the mode.
         damping: How the prior enters a block: ``"exact"``, ``"factored"`` or ``"optimal"``.
@@ -79,7 +81,7 @@ class Laplace:
         model: nn.Module,
         likelihood: Likelihood,
         *,
-        structure: str = "kron",
+        structure: str | Structure = "kron",
         subset: Subset = "all",
         damping: str = "exact",
         fisher: str = "exact",
@@ -135,7 +137,7 @@ class Laplace:
         laplace = cls(
             trainer.model,
             trainer.likelihood,
-            structure=trainer.structure.name,
+            structure=trainer.structure,
             subset=lambda _, parameter: parameter in own,
             damping=trainer.structure.damping,
             fisher=trainer.fisher,
@@ -147,14 +149,16 @@ class Laplace:
         )
         statistics = {name: state.measured(name) for name, state in trainer.blocks.items()}
         mean = _copied_state(laplace.model)
-        measured = laplace._measure(Recorder({}), loader, mean, progress)
+        measured = laplace._measure(Recorder({}), loader, mean, {}, progress)
         laplace._take(replace(measured, statistics=statistics), mean)
         return laplace
 
     # -- the data -----------------------------------------------------------------------------------------------------
 
     def fit(self, loader: Iterable[Any], *, progress: bool = True) -> Self:
-        """Measure the curvature and the log-likelihood of the training data, in one pass, at the weights as they are.
+        """Measure the curvature and the log-likelihood of the training data at the weights as they are.
+
+        One pass over the data for most structures; some take several.
 
         Args:
             loader: Yields batches: ``(inputs, target)``, ``(inputs, target, mask)``, or mappings or dataclasses with a
@@ -166,8 +170,19 @@ class Laplace:
         """
         with torch.inference_mode(False):  # the evidence is to be differentiable, wherever this is called
             mean = _copied_state(self.model)
-            self._take(self._measure(self._recorder, loader, mean, progress), mean)
+            frames: dict[str, Frame] = {}
+            for _ in range(self.passes - 1):
+                before = self._measure(self._recorder, loader, mean, frames, progress)
+                frames = {
+                    name: self.structures[name].reframed(own, name).frame for name, own in before.statistics.items()
+                }
+            self._take(self._measure(self._recorder, loader, mean, frames, progress), mean)
         return self
+
+    @property
+    def passes(self) -> int:
+        """How often :meth:`fit` goes through the data."""
+        return max((structure.passes for structure in self.structures.values()), default=1)
 
     def update(self, loader: Iterable[Any], *, progress: bool = True) -> Self:
         """Add more data to the fit: the result is that of one fit to all of them.
@@ -195,7 +210,7 @@ class Laplace:
                 "update() see."
             )
         with torch.inference_mode(False):
-            more = self._measure(self._recorder, loader, fitted.mean, progress)
+            more = self._measure(self._recorder, loader, fitted.mean, fitted.measurement.frames, progress)
             self._take(fitted.measurement + more, fitted.mean)
         return self
 
@@ -221,7 +236,12 @@ class Laplace:
         )
 
     def _measure(
-        self, recorder: Recorder, loader: Iterable[Any], mean: Mapping[str, Tensor], progress: bool
+        self,
+        recorder: Recorder,
+        loader: Iterable[Any],
+        mean: Mapping[str, Tensor],
+        frames: Mapping[str, Frame],
+        progress: bool,
     ) -> Measurement:
         surveyor = Surveyor(
             self.model,
@@ -233,7 +253,7 @@ class Laplace:
             self.generator,
             self.memory_budget,
         )
-        measured = surveyor.survey(loader, progress=progress)
+        measured = surveyor.survey(loader, frames, progress=progress)
         if self.num_data is not None:
             return measured.counting(self.num_data)
         warn_of_samplers(loader, surveyor.num_yielded, stacklevel=3)

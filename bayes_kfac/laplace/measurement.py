@@ -1,4 +1,4 @@
-"""What a Laplace fit takes of the data: each layer's curvature statistics and the log-likelihood, in one pass.
+"""What a Laplace fit takes of the data: each layer's curvature statistics and the log-likelihood.
 
 Both are sums over examples, so that measurements of parts of the data add up to that of the whole.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bayes_kfac import linalg
 from bayes_kfac.batches import Batch, count_examples, unpack, widened
-from bayes_kfac.curvature import PullBack, Recorder, Statistics, added, output_gradients
+from bayes_kfac.curvature import NO_FRAME, Frame, PullBack, Recorder, Statistics, added, output_gradients
 from bayes_kfac.errors import ArgumentError, NonFiniteError, UsageError
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.prediction.forward import watched
@@ -44,6 +44,11 @@ class Measurement:
             self.num_examples + other.num_examples,
             self.num_targets + other.num_targets,
         )
+
+    @property
+    def frames(self) -> dict[str, Frame]:
+        """The frame of each layer's statistics."""
+        return {name: own.frame for name, own in self.statistics.items()}
 
     def counting(self, num_examples: float) -> Measurement:
         """The same as if it were of so many examples like these."""
@@ -84,11 +89,12 @@ class Surveyor:
     is_checked: bool = False
     num_yielded: int = 0
 
-    def survey(self, loader: Iterable[Any], *, progress: bool) -> Measurement:
-        """Measure all batches of a loader.
+    def survey(self, loader: Iterable[Any], frames: Mapping[str, Frame], *, progress: bool) -> Measurement:
+        """Measure all batches of a loader, in one pass.
 
         Args:
             loader: Yields batches as for :func:`bayes_kfac.fit`.
+            frames: The frame to measure each layer in, where it has one.
             progress: Whether to show a progress bar.
 
         Returns:
@@ -104,12 +110,13 @@ class Surveyor:
         if not isinstance(loader, Iterable):
             raise ArgumentError(f"loader={loader!r} is not iterable. Allowed: a DataLoader, or a list of batches.")
         total: Measurement | None = None
+        self.num_yielded = 0
         for raw in tqdm(loader, desc="laplace", unit="batch", disable=not progress):
             batch = unpack(raw)
             if not len(batch.target):
                 continue
             self.num_yielded += len(batch.target)
-            measured = self._batch(batch.to(next(iter(self.state.values())).device))
+            measured = self._batch(batch.to(next(iter(self.state.values())).device), frames)
             total = measured if total is None else total + measured
         if total is None or not total.num_examples:
             raise ArgumentError(
@@ -124,7 +131,7 @@ class Surveyor:
         _check_finite(total)
         return total
 
-    def _batch(self, batch: Batch) -> Measurement:
+    def _batch(self, batch: Batch, frames: Mapping[str, Frame]) -> Measurement:
         mask = batch.mask
         with (
             watched(self.recorder, self.model, self.state, batch.inputs, independent=self.fisher == "mc") as (
@@ -138,14 +145,16 @@ class Surveyor:
             columns = output_gradients(
                 self.likelihood, output, self.fisher, target=batch.target, mask=mask, generator=self.generator
             )
-            statistics = self._statistics(pull_back, columns, mask) if self.recorder.layers else {}
+            statistics = self._statistics(pull_back, columns, mask, frames) if self.recorder.layers else {}
         examples = float(len(output)) if mask is None else count_examples(mask)
         targets = batch.target if mask is None else widened(mask, batch.target).expand_as(batch.target)
         return Measurement(
             statistics, nll.double(), examples, float(targets.numel() if mask is None else targets.sum())
         )
 
-    def _statistics(self, pull_back: PullBack, columns: Tensor, mask: Tensor | None) -> dict[str, Statistics]:
+    def _statistics(
+        self, pull_back: PullBack, columns: Tensor, mask: Tensor | None, frames: Mapping[str, Frame]
+    ) -> dict[str, Statistics]:
         if not self.is_checked:
             pull_back.check()
             self.is_checked = True
@@ -153,7 +162,10 @@ class Surveyor:
         for part in columns.split(pull_back.columns_within(self.memory_budget)):
             rows = pull_back.rows(part, mask)
             share = len(part) / len(columns)
-            measured = {name: self.structures[name].measure(replace(own, share=share)) for name, own in rows.items()}
+            measured = {
+                name: self.structures[name].measure(replace(own, share=share), frames.get(name, NO_FRAME))
+                for name, own in rows.items()
+            }
             total = added(total, measured)
         return total
 

@@ -7,6 +7,11 @@ Gaussian over one block ``W`` of shape ``(*blocks, out, in)`` with precision
 preconditioner is the same thing with ``data_scale = 1`` and a damping in the place of the prior precision. ``vec`` is
 row-major, so ``F̄ ≈ G ⊗ A`` with ``G`` on the output side.
 
+What is measured may depend on what was measured before: in the eigenvectors of the factors so far, or of the last
+iterate of a power method. That is the statistics' frame: :meth:`Structure.measure` takes it,
+:meth:`Structure.reframed` renews it, at every refresh in training and between the passes over the data of a Laplace
+fit, of which there are :attr:`Structure.passes`.
+
 Independent blocks stack along ``*blocks``; quantities of one block have that shape.
 """
 
@@ -16,12 +21,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from bayes_kfac.curvature import SHARING_KINDS, Rows, SparseRows, Statistics
+from bayes_kfac.curvature import NO_FRAME, SHARING_KINDS, Frame, Rows, SparseRows, Statistics
 from bayes_kfac.errors import ArgumentError, check_choice
 from bayes_kfac.structures.whitened import Whitened, WhitenedJacobians
 
@@ -149,6 +154,8 @@ class BlockGaussian(ABC):
 
 #: A prior's precision: see :attr:`BlockSpec.prior`.
 Prior = float | Tensor | BlockGaussian
+#: See :meth:`Structure.information`.
+Information = Callable[[Tensor], Tensor]
 
 
 def standard_normal(gaussian: BlockGaussian, generator: torch.Generator | None, count: tuple[int, ...] = ()) -> Tensor:
@@ -189,6 +196,25 @@ class BlockSpec:
         )
 
 
+@dataclass(frozen=True)
+class Card:
+    """What a user wants to know of a structure; ``docs/structures.md`` is made of these.
+
+    Attributes:
+        formula: The Fisher of a block as it has it, in plain text.
+        captures: What of the Fisher it keeps, and what it leaves out.
+        use: When to choose it.
+        cost: Time and memory by theory, for a block ``out × in`` and a batch of ``n`` examples.
+        source: The paper.
+    """
+
+    formula: str
+    captures: str
+    use: str
+    cost: str
+    source: str
+
+
 class Structure(ABC):
     """A family of approximations to the Fisher of a block.
 
@@ -199,10 +225,23 @@ class Structure(ABC):
 
     #: The name in the registry.
     name: ClassVar[str]
+    #: What a user wants to know of it.
+    card: ClassVar[Card]
+    #: How many passes over the data a fit from scratch takes; after each of them the frame is renewed.
+    passes: ClassVar[int] = 1
 
-    def __init__(self, *, damping: str, sharing: str) -> None:
+    def __init__(self, *, damping: str = "factored", sharing: str = "expand") -> None:
         self.damping = check_choice("damping", damping, DAMPING_KINDS)
         self.sharing = check_choice("sharing", sharing, SHARING_KINDS)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The constructor's further arguments, where a structure has some."""
+        return {}
+
+    def configured(self, *, damping: str, sharing: str) -> Self:
+        """The same structure, with its own :attr:`options`, as a trainer or a fit would have it."""
+        return type(self)(damping=damping, sharing=sharing, **self.options)
 
     @property
     def label(self) -> str:
@@ -214,8 +253,28 @@ class Structure(ABC):
         return self if own is None else get(own, damping=self.damping, sharing=self.sharing)
 
     @abstractmethod
-    def measure(self, rows: Rows) -> Statistics:
-        """Turn a batch's rows into the statistics that this structure needs."""
+    def measure(self, rows: Rows, frame: Frame = NO_FRAME) -> Statistics:
+        """Turn a batch's rows into the statistics that this structure needs.
+
+        Args:
+            rows: What the batch shows of the block.
+            frame: That of the statistics so far, which these are to be added to; empty at the beginning.
+
+        Returns:
+            Sums, in the frame given.
+        """
+
+    def reframed(self, statistics: Statistics, name: str) -> Statistics:
+        """The same statistics in the frame that they suggest themselves; what cannot be known there is approximated.
+
+        Args:
+            statistics: What was measured.
+            name: The layer's name, for messages.
+
+        Returns:
+            The statistics, of the same names and shapes.
+        """
+        return statistics
 
     @abstractmethod
     def identity(
@@ -233,12 +292,23 @@ class Structure(ABC):
             The statistics, under the names and in the shapes that :meth:`measure` gives.
         """
 
-    @abstractmethod
-    def spectrum(self, spec: BlockSpec) -> Tensor:
-        """The eigenvalues of one example's Fisher where the prior is white, ``λ`` of ``P₀^(-1/2) F̄ P₀^(-1/2)``.
+    def information(self, spec: BlockSpec) -> Information:
+        """How much data tell of the weights: ``log det P − log det P₀`` as a function of ``data_scale``.
 
-        They give ``log det P = log det P₀ + Σ log(1 + data_scale · λ)``, differentiable in the prior's precisions. The
-        prior enters exactly, whatever ``damping`` says; tied weights enter as one product.
+        It is ``log det(I + s F̃)`` with ``F̃ = P₀^(-1/2) F̄ P₀^(-1/2)``, differentiable in ``s`` and in the prior's
+        precisions. The prior enters exactly where there is a closed form, whatever ``damping`` says.
+
+        Args:
+            spec: The block; its ``data_scale`` is not used.
+
+        Returns:
+            The function.
+        """
+        spectrum = self.spectrum(spec).double()
+        return lambda scale: torch.log1p(scale * spectrum).sum()
+
+    def spectrum(self, spec: BlockSpec) -> Tensor:
+        """The eigenvalues of ``F̃``, see :meth:`information`; of structures that have them.
 
         Args:
             spec: The block.
@@ -246,6 +316,7 @@ class Structure(ABC):
         Returns:
             ``[*blocks, ...]``.
         """
+        raise NotImplementedError(f"{type(self).__name__} has neither a spectrum nor an information() of its own.")
 
     @abstractmethod
     def gaussians(self, specs: Sequence[BlockSpec]) -> list[BlockGaussian]:
@@ -297,18 +368,20 @@ def available() -> tuple[str, ...]:
     return tuple(sorted(_STRUCTURES))
 
 
-def get(name: str, *, damping: str, sharing: str) -> Structure:
+def get(structure: str | Structure, *, damping: str, sharing: str) -> Structure:
     """Make a structure by its name.
 
     Args:
-        name: One of :func:`available`.
+        structure: One of :func:`available`, or a structure with options of its own.
         damping: How the prior enters.
         sharing: How positions that share weights are summed.
 
     Returns:
         The structure.
     """
-    return _STRUCTURES[check_choice("structure", name, available())](damping=damping, sharing=sharing)
+    if isinstance(structure, Structure):
+        return structure.configured(damping=damping, sharing=sharing)
+    return _STRUCTURES[check_choice("structure", structure, available())](damping=damping, sharing=sharing)
 
 
 def build(structures: Mapping[str, Structure], specs: Sequence[BlockSpec]) -> dict[str, BlockGaussian]:
@@ -321,10 +394,10 @@ def build(structures: Mapping[str, Structure], specs: Sequence[BlockSpec]) -> di
     Returns:
         The Gaussians by name, in the order of the specs.
     """
-    together: dict[tuple[type[Structure], str, str], list[BlockSpec]] = {}
+    together: dict[tuple[Any, ...], list[BlockSpec]] = {}
     for spec in specs:
         own = structures[spec.name]
-        together.setdefault((type(own), own.damping, own.sharing), []).append(spec)
+        together.setdefault((type(own), own.damping, own.sharing, *own.options.items()), []).append(spec)
     built = {
         spec.name: gaussian
         for group in together.values()

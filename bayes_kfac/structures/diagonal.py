@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bayes_kfac.curvature import SparseRows
-from bayes_kfac.structures.base import BlockGaussian, BlockSpec, register, register_gaussian
+from bayes_kfac.structures.base import BlockGaussian, BlockSpec, Card, register, register_gaussian
 from bayes_kfac.structures.jacobian import JacobianStructure
 from bayes_kfac.structures.whitened import WhitenedRows, same_for_all
 
@@ -62,6 +62,14 @@ class DiagonalGaussian(BlockGaussian):
 @register("diagonal")
 class DiagonalStructure(JacobianStructure):
     """The diagonal of the Fisher, from each example's own gradient."""
+
+    card = Card(
+        formula="F ≈ diag(E[J ∘ J])",
+        captures="The size of each weight's gradient; no correlation at all.",
+        use="Very wide layers, bare parameters, and as the mean-field baseline: noisy Adam, Vadam, VOGN.",
+        cost="Statistics n in·out; refresh, sample, solve and memory in·out.",
+        source="Zhang et al. 2018 (noisy Adam); Khan et al. 2018 (Vadam, VOGN).",
+    )
 
     def _fisher(self, jacobians: Tensor) -> Tensor:
         return jacobians.square().sum(0).sum(-3)

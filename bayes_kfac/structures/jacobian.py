@@ -11,21 +11,21 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from bayes_kfac.curvature import Rows, Statistics
+from bayes_kfac.curvature import NO_FRAME, Frame, Rows, Statistics
 from bayes_kfac.structures.base import Structure
 
 
 class JacobianStructure(Structure):
     """The Fisher from Jacobians ``[columns, *blocks, batch, out, in]``."""
 
-    def __init__(self, *, damping: str, sharing: str) -> None:
+    def __init__(self, *, damping: str = "exact", sharing: str = "expand") -> None:
         super().__init__(damping=damping, sharing=sharing)
         self.damping = "exact"
 
     def for_block(self, own: str | None) -> Structure:  # noqa: D102
         return self
 
-    def measure(self, rows: Rows) -> Statistics:  # noqa: D102
+    def measure(self, rows: Rows, frame: Frame = NO_FRAME) -> Statistics:  # noqa: D102
         jacobians = rows.to(torch.promote_types(rows.gradients.dtype, torch.float32)).jacobians()
         return Statistics({"fisher": self._fisher(jacobians)}, {"fisher": rows.num_examples})
 

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from bayes_kfac import linalg
-from bayes_kfac.curvature import Rows, Statistics, kronecker_factors
-from bayes_kfac.structures.base import BlockGaussian, BlockSpec, Structure, register
+from bayes_kfac.curvature import NO_FRAME, Frame, Rows, Statistics, kronecker_factors
+from bayes_kfac.structures.base import BlockGaussian, BlockSpec, Card, Structure, register
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
 
@@ -41,7 +41,16 @@ WARM_SWEEPS = 2
 class KroneckerStructure(Structure):
     """The Kronecker-factored Fisher of a layer."""
 
-    def measure(self, rows: Rows) -> Statistics:  # noqa: D102
+    card = Card(
+        formula="F ≈ G ⊗ A, A = E[a aᵀ], G = E[g gᵀ]",
+        captures="Correlations among a layer's inputs and among its outputs, as if inputs and gradients were "
+        "independent; exact for deep linear networks. It misses the trace where their sizes go together.",
+        use="The default: the published method, cheap, a matrix normal with factored or optimal damping.",
+        cost="Statistics n (in² + out²); refresh in³ + out³; sample or solve in·out (in + out); memory in² + out².",
+        source="Martens & Grosse 2015; as a posterior, Zhang et al. 2018.",
+    )
+
+    def measure(self, rows: Rows, frame: Frame = NO_FRAME) -> Statistics:  # noqa: D102
         return kronecker_factors(rows, self.sharing)
 
     def identity(  # noqa: D102

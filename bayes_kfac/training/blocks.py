@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bayes_kfac.curvature import Layer, Rows, Statistics
+from bayes_kfac.curvature import NO_FRAME, Layer, Rows, Statistics
 from bayes_kfac.structures import BlockGaussian, BlockSpec, Structure, build
 from bayes_kfac.training.state import BlockState
 
@@ -77,8 +77,9 @@ class Blocks:
         return {name: measured[name] if name in measured else self._identity(name) * 0 for name in self.layers}
 
     def measure(self, name: str, rows: Rows) -> Statistics:
-        """What a layer's structure measures of its rows."""
-        return self.structures[name].measure(rows)
+        """What a layer's structure measures of its rows, in the frame of what it measured before."""
+        before = self.states[name].statistics
+        return self.structures[name].measure(rows, NO_FRAME if before is None else before.frame)
 
     def intrinsic_damping(self, name: str) -> float:
         """``γ_in = τδ/N`` of a layer."""
@@ -105,10 +106,13 @@ class Blocks:
         return {name: replace(state, posterior=gaussians[name]) for name, state in states.items()}
 
     def refreshed(self, states: Mapping[str, BlockState]) -> States:
-        """The states with all Gaussians rebuilt from their statistics."""
-        for name, state in states.items():
-            state.measured(name)  # a layer that never ran has nothing to go by
-        fresh = self.with_posteriors(states)
+        """The states with frames renewed and all Gaussians rebuilt from their statistics."""
+        framed = {
+            # a layer that never ran has nothing to go by
+            name: replace(state, statistics=self.structures[name].reframed(state.measured(name), name))
+            for name, state in states.items()
+        }
+        fresh = self.with_posteriors(framed)
         specs = [
             BlockSpec(
                 name,

@@ -15,6 +15,7 @@ from bayes_kfac.curvature import check_types, find_covered, unwrapped
 from bayes_kfac.errors import ArgumentError, check_choice, check_count
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
+from bayes_kfac.structures import Structure
 from bayes_kfac.training.noisy import NoisyNaturalGradient
 from bayes_kfac.training.tuning import TUNE_KINDS, tune_prior_precision
 
@@ -50,7 +51,7 @@ def fit(
     *,
     epochs: int,
     num_data: int | None = None,
-    structure: str = "kron",
+    structure: str | Structure = "kron",
     lr: float = 1e-2,
     scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
     tune: str | None = None,
@@ -68,7 +69,7 @@ def fit(
             arguments.
         epochs: How often.
         num_data: The number of training examples; by default the length of ``loader.dataset``.
-        structure: The family of the posterior's blocks.
+        structure: The family of the posterior's blocks, by name or with options of its own.
         lr: The step size; by default it decays to zero over the run along a half cosine.
         scheduler: Makes another schedule from the optimizer; stepped after each epoch.
         tune: ``"marginal_likelihood"`` to choose the prior's precision after each epoch but the first tenth, one for

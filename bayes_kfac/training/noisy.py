@@ -32,6 +32,7 @@ from bayes_kfac.errors import ArgumentError, check_count, check_positive
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.provenance import Provenance
+from bayes_kfac.structures import Structure
 from bayes_kfac.training.blocks import Blocks, States
 from bayes_kfac.training.checks import check_finite, check_outside, check_ready
 from bayes_kfac.training.deterministic import PointEstimates
@@ -55,7 +56,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         likelihood: What the output means; its mean negative log-likelihood is the loss.
         num_data: The number of examples in the training set. The scale between data and prior comes from here alone.
         lr: The step size.
-        structure: The family of the posterior's blocks; see ``bayes_kfac.structures.available()``.
+        structure: The family of the posterior's blocks: one of ``bayes_kfac.structures.available()``, or a structure
+            with options of its own.
         damping: How the prior enters a block: ``"factored"``, ``"optimal"`` or ``"exact"``.
         fisher: ``"mc"``, ``"exact"`` or ``"empirical"``.
         sharing: How positions that share weights are summed: ``"expand"`` or ``"reduce"``.
@@ -93,7 +95,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         *,
         num_data: int,
         lr: float = 1e-2,
-        structure: str = "kron",
+        structure: str | Structure = "kron",
         damping: str = "factored",
         fisher: str = "mc",
         sharing: str = "expand",

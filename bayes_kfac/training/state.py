@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from bayes_kfac.curvature import Layer, Statistics
+from bayes_kfac.curvature import NO_FRAME, Layer, Statistics
 from bayes_kfac.errors import ArgumentError, UsageError
 from bayes_kfac.structures import BlockGaussian, gaussian_from_state
 
@@ -138,13 +138,17 @@ def restore_block(entry: Mapping[str, Any], device: Any) -> BlockState:
 
 
 def _dump_statistics(statistics: Statistics | None) -> dict[str, Any] | None:
-    return None if statistics is None else {"sums": dict(statistics.sums), "counts": dict(statistics.counts)}
+    if statistics is None:
+        return None
+    return {"sums": dict(statistics.sums), "counts": dict(statistics.counts), "frame": dict(statistics.frame)}
 
 
 def _restore_statistics(entry: Mapping[str, Any] | None, device: Any) -> Statistics | None:
     if entry is None:
         return None
-    return Statistics({name: value.to(device) for name, value in entry["sums"].items()}, dict(entry["counts"]))
+    # checkpoints of before there were frames have none
+    statistics = Statistics(dict(entry["sums"]), dict(entry["counts"]), dict(entry.get("frame", NO_FRAME)))
+    return statistics.map(lambda value: value.to(device))
 
 
 def _dump_gaussian(gaussian: BlockGaussian | None) -> dict[str, Any] | None:

@@ -1,21 +1,21 @@
 """Tuning while training: the prior's precision at which the evidence is greatest, from the curvature at hand.
 
 Around the mean ``M`` the log-posterior is a quadratic, and its evidence has one maximum in ``δ``: where
-``δ ‖M‖² = Σ sλ / (sλ + δ)``, the number of directions that the data determine, with ``s = N/τ`` and the eigenvalues
-``λ`` of one example's Fisher (MacKay 1992; online, Immer et al. 2021). It is where the evidence lower bound has its
-optimum in ``δ`` as well.
+``δ ‖M‖² = tr[sF̄ (sF̄ + δ)⁻¹]``, the number of directions that the data determine, with ``s = N/τ`` and one example's
+Fisher ``F̄`` (MacKay 1992; online, Immer et al. 2021). It is where the evidence lower bound has its optimum in ``δ`` as
+well.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from bayes_kfac import linalg
-from bayes_kfac.structures import BlockSpec
+from bayes_kfac.structures import BlockSpec, Information
 
 if TYPE_CHECKING:
     from bayes_kfac.training.noisy import NoisyNaturalGradient
@@ -41,26 +41,35 @@ def tune_prior_precision(optimizer: NoisyNaturalGradient) -> None:
         members = [name for name, layer in optimizer.layers.items() if any(layer.like is p for p in group["params"])]
         if group["kind"] != "block" or not members:
             continue
-        spectra = [scale * _spectrum(optimizer, name).flatten().double() for name in members]
+        informations = [_information(optimizer, name) for name in members]
         length = torch.stack([optimizer.layers[name].values().double().square().sum() for name in members]).sum()
-        group["prior_precision"] = _maximum(torch.cat(spectra), length)
+        group["prior_precision"] = _maximum(informations, scale, float(length))
 
 
-def _spectrum(optimizer: NoisyNaturalGradient, name: str) -> Tensor:
+def _information(optimizer: NoisyNaturalGradient, name: str) -> Information:
     statistics = optimizer.blocks[name].measured(name)
     with linalg.full_precision(optimizer.layers[name].like.device):
         structure = optimizer.structure.for_block(optimizer.layers[name].adapter.structure)
-        return structure.spectrum(BlockSpec(name, statistics, 1.0, 1.0))
+        return structure.information(BlockSpec(name, statistics, 1.0, 1.0))
 
 
-def _maximum(eigenvalues: Tensor, length: Tensor) -> float:
-    """The root ``δ`` of ``δ ‖M‖² − Σ λ / (λ + δ)``, which increases with ``δ``."""
+def _maximum(informations: Sequence[Information], scale: float, length: float) -> float:
+    """The root ``δ`` of ``δ ‖M‖² − tr[sF̄ (sF̄ + δ)⁻¹]``, which increases with ``δ``."""
     lower, upper = (math.log(bound) for bound in BOUNDS)
     for _ in range(HALVINGS):
         middle = (lower + upper) / 2
         delta = math.exp(middle)
-        if float(delta * length - (eigenvalues / (eigenvalues + delta)).sum()) < 0:
+        if delta * length < _determined(informations, scale / delta):
             lower = middle
         else:
             upper = middle
     return math.exp((lower + upper) / 2)
+
+
+def _determined(informations: Sequence[Information], scale: float) -> float:
+    """``tr[sF̄ (sF̄ + I)⁻¹]``: how ``log det(I + sF̄)`` grows with ``log s``."""
+    with torch.enable_grad():
+        variable = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+        total = torch.stack([information(variable) for information in informations]).sum()
+        (slope,) = torch.autograd.grad(total, variable)
+    return scale * float(slope)

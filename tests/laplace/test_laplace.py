@@ -38,7 +38,7 @@ from tests.laplace.oracles import (
     mlp,
     prior_forms,
 )
-from tests.posteriors import STRUCTURES
+from tests.posteriors import FAMILIES
 
 NAMES = bk.structures.available()
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -250,7 +250,7 @@ def halves(name: str) -> list[list[tuple[Any, Tensor]]]:
     return [batches(net.x[part], net.y[part], 3) for part in (slice(0, 4), slice(4, 5), slice(5, 11))]
 
 
-@pytest.mark.parametrize(("structure", "damping"), STRUCTURES)
+@pytest.mark.parametrize(("structure", "damping"), FAMILIES)
 @pytest.mark.parametrize("name", NETS)
 def test_data_added_later_are_as_if_they_had_been_there(name: str, structure: str, damping: str) -> None:
     """One fit to all is a fit and updates in any order: statistics, evidence and posterior."""
@@ -559,7 +559,7 @@ def digits() -> tuple[nn.Module, Likelihood, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("make", [diabetes, digits])
-@pytest.mark.parametrize(("structure", "damping"), STRUCTURES)
+@pytest.mark.parametrize(("structure", "damping"), FAMILIES)
 def test_every_structure_goes_from_real_data_to_predictions(structure: str, damping: str, make: Any) -> None:
     """Fit, evidence, tuning and prediction after some training; tuning raises the evidence."""
     model, likelihood, x, y = make()

@@ -28,8 +28,7 @@ from tests.laplace.oracles import (
     gaussian,
     mlp,
 )
-
-STRUCTURES = bk.structures.available()
+from tests.posteriors import FAMILY_NAMES
 
 
 def assert_same_measurement(actual: bk.Laplace, expected: bk.Laplace, **tolerance: float) -> None:
@@ -125,7 +124,7 @@ def test_the_three_fishers_differ() -> None:
     assert not torch.allclose(found[0], found[2], rtol=1e-3)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FAMILY_NAMES)
 @pytest.mark.parametrize("kind", LIKELIHOODS)
 def test_sampled_targets_give_the_exact_fisher_in_expectation(kind: str, structure: str) -> None:
     """Twenty thousand draws leave about a percent."""
@@ -154,7 +153,7 @@ def test_a_generator_decides_the_sampled_targets() -> None:
 # However the data come
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FAMILY_NAMES)
 @pytest.mark.parametrize("name", NETS)
 def test_the_split_into_batches_does_not_matter(name: str, structure: str) -> None:
     """Nor does the examples' order; a batch of one is like any other."""
@@ -194,7 +193,7 @@ def test_the_kind_of_loader_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FAMILY_NAMES)
 @pytest.mark.parametrize("name", NETS)
 def test_the_memory_budget_does_not_matter(name: str, structure: str, sharing: str) -> None:
     """Columns pulled back one at a time, or by twos and a rest, sum to what they are together."""
@@ -246,7 +245,7 @@ def test_a_small_budget_bounds_the_columns_at_a_time(monkeypatch: pytest.MonkeyP
     assert set(parts) == {6}
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FAMILY_NAMES)
 @pytest.mark.parametrize("name", NETS)
 def test_single_precision_is_double_precision_to_its_rounding(name: str, structure: str) -> None:
     net = NETS[name]
@@ -268,7 +267,7 @@ def test_single_precision_is_double_precision_to_its_rounding(name: str, structu
 
 def test_examples_that_are_masked_are_as_if_they_were_not_there() -> None:
     """Statistics, log-likelihood and counts; what the masked targets hold does not matter, NaN included."""
-    for structure in STRUCTURES:
+    for structure in FAMILY_NAMES:
         expected = fitted(mlp(), gaussian(), batches(X[:7], Y[:7]), structure=structure)
         mask = torch.arange(11) < 7
         y = torch.where(mask[:, None], Y, torch.nan)
@@ -321,7 +320,7 @@ def test_masked_positions_leave_nothing_in(fisher: str) -> None:
         assert_close(dense_fisher(measurement.statistics[name]), total / examples, **TIGHT)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FAMILY_NAMES)
 @pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])
 def test_what_masked_targets_hold_does_not_matter(structure: str, fisher: str) -> None:
     model, x, y, mask = positions()
@@ -343,7 +342,7 @@ def test_what_masked_targets_hold_does_not_matter(structure: str, fisher: str) -
 # How many examples
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FAMILY_NAMES)
 def test_num_data_scales_all_sums_alike(structure: str) -> None:
     """A tenth of the data with ``num_data`` of all of it is ten copies of the tenth."""
     copies = fitted(mlp(), gaussian(), batches(X, Y) * 10, structure=structure)
@@ -379,7 +378,7 @@ def test_a_generator_that_is_used_up_is_named() -> None:
         laplace.fit(loader, progress=False)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FAMILY_NAMES)
 def test_data_with_nan_are_an_error_that_names_what_holds_it(structure: str) -> None:
     x, y = X.clone(), Y.clone()
     x[4, 1] = torch.nan
@@ -392,7 +391,7 @@ def test_data_with_nan_are_an_error_that_names_what_holds_it(structure: str) -> 
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FAMILY_NAMES)
 def test_a_fit_that_failed_on_nan_leaves_nothing_to_the_next(structure: str, sharing: str) -> None:
     """What was learned of the model from outputs that are NaN, such as which examples meet, is forgotten."""
     net = NETS["positions"]
@@ -451,7 +450,7 @@ class Forgetful(nn.Module):
         return self.used(x)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FAMILY_NAMES)
 def test_layers_that_never_run_are_named_with_the_remedy(structure: str) -> None:
     model = seeded(Forgetful())
     with pytest.raises(bk.errors.UsageError, match=r"\['idle', 'unused'\].*subset="):

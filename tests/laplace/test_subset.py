@@ -14,9 +14,7 @@ import bayes_kfac as bk
 from bayes_kfac.errors import ArgumentError, UnsupportedModelError
 from tests.helpers import TIGHT, in_block, parameter_jacobians, randn, rng, seeded
 from tests.laplace.oracles import LIKELIHOODS, NETS, NOISE_SCALE, Twice, X, Y, batches, fit_net, fitted, gaussian
-from tests.posteriors import dense_output_covariance
-
-STRUCTURES = bk.structures.available()
+from tests.posteriors import FAMILY_NAMES, dense_output_covariance
 
 
 class Deep(nn.Module):
@@ -141,7 +139,7 @@ def by_parameter(model: nn.Module, x: Tensor, names: set[str]) -> Mapping[str, T
     return {name: J for name, J in parameter_jacobians(model, x).items() if name in names}
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FAMILY_NAMES)
 @pytest.mark.parametrize("subset", SUBSETS)
 def test_predictions_are_those_of_the_dense_formula_with_the_other_weights_fixed(structure: str, subset: str) -> None:
     """Mean and covariance of the linearised model in the subset's weights alone, by torch.func."""
@@ -166,7 +164,7 @@ def test_predictions_are_those_of_the_dense_formula_with_the_other_weights_fixed
             assert_close(next(iter(posterior.blocks.values())).to_dense(), P, **TIGHT)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FAMILY_NAMES)
 @pytest.mark.parametrize("subset", SUBSETS)
 def test_the_blocks_of_a_subset_are_those_of_a_fit_to_all(structure: str, subset: str) -> None:
     """Layers do not see each other."""
@@ -223,7 +221,7 @@ class Opaque(nn.Module):
         return self.head(features)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FAMILY_NAMES)
 @pytest.mark.parametrize("kind", ["no_grad", "numpy", "in place", "step"])
 def test_the_last_layer_needs_no_graph_of_the_trunk(kind: str, structure: str) -> None:
     """A trunk without gradients, out of torch, or not differentiable at all: features are what counts."""

@@ -22,8 +22,8 @@ from bayes_kfac.laplace import tuning
 from bayes_kfac.likelihoods import Categorical, Gaussian
 from tests.helpers import randn, rng, seeded
 from tests.laplace.oracles import NETS, X, Y, batches, fishers, fit_net, fitted, gaussian, mlp
+from tests.posteriors import FAMILY_NAMES
 
-STRUCTURES = bk.structures.available()
 PER = ["model", "layer", "parameter"]
 
 
@@ -63,7 +63,7 @@ def as_prior(laplace: bk.Laplace, per: str, values: Iterable[Tensor]) -> dict[st
 # Concavity
 
 
-CONCAVE = {(name, s): fit_net(name, structure=s) for name in ("mlp", "cnn", "twice") for s in STRUCTURES}
+CONCAVE = {(name, s): fit_net(name, structure=s) for name in ("mlp", "cnn", "twice") for s in FAMILY_NAMES}
 LOGS = st.floats(-12, 12, allow_nan=False)
 
 
@@ -88,7 +88,7 @@ def test_the_evidence_is_concave_in_the_logarithms(logs: list[float], key: tuple
 
 
 @pytest.mark.parametrize("per", PER)
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FAMILY_NAMES)
 @pytest.mark.parametrize("name", ["mlp", "cnn", "twice", "tied to words"])
 def test_the_gradient_vanishes_at_the_optimum(name: str, structure: str, per: str) -> None:
     """And each group is at MacKay's fixed point ``δ ‖M‖² = γ``, the number of its well-determined parameters."""
@@ -113,7 +113,7 @@ def test_the_gradient_vanishes_at_the_optimum(name: str, structure: str, per: st
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FAMILY_NAMES)
 @pytest.mark.parametrize("per", PER)
 def test_the_optimum_does_not_depend_on_the_start(per: str, structure: str, dtype: torch.dtype) -> None:
     """From 1e-12, which is outside of the bounds, to 1e12; a second search stays where the first ended."""
@@ -147,7 +147,7 @@ def test_far_starts_of_real_data_in_single_precision_find_the_optimum() -> None:
         assert other == pytest.approx(results[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FAMILY_NAMES)
 @pytest.mark.parametrize("name", ["norm", "twice"])
 def test_noise_and_prior_have_one_optimum_from_anywhere(name: str, structure: str) -> None:
     """Of known and of learned noise, whatever it was when the data were measured; both gradients vanish."""
@@ -194,7 +194,7 @@ def test_a_tuned_noise_is_in_the_posterior_and_in_the_evidence() -> None:
     assert laplace.log_marginal_likelihood() >= before - 1e-9
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FAMILY_NAMES)
 @pytest.mark.parametrize("name", ["norm", "words", "classifier"])
 def test_finer_groups_have_no_less_evidence(name: str, structure: str) -> None:
     """``per="model" ≤ "layer" ≤ "parameter"``, and each no less than the start."""
@@ -206,7 +206,7 @@ def test_finer_groups_have_no_less_evidence(name: str, structure: str) -> None:
 
 
 @pytest.mark.parametrize("per", PER)
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", FAMILY_NAMES)
 def test_weights_that_are_zero_do_not_break_it(structure: str, per: str) -> None:
     """Their evidence grows with their precision for ever: it ends at the largest allowed, the others are fine."""
     model = mlp()

@@ -11,7 +11,7 @@ from bayes_kfac import Posterior
 from bayes_kfac.errors import UnsupportedModelError
 from bayes_kfac.likelihoods import Gaussian
 from tests.helpers import randn, rng, seeded
-from tests.posteriors import STRUCTURES, random_posterior
+from tests.posteriors import FAMILIES, random_posterior
 
 
 class Beside(nn.Module):
@@ -63,7 +63,7 @@ def test_outputs_that_do_not_share_layers_are_complete():
     assert not covariance[:, 0, 1].any()
 
 
-@pytest.mark.parametrize(("structure", "damping"), STRUCTURES, ids=["-".join(names) for names in STRUCTURES])
+@pytest.mark.parametrize(("structure", "damping"), FAMILIES, ids=["-".join(names) for names in FAMILIES])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_models_in_16_bits(dtype, structure, damping):
     """The model computes in its own precision, the Gaussian in single: as near as the model's rounding lets it be."""

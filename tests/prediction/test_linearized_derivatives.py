@@ -13,7 +13,7 @@ from bayes_kfac import Posterior
 from bayes_kfac.likelihoods import Gaussian
 from tests.curvature.modules.cases import Model, with_statistics
 from tests.helpers import randn, record, rng, seeded
-from tests.posteriors import STRUCTURES, random_posterior
+from tests.posteriors import FAMILIES, random_posterior
 from tests.prediction.models import mlp, recurrent
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -87,7 +87,7 @@ def test_derivatives_are_finite_differences(name, function):
     assert all(parameter.grad is None for parameter in posterior.model.parameters())
 
 
-@pytest.mark.parametrize(("structure", "damping"), STRUCTURES, ids=["-".join(names) for names in STRUCTURES])
+@pytest.mark.parametrize(("structure", "damping"), FAMILIES, ids=["-".join(names) for names in FAMILIES])
 @pytest.mark.parametrize("function", ["covariance", "variance", "joint", "functions"])
 def test_derivatives_for_every_structure(function, structure, damping):
     posterior, x = posterior_of("convolution", structure=structure, damping=damping)

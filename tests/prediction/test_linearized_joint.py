@@ -16,7 +16,7 @@ from bayes_kfac.likelihoods import Categorical, Gaussian
 from bayes_kfac.prediction import Draws
 from tests.helpers import randn, rng, seeded
 from tests.posteriors import (
-    STRUCTURES,
+    FAMILIES,
     dense_function_covariance,
     dense_function_samples,
     dense_mean,
@@ -26,7 +26,7 @@ from tests.prediction.models import MODELS, posterior_of
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 with_structures = pytest.mark.parametrize(
-    ("structure", "damping"), STRUCTURES, ids=["-".join(names) for names in STRUCTURES]
+    ("structure", "damping"), FAMILIES, ids=["-".join(names) for names in FAMILIES]
 )
 
 

@@ -15,7 +15,7 @@ from bayes_kfac.likelihoods import Gaussian
 from bayes_kfac.structures import Whitened
 from bayes_kfac.structures.whitened import WhitenedRows
 from tests.helpers import randn, rng, seeded
-from tests.posteriors import STRUCTURES, random_posterior
+from tests.posteriors import FAMILIES, random_posterior
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -83,7 +83,7 @@ def backward_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return passes
 
 
-@pytest.mark.parametrize(("structure", "damping"), STRUCTURES, ids=["-".join(names) for names in STRUCTURES])
+@pytest.mark.parametrize(("structure", "damping"), FAMILIES, ids=["-".join(names) for names in FAMILIES])
 def test_it_equals_the_dense_one_without_a_backward_pass(structure, damping, backward_passes):
     """But for the first call's check that nothing is missed, which goes to the layer's own weights and no further."""
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ from bayes_kfac.curvature import COPIES, PullBack
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.likelihoods import Gaussian
 from tests.helpers import randn, rng, seeded
-from tests.posteriors import STRUCTURES, dense_function_covariance, dense_mean, random_posterior
+from tests.posteriors import FAMILIES, dense_function_covariance, dense_mean, random_posterior
 from tests.prediction.models import MODELS, WHOLE, posterior_of
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -82,7 +82,7 @@ def test_a_tiny_budget_gives_what_a_large_one_does(name):
         assert_close(parts[key], value, msg=lambda text, key=key: f"{key}: {text}", **CLOSE)
 
 
-@pytest.mark.parametrize(("structure", "damping"), STRUCTURES, ids=["-".join(names) for names in STRUCTURES])
+@pytest.mark.parametrize(("structure", "damping"), FAMILIES, ids=["-".join(names) for names in FAMILIES])
 def test_parts_of_every_structure(structure, damping):
     posterior, inputs = posterior_of(MODELS["transformer"], structure=structure, damping=damping)
     parts = everything(posterior, inputs, TINY)

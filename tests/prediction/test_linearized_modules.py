@@ -9,7 +9,7 @@ from bayes_kfac.likelihoods import Gaussian
 from tests.curvature.modules.cases import CASES
 from tests.helpers import record, rng, seeded
 from tests.posteriors import (
-    STRUCTURES,
+    FAMILIES,
     dense_derivatives,
     dense_function_covariance,
     dense_function_samples,
@@ -22,7 +22,7 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
 
 
-@pytest.mark.parametrize(("structure", "damping"), STRUCTURES, ids=["-".join(names) for names in STRUCTURES])
+@pytest.mark.parametrize(("structure", "damping"), FAMILIES, ids=["-".join(names) for names in FAMILIES])
 @pytest.mark.parametrize("name", CASES)
 def test_mean_and_covariance_are_the_dense_ones(name, structure, damping):
     """``f(x)`` and ``J P⁻¹ Jᵀ`` of a posterior that was measured on the model's own rows."""
@@ -44,7 +44,7 @@ def test_joint_covariances_and_affine_draws_are_the_dense_ones(name):
     model = seeded(build())
     rows = record(model, inputs)
     derivatives = None
-    for structure, damping in STRUCTURES:
+    for structure, damping in FAMILIES:
         if damping == "optimal":
             continue  # as factored, another matrix normal
         posterior = random_posterior(model, Gaussian(0.5), structure=structure, damping=damping, rows=rows)

@@ -18,7 +18,7 @@ from bayes_kfac.likelihoods import Bernoulli, Categorical, Gaussian
 from bayes_kfac.prediction import Draws
 from tests.curvature.modules.cases import Model
 from tests.helpers import randn, rng, seeded
-from tests.posteriors import STRUCTURES, random_posterior
+from tests.posteriors import FAMILIES, random_posterior
 from tests.prediction.models import MODELS, posterior_of
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -185,14 +185,14 @@ def test_a_copy_predicts_the_same_and_stands_on_its_own(name, copied, used):
     assert not torch.allclose(results(other, inputs)[0], expected[0])
 
 
-@pytest.mark.parametrize(("structure", "damping"), STRUCTURES, ids=["-".join(names) for names in STRUCTURES])
+@pytest.mark.parametrize(("structure", "damping"), FAMILIES, ids=["-".join(names) for names in FAMILIES])
 def test_a_pickled_posterior_of_every_structure(structure, damping):
     posterior = random_posterior(net(), Gaussian(0.5), structure=structure, damping=damping)
     for found, value in zip(results(through_pickle(posterior), X), results(posterior, X), strict=True):
         assert torch.equal(found, value)
 
 
-@pytest.mark.parametrize(("structure", "damping"), STRUCTURES, ids=["-".join(names) for names in STRUCTURES])
+@pytest.mark.parametrize(("structure", "damping"), FAMILIES, ids=["-".join(names) for names in FAMILIES])
 def test_a_moved_posterior_predicts_in_its_new_precision(structure, damping):
     """All of it: nothing of the one it was made from, which had been used, is left in its linearised model."""
     posterior = random_posterior(net(), Gaussian(0.5), structure=structure, damping=damping)

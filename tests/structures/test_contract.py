@@ -19,7 +19,7 @@ from bayes_kfac.curvature import SHARING_KINDS, Rows, Statistics
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.structures import BlockGaussian, BlockSpec, Structure, gaussian_from_state, standard_normal
 from tests.helpers import TIGHT, randn, rng
-from tests.posteriors import STRUCTURES
+from tests.posteriors import STRUCTURES, surveyed
 from tests.random_rows import dense_rows, tied_rows, words, written_out
 
 #: An iteration ends when all blocks of a call have converged, so that company changes a block by its tolerance.
@@ -49,7 +49,7 @@ def gaussian(structure: Structure, request: pytest.FixtureRequest) -> BlockGauss
         "words": lambda: Rows(words(10, 2, 2, size=IN), randn(2, 10, 2, OUT, seed=1)),
         "tied to words": lambda: tied_rows(batch=10, size=OUT, width=IN),
     }[request.param]()
-    (gaussian,) = structure.gaussians([BlockSpec("layer", structure.measure(rows), DATA_SCALE, PRIOR_PRECISION)])
+    (gaussian,) = structure.gaussians([BlockSpec("layer", surveyed(structure, rows), DATA_SCALE, PRIOR_PRECISION)])
     return gaussian
 
 
@@ -63,7 +63,7 @@ def rows_for(blocks: tuple[int, ...], out: int = OUT, in_: int = IN, *, shared: 
 def spec_for(
     structure: Structure, blocks: tuple[int, ...], out: int = OUT, in_: int = IN, *, name: str = "layer", seed: int = 0
 ) -> BlockSpec:
-    return BlockSpec(name, structure.measure(rows_for(blocks, out, in_, seed=seed)), DATA_SCALE, PRIOR_PRECISION)
+    return BlockSpec(name, surveyed(structure, rows_for(blocks, out, in_, seed=seed)), DATA_SCALE, PRIOR_PRECISION)
 
 
 def covariance_of(gaussian: BlockGaussian) -> Tensor:
@@ -202,7 +202,7 @@ def test_quad_is_jacobians_times_the_covariance(gaussian, batch, columns, shared
 def test_quad_of_words_is_that_of_the_rows_written_out(structure, columns):
     """Sparse rows meet the diagonal side that they were measured with; words occur several times in a row."""
     rows = Rows(words(10, 3, 2, size=IN), randn(columns, 10, 3, OUT, seed=1))
-    (gaussian,) = structure.gaussians([BlockSpec("layer", structure.measure(rows), DATA_SCALE, PRIOR_PRECISION)])
+    (gaussian,) = structure.gaussians([BlockSpec("layer", surveyed(structure, rows), DATA_SCALE, PRIOR_PRECISION)])
     assert_close(
         gaussian.whitened_rows(rows).covariance(), gaussian.whitened_rows(written_out(rows)).covariance(), **TIGHT
     )
@@ -212,7 +212,7 @@ def test_quad_of_words_is_that_of_the_rows_written_out(structure, columns):
 def test_quad_of_tied_weights_is_that_of_their_jacobians(structure, sparse):
     """Uses as it is and transposed add up in each example's Jacobian."""
     rows = tied_rows(batch=10, size=OUT, width=IN, sparse=sparse)
-    (gaussian,) = structure.gaussians([BlockSpec("layer", structure.measure(rows), DATA_SCALE, PRIOR_PRECISION)])
+    (gaussian,) = structure.gaussians([BlockSpec("layer", surveyed(structure, rows), DATA_SCALE, PRIOR_PRECISION)])
     J = rows.jacobians().movedim(0, 1).flatten(-2)
     assert_close(gaussian.whitened_rows(rows).covariance(), J @ covariance_of(gaussian) @ J.mT, **TIGHT)
 
@@ -284,7 +284,7 @@ def test_without_data_the_gaussian_is_the_prior(structure, blocks):
 def test_zero_statistics_give_the_prior(structure, blocks):
     """Layers behind dead units, or at the first step: no curvature, and no NaN."""
     rows = rows_for(blocks)
-    statistics = structure.measure(Rows(rows.inputs * 0, rows.gradients * 0))
+    statistics = surveyed(structure, Rows(rows.inputs * 0, rows.gradients * 0))
     (gaussian,) = structure.gaussians([BlockSpec("layer", statistics, DATA_SCALE, PRIOR_PRECISION)])
     prior = PRIOR_PRECISION * torch.eye(OUT * IN, dtype=torch.float64).expand(*blocks, -1, -1)
     assert_close(gaussian.to_dense(), prior, **TIGHT)
@@ -294,7 +294,7 @@ def test_zero_statistics_give_the_prior(structure, blocks):
 def test_one_side_without_statistics_gives_a_finite_gaussian(structure, blocks, dead):
     rows = rows_for(blocks)
     rows = replace(rows, **{dead: getattr(rows, dead) * 0})
-    (gaussian,) = structure.gaussians([BlockSpec("layer", structure.measure(rows), DATA_SCALE, PRIOR_PRECISION)])
+    (gaussian,) = structure.gaussians([BlockSpec("layer", surveyed(structure, rows), DATA_SCALE, PRIOR_PRECISION)])
     assert bool(torch.isfinite(gaussian.to_dense()).all())
     assert bool((gaussian.marginal_variance() > 0).all())
     assert bool((gaussian.marginal_variance() <= 1 / PRIOR_PRECISION + 1e-10).all())
@@ -343,10 +343,10 @@ def test_blocks_built_together_are_those_built_one_by_one(structure):
 def test_stacked_blocks_are_independent_blocks(structure):
     """Each block of a stack is the Gaussian of its own rows."""
     rows = rows_for((2,))
-    (stacked,) = structure.gaussians([BlockSpec("layer", structure.measure(rows), DATA_SCALE, PRIOR_PRECISION)])
+    (stacked,) = structure.gaussians([BlockSpec("layer", surveyed(structure, rows), DATA_SCALE, PRIOR_PRECISION)])
     for i in range(2):
         own = Rows(rows.inputs[i], rows.gradients[:, i])
-        (alone,) = structure.gaussians([BlockSpec("layer", structure.measure(own), DATA_SCALE, PRIOR_PRECISION)])
+        (alone,) = structure.gaussians([BlockSpec("layer", surveyed(structure, own), DATA_SCALE, PRIOR_PRECISION)])
         assert_close(stacked.to_dense()[i], alone.to_dense(), **COMPANY.get(structure.damping, TIGHT))
 
 
@@ -381,7 +381,7 @@ def test_the_identity_has_the_names_and_shapes_of_what_is_measured(structure, si
     sparse_sides = frozenset({"words": {"input"}, "tied to words": {"gradient"}}.get(sides, set()))
     shape = rows.jacobians().shape[2:]
     identity = structure.identity(shape, rows.gradients, sparse_sides=sparse_sides, tied="tied" in sides)
-    measured = structure.measure(rows)
+    measured = surveyed(structure, rows)
     assert {n: v.shape for n, v in identity.sums.items()} == {n: v.shape for n, v in measured.sums.items()}
     assert identity.counts.keys() == measured.counts.keys()
     assert {value.dtype for value in identity.sums.values()} == {torch.float64}
@@ -394,11 +394,12 @@ def test_the_identity_has_the_names_and_shapes_of_what_is_measured(structure, si
 def test_measuring_gives_statistics_that_add(structure, blocks, sharing):
     structure = structures.get(structure.name, damping=structure.damping, sharing=sharing)
     whole = rows_for(blocks, shared=3)
+    frame = surveyed(structure, whole).frame
     parts = [
-        structure.measure(Rows(inputs, gradients))
+        structure.measure(Rows(inputs, gradients), frame)
         for inputs, gradients in zip(whole.inputs.split([3, 7], -3), whole.gradients.split([3, 7], -3), strict=True)
     ]
-    total, expected = parts[0] + parts[1], structure.measure(whole)
+    total, expected = parts[0] + parts[1], structure.measure(whole, frame)
     assert isinstance(total, Statistics)
     assert dict(total.counts) == dict(expected.counts)
     for name, value in expected.sums.items():
@@ -408,7 +409,7 @@ def test_measuring_gives_statistics_that_add(structure, blocks, sharing):
 def test_single_precision_statistics_give_a_single_precision_gaussian(structure, blocks):
     rows = rows_for(blocks)
     spec = spec_for(structure, blocks)
-    single = structure.measure(Rows(rows.inputs.float(), rows.gradients.float()))
+    single = surveyed(structure, Rows(rows.inputs.float(), rows.gradients.float()))
     (gaussian,), (double,) = structure.gaussians([replace(spec, statistics=single)]), structure.gaussians([spec])
     assert {tensor.dtype for tensor in gaussian.state.values()} == {torch.float32}
     assert_close(gaussian.marginal_variance().double(), double.marginal_variance(), rtol=1e-4, atol=0)
@@ -417,26 +418,62 @@ def test_single_precision_statistics_give_a_single_precision_gaussian(structure,
 # The registry
 
 
-def test_every_structure_is_listed_and_knows_its_name():
-    assert structures.available() == ("dense", "diagonal", "kron")
+def test_every_structure_knows_its_name_and_keeps_its_options():
+    assert {"dense", "diagonal", "kron"} <= set(structures.available())
     for name in structures.available():
         structure = structures.get(name, damping="factored", sharing="reduce")
         assert structure.name == name
         assert structure.sharing == "reduce"
-        assert structure.damping == ("factored" if name == "kron" else "exact")
+        assert structure.damping in {"factored", "optimal", "exact"}
+        again = structures.get(structure, damping="exact", sharing="expand")
+        assert type(again) is type(structure)
+        assert again.sharing == "expand"
+        assert again.options == structure.options
+
+
+def test_every_structure_says_what_it_is_in_words():
+    for name in structures.available():
+        card = structures.get(name, damping="exact", sharing="expand").card
+        assert all(len(text) > 5 for text in (card.formula, card.captures, card.use, card.cost, card.source))
+
+
+def test_renewing_a_frame_keeps_names_shapes_and_counts(structure, blocks):
+    """What was measured goes on: sums in the new frame, as far as they can be known, in the place of the old."""
+    rows = rows_for(blocks)
+    before = structure.measure(rows)
+    after = structure.reframed(before, "layer")
+    again = structure.measure(rows, after.frame)
+    for statistics in (after, again):
+        assert {n: v.shape for n, v in statistics.sums.items()} == {n: v.shape for n, v in before.sums.items()}
+        assert dict(statistics.counts) == dict(before.counts)
+        assert {n: v.shape for n, v in statistics.frame.items()} == {n: v.shape for n, v in after.frame.items()}
+
+
+def test_the_information_is_the_log_determinant_over_the_priors(structure, blocks):
+    """As a function of the data's scale, which is that of the prior, inversely; the damping may bias it."""
+    spec = spec_for(structure, blocks)
+    information = structure.information(replace(spec, prior=1.0))
+    scale = torch.tensor(DATA_SCALE / PRIOR_PRECISION, dtype=torch.float64, requires_grad=True)
+    total = information(scale)
+    (slope,) = torch.autograd.grad(total, scale)
+    assert 0 < scale.item() * slope.item() < math.prod((*blocks, OUT, IN))  # directions that the data determine
+    if structure.damping == "exact":
+        (gaussian,) = structure.gaussians([spec])
+        expected = gaussian.logdet().sum() - math.prod((*blocks, OUT, IN)) * math.log(PRIOR_PRECISION)
+        assert_close(total, expected, **TIGHT)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "kronn"}, "structure='kronn' is unknown. Allowed: .*'kron'"),
+        ({"structure": "kronn"}, "structure='kronn' is unknown. Allowed: .*'kron'"),
         ({"damping": "none"}, "damping='none' is unknown. Allowed: 'factored', 'optimal', 'exact'"),
         ({"sharing": "sum"}, "sharing='sum' is unknown. Allowed: 'expand', 'reduce'"),
     ],
 )
 def test_unknown_names_are_errors_that_list_the_known(arguments, message):
     with pytest.raises(ArgumentError, match=message):
-        structures.get(**{"name": "kron", "damping": "factored", "sharing": "expand", **arguments})
+        structures.get(**{"structure": "kron", "damping": "factored", "sharing": "expand", **arguments})
 
 
 def test_an_unknown_kind_of_gaussian_is_an_error_that_lists_the_known():

@@ -25,7 +25,7 @@ from bayes_kfac.structures import (
     Structure,
 )
 from tests.helpers import dense_kron, randn, random_spd
-from tests.posteriors import STRUCTURES
+from tests.posteriors import FAMILIES
 from tests.random_rows import dense_rows, tied_rows, words
 
 OUT, IN, SCALE = 3, 4, 20.0
@@ -36,7 +36,7 @@ def get(name: str, damping: str) -> Structure:
     return structures.get(name, damping=damping, sharing="expand")
 
 
-@pytest.fixture(params=STRUCTURES, ids="-".join)
+@pytest.fixture(params=FAMILIES, ids="-".join)
 def structure(request: pytest.FixtureRequest) -> Structure:
     return get(*request.param)
 
@@ -87,8 +87,8 @@ ROWS: dict[str, Callable[[], Rows]] = {
 
 
 #: Every structure with every damping and every prior that it takes, and those that it does not.
-TAKEN = [(*names, prior) for names in STRUCTURES for prior in PRIORS if prior in ALLOWED[names[0]]]
-REFUSED = [(*names, prior) for names in STRUCTURES for prior in PRIORS if prior not in ALLOWED[names[0]]]
+TAKEN = [(*names, prior) for names in FAMILIES for prior in PRIORS if prior in ALLOWED[names[0]]]
+REFUSED = [(*names, prior) for names in FAMILIES for prior in PRIORS if prior not in ALLOWED[names[0]]]
 EXACT = [case for case in TAKEN if case[1] == "exact"]
 with_cases = pytest.mark.parametrize(("name", "damping", "prior"), TAKEN)
 

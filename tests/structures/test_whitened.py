@@ -18,13 +18,13 @@ from bayes_kfac.curvature import Rows, SparseRows
 from bayes_kfac.structures import BlockGaussian, BlockSpec, MatrixNormalGaussian, Structure
 from bayes_kfac.structures.whitened import WhitenedRows
 from tests.helpers import TIGHT, randn
-from tests.posteriors import STRUCTURES
+from tests.posteriors import FAMILIES
 from tests.random_rows import dense_rows, tied_rows, words
 
 OUT, IN = 3, 4
 
 
-@pytest.fixture(params=STRUCTURES, ids="-".join)
+@pytest.fixture(params=FAMILIES, ids="-".join)
 def structure(request: pytest.FixtureRequest) -> Structure:
     name, damping = request.param
     return structures.get(name, damping=damping, sharing="expand")

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bayes_kfac as bk
 from tests.helpers import randn, rng, seeded
+from tests.posteriors import FAMILY_NAMES
 
 STEPS, EXAMPLES = 2, 6
 SAME = {"rtol": 1e-9, "atol": 1e-9}
@@ -226,7 +227,7 @@ CHANGES: dict[str, Callable[..., Mapping[str, Any]]] = {
     ("case", "change"),
     [(case, change) for case in CASES for change in CHANGES if change != "channels_last" or case == "convolutional"],
 )
-@pytest.mark.parametrize("structure", bk.structures.available())
+@pytest.mark.parametrize("structure", FAMILY_NAMES)
 def test_a_step_is_the_same_however_the_loop_is_written(structure, case, change, fisher):
     expected = reference(case, structure, fisher)
     actual = CHANGES[change](CASES[case], structure, fisher)
@@ -244,7 +245,7 @@ class InParts(Convolutional):
 
 
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
-@pytest.mark.parametrize("structure", bk.structures.available())
+@pytest.mark.parametrize("structure", FAMILY_NAMES)
 def test_a_module_that_is_called_on_parts_of_the_batch_has_the_same_averages(structure, fisher):
     """Whose rows they are is found by pulling each example back; of ``A`` every example then has all rows."""
     expected = reference("convolutional", structure, fisher)

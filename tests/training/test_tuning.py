@@ -13,7 +13,7 @@ import bayes_kfac as bk
 from bayes_kfac.errors import ArgumentError, UsageError
 from bayes_kfac.training.tuning import BOUNDS, tune_prior_precision
 from tests.helpers import randn, rng, seeded
-from tests.posteriors import STRUCTURES
+from tests.posteriors import FAMILIES
 
 
 def data(size: int = 60) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ def groups_of(model: nn.Module) -> list[dict]:
     return [{"params": list(module.parameters())} for module in model]
 
 
-@pytest.mark.parametrize(("structure", "damping"), STRUCTURES, ids="-".join)
+@pytest.mark.parametrize(("structure", "damping"), FAMILIES, ids="-".join)
 @pytest.mark.parametrize("temperature", [1.0, 0.2])
 def test_it_is_the_maximum_of_the_evidence(structure: str, damping: str, temperature: float) -> None:
     """Of one group with three blocks, by the gradient of the evidence from the same curvature."""
@@ -210,7 +210,7 @@ def test_unknown_ways_of_tuning_say_what_there_is() -> None:
 # from_trainer
 
 
-@pytest.mark.parametrize(("structure", "damping"), STRUCTURES, ids="-".join)
+@pytest.mark.parametrize(("structure", "damping"), FAMILIES, ids="-".join)
 def test_a_laplace_from_a_trainer_has_the_trainers_posterior(structure: str, damping: str) -> None:
     optimizer = trainer(structure, damping, temperature=0.5, prior_precision=2.0)
     before = {name: value.clone() for name, value in optimizer.model.state_dict().items()}
