@@ -1,4 +1,4 @@
-"""Writes ``docs/uci.md`` and ``docs/laplace_torch.md`` from the committed results: ``python benchmarks/report.py``."""
+"""Writes the pages of ``docs`` that are made of committed results: ``python benchmarks/report.py``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import structures_report
 from laplace_uci import section
 from uci import DATA_SETS, HERE, summary
 
@@ -180,7 +181,8 @@ def laplace_page() -> str:
 
 
 def write() -> None:
-    """Write both pages."""
+    """Write the pages on UCI, laplace-torch and structures."""
+    structures_report.write()
     LAPLACE_PAGE.write_text(laplace_page())
     PAGE.write_text(page())
 

@@ -1,0 +1,137 @@
+"""The page of structures, ``docs/structures.md``, from their cards and from what ``structures.py`` measured."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from structures import COST_BATCH, RESULTS
+from uci import HERE
+
+from bayes_kfac import structures
+
+PAGE = HERE.parent / "docs" / "structures.md"
+PLOT = HERE.parent / "docs" / "images" / "structures.png"
+
+HEAD = """# Structures
+
+A structure is an approximation to the Fisher of a layer, and with it a posterior, a Laplace fit, a noisy trainer and a
+preconditioner: `structure=` takes its name in `NoisyNaturalGradient`, `fit` and `Laplace`, or, where it has options of
+its own, an object of its class in `bayes_kfac.structures`. `F` is the Fisher of one example for a block `out × in`;
+`a` are a layer's inputs with a 1 for the bias, `g` the gradients at its outputs, `J = Σ_t g_t a_tᵀ` over the positions
+that share the weights.
+
+This page is written by `python benchmarks/report.py` from the classes themselves and from
+`benchmarks/results/structures`.
+
+"""
+
+TABLE = {
+    "energy": """## On UCI energy
+
+A 9-50-1 network; means over three of Gal's splits. Around the mode, exact Fisher, prior precision 1: the relative
+Frobenius error of the blocks, and the divergence of the posterior in nats from that of the exact blocks and from that
+of the Fisher of the whole network. Then noisy training, 2200 steps at noise .1, temperature 1, one recipe for all: the
+evidence lower bound and the log-likelihood of test data for each example, processor milliseconds a step, and kilobytes
+of state.
+
+""",
+    "mnist": """## On images
+
+The same on a CNN of 730 weights for 2000 images of MNIST, 1600 steps; means over three draws of the images.
+
+""",
+}
+
+COLUMNS = {
+    "frobenius": ("Frobenius error", "{:.3f}"),
+    "kl_blocks": ("KL, blocks", "{:.0f}"),
+    "kl_network": ("KL, network", "{:.0f}"),
+    "elbo": ("ELBO", "{:.3f}"),
+    "test": ("test", "{:.3f}"),
+    "milliseconds": ("ms a step", "{:.2f}"),
+    "kilobytes": ("kB", "{:.0f}"),
+}
+
+
+def rows_of(item: str) -> dict[str, Any]:
+    """The committed rows of an item; none where it was not run."""
+    path = RESULTS / f"{item}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else {}
+
+
+def cards() -> str:
+    """What each structure is."""
+    cost = rows_of("cost")
+    page = ""
+    for name in structures.available():
+        card = structures.get(name, damping="exact", sharing="expand").card
+        page += f"### `{name}`\n\n`{card.formula}`\n\n{card.captures}\n\n*When:* {card.use}\n\n*Cost:* {card.cost}"
+        measured = [row for key, row in cost.items() if key.split("/")[0] == name]
+        if measured:
+            exponents = measured[0]["exponents"]
+            words = ", ".join(f"{key} {exponents[key]:.1f}" for key in ("statistics", "refresh", "sample", "bytes"))
+            page += f" Measured exponents of a square layer's width (batch {COST_BATCH}): {words}."
+        page += f"\n\n*Source:* {card.source}\n\n"
+    return page
+
+
+def table(item: str) -> str:
+    """Every structure's figures on one problem."""
+    rows = rows_of(item)
+    if not rows:
+        return ""
+    lines = [
+        TABLE[item] + "| structure/damping | " + " | ".join(label for label, _ in COLUMNS.values()) + " |",
+        "|---|" + "---|" * len(COLUMNS),
+    ]
+    for name, row in rows.items():
+        figures = [form.format(np.mean(row[key])) for key, (_, form) in COLUMNS.items()]
+        lines.append(f"| {name} | " + " | ".join(figures) + " |")
+    return "\n".join(lines) + "\n\n"
+
+
+def plot() -> None:
+    """The divergence from the exact blocks against the bound that training reaches, for both problems."""
+    problems = [(item, rows) for item in TABLE if (rows := rows_of(item))]
+    if not problems:
+        return
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(problems), figsize=(6 * len(problems), 5), layout="constrained", squeeze=False)
+    for axis, (item, rows) in zip(axes[0], problems, strict=True):
+        for name, row in rows.items():
+            at = float(np.mean(row["kl_blocks"])), float(np.mean(row["elbo"]))
+            axis.plot(max(at[0], 1.0), at[1], "o", markersize=4)
+            axis.annotate(name, (max(at[0], 1.0), at[1]), fontsize=6, xytext=(3, 2), textcoords="offset points")
+        axis.set_xscale("log")
+        axis.set_xlabel("KL from the posterior of the exact blocks, nats (at least 1)")
+        axis.set_ylabel("ELBO of an example after equal training")
+        axis.set_title(item)
+    figure.savefig(PLOT, dpi=110)
+    plt.close(figure)
+
+
+def page() -> str:
+    """The whole page."""
+    picture = "![Divergence against bound](images/structures.png)\n\n" if rows_of("energy") else ""
+    notes = RESULTS / "notes.md"
+    return (
+        HEAD
+        + "## The structures\n\n"
+        + cards()
+        + table("energy")
+        + table("mnist")
+        + picture
+        + (notes.read_text() if notes.exists() else "")
+    )
+
+
+def write() -> None:
+    """Write the picture and the page."""
+    plot()
+    PAGE.write_text(page())
