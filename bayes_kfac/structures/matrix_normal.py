@@ -67,6 +67,10 @@ class MatrixNormalGaussian(BlockGaussian):
         return torch.cholesky_inverse(root)
 
     @property
+    def matrix_normal_roots(self) -> tuple[Tensor, Tensor]:  # noqa: D102
+        return self.scale_tril_row, self.scale_tril_column
+
+    @property
     def state(self) -> dict[str, Tensor]:  # noqa: D102
         return {"scale_tril_row": self.scale_tril_row, "scale_tril_column": self.scale_tril_column}
 

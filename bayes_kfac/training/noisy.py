@@ -33,13 +33,14 @@ from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import Structure
-from bayes_kfac.training.blocks import Blocks, States
+from bayes_kfac.training.blocks import Blocks
 from bayes_kfac.training.checks import check_finite, check_outside, check_ready
 from bayes_kfac.training.deterministic import PointEstimates
 from bayes_kfac.training.groups import block_groups, default_group
 from bayes_kfac.training.sampler import Sampler
 from bayes_kfac.training.schedules import Every
-from bayes_kfac.training.state import BlockState, dump_state, restore_block, restore_state
+from bayes_kfac.training.state import BlockState, dump_state, restore_block
+from bayes_kfac.training.states import States
 
 _STATE_KEY = "bayes_kfac"
 
@@ -192,9 +193,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         states = self._blocks.states
         if self.warmup and any(state.posterior is None for state in states.values()):
             with torch.no_grad(), self._full_precision:
-                states = self._blocks.states = self._blocks.with_posteriors(states)
-        gaussians = {name: state.posterior for name, state in states.items() if state.posterior is not None}
-        return self._sampler.sample(gaussians, measure=self.is_measuring)
+                states = self._blocks.states = self._blocks.with_posterior(states)
+        return self._sampler.sample(states.posterior, measure=self.is_measuring)
 
     @property
     def is_measuring(self) -> bool:
@@ -251,12 +251,10 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             self._point_estimates.share_gradients()
         check_finite(statistics, gradients, self._point_estimates.gradients)
         statistics = {name: batch for name, batch in statistics.items() if any(batch.counts.values())}
-        states = self._blocks.averaged(self.blocks, statistics, self.steps - self._last_measured)
+        states = self._blocks.averaged(self._blocks.states, statistics, self.steps - self._last_measured)
         if self.inverse_schedule.is_due(self.steps) or self._has_new_layers:
             states = self._blocks.refreshed(states)
-        directions = {}
-        for name, gradient in gradients.items():
-            states[name], directions[name] = self._blocks.direction(name, states[name], gradient)
+        states, directions = self._blocks.directions(states, gradients)
         clip = self._clip(states, directions)
         self._blocks.states = states
         if statistics:
@@ -304,7 +302,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         """
         check_outside(self._sampler, "posterior()")
         with torch.no_grad(), self._full_precision:
-            blocks = self._blocks.posteriors(self.blocks, in_training=False)
+            blocks = self._blocks.posterior(self._blocks.states, in_training=False)
         return Posterior(
             self.model,
             self.likelihood,
@@ -325,13 +323,9 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
     def kl(self) -> Tensor:
         """``KL(q ‖ prior)`` of the Gaussians that samples are drawn from, plus the likelihood's own, in nats."""
         check_outside(self._sampler, "kl()")
-        total = self.likelihood.kl().detach()
+        means = {name: layer.values() for name, layer in self.layers.items()}
         with self._full_precision:
-            for name, state in self.blocks.items():
-                if state.posterior is not None:
-                    divergence = state.posterior.kl(self.layers[name].values(), self.prior_precision[name])
-                    total = total + divergence.sum()
-        return total
+            return self.likelihood.kl().detach() + self._blocks.states.posterior.kl(means, self.prior_precision)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; outside of :meth:`sampled_params` that begins the step anew.
@@ -366,7 +360,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         state[_STATE_KEY] = {
             "steps": self.steps,
             "last_measured": self._last_measured,
-            "blocks": dump_state(self.blocks),
+            **self._blocks.states.state_dict(),
             "set_aside": dump_state(self._blocks.set_aside),
             "point_estimates": self._point_estimates.state_dict(),
             "generator": None if self.generator is None else self.generator.get_state(),
@@ -386,7 +380,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             raise ArgumentError("state_dict is not from a noisy natural gradient optimizer of bayes_kfac.")
         own = state_dict[_STATE_KEY]
         self._follow_model()
-        states = restore_state(own["blocks"], self.layers)
+        states = States.restored(own, self.layers)
         super().load_state_dict({name: value for name, value in state_dict.items() if name != _STATE_KEY})
         self._blocks.states = states
         self._blocks.set_aside = {key: restore_block(entry, "cpu") for key, entry in own["set_aside"].items()}
