@@ -98,6 +98,7 @@ class Laplace:
         self.model, _ = unwrapped(model)
         self.likelihood = copy.deepcopy(likelihood)
         self.structure = structures.get(structure, damping=damping, sharing=sharing)
+        self.structure.check_posterior()
         self.fisher = check_choice("fisher", fisher, FISHER_KINDS)
         self.temperature = check_positive("temperature", temperature)
         self.num_data = None if num_data is None else check_count("num_data", num_data)

@@ -120,12 +120,26 @@ class Structure(ABC):
     card: ClassVar[Card]
     #: How many passes over the data a fit from scratch takes; after each of them the frame is renewed.
     passes: ClassVar[int] = 1
+    #: Why a structure is a preconditioner only, and its Gaussian no posterior, with what to take in its place.
+    refusal: ClassVar[str] = ""
     #: The layer that the block is linked to, where a structure correlates layers: see :meth:`for_layers`.
     linked_to: str | None = None
 
     def __init__(self, *, damping: str = "factored", sharing: str = "expand") -> None:
         self.damping = check_choice("damping", damping, DAMPING_KINDS)
         self.sharing = check_choice("sharing", sharing, SHARING_KINDS)
+
+    def check_posterior(self) -> None:
+        """Refuse to be a posterior, where the structure is a preconditioner only.
+
+        Raises:
+            ArgumentError: If it is; the message says why.
+        """
+        if self.refusal:
+            raise ArgumentError(
+                f"structure={self.name!r} is a preconditioner and no posterior: {self.refusal} Train with "
+                "NaturalGradient, or choose another structure."
+            )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -301,7 +315,12 @@ def register(name: str) -> Callable[[StructureType], StructureType]:
 
 def available() -> tuple[str, ...]:
     """The names that ``structure=`` accepts."""
-    return tuple(sorted(_STRUCTURES))
+    return tuple(sorted(name for name, structure in _STRUCTURES.items() if not structure.refusal))
+
+
+def preconditioners() -> tuple[str, ...]:
+    """What ``structure=`` of :class:`bayes_kfac.NaturalGradient` accepts beside :func:`available`: no posteriors."""
+    return tuple(sorted(name for name, structure in _STRUCTURES.items() if structure.refusal))
 
 
 def get(structure: str | Structure, *, damping: str, sharing: str) -> Structure:
@@ -317,4 +336,6 @@ def get(structure: str | Structure, *, damping: str, sharing: str) -> Structure:
     """
     if isinstance(structure, Structure):
         return structure.configured(damping=damping, sharing=sharing)
-    return _STRUCTURES[check_choice("structure", structure, available())](damping=damping, sharing=sharing)
+    return _STRUCTURES[check_choice("structure", structure, (*available(), *preconditioners()))](
+        damping=damping, sharing=sharing
+    )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bayes_kfac.curvature import Rows, SparseRows
-from bayes_kfac.errors import check_choice
+from bayes_kfac.errors import ArgumentError, check_choice
 from bayes_kfac.structures.whitened import Whitened, WhitenedJacobians
 
 _GAUSSIANS: dict[str, type[BlockGaussian]] = {}
@@ -101,6 +101,10 @@ class BlockGaussian(ABC):
     def matrix_normal_roots(self) -> tuple[Tensor, Tensor] | None:
         """Triangular factors ``L_U`` and ``L_V`` of the covariance ``U ⊗ V``, where it is of this form."""
         return None
+
+    def to_power(self, exponent: float) -> BlockGaussian:
+        """The Gaussian of precision ``P^p``; kinds that have none in closed form raise ``ArgumentError``."""
+        raise ArgumentError(f"power={exponent!r} is not allowed: a {self.kind} Gaussian has no powers. Allowed: 1.")
 
     def as_prior(self) -> BlockGaussian:
         """The nearest Gaussian in ``KL(q ‖ p)`` whose precision a block of its structure can add exactly."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bayes_kfac.curvature import NO_FRAME, Frame, Rows, Statistics
 from bayes_kfac.curvature.rows import side_by_side
+from bayes_kfac.errors import ArgumentError
 from bayes_kfac.structures.base import BlockGaussian, BlockSpec, Information, Structure, standard_normal
 from bayes_kfac.structures.link import Link, Links
 from bayes_kfac.structures.whitened import Whitened
@@ -117,6 +118,22 @@ class JointGaussian(Mapping[str, BlockGaussian]):
         for name, more in self._variances_by_links():
             total = total + 0.5 * (prior_precision[name] * more).sum()
         return torch.as_tensor(total)
+
+    def to_power(self, exponent: float) -> JointGaussian:
+        """The Gaussian of precision ``P^p``: :meth:`BlockGaussian.to_power` of each layer.
+
+        Args:
+            exponent: ``p``.
+
+        Returns:
+            The Gaussian.
+
+        Raises:
+            ArgumentError: If layers are linked, or a block has no powers.
+        """
+        if self.links:
+            raise ArgumentError(f"power={exponent!r} is not allowed: layers are linked. Allowed: 1.")
+        return JointGaussian({name: block.to_power(exponent) for name, block in self.items()})
 
     def as_prior(self) -> JointGaussian:
         """The nearest independent Gaussians in ``KL(q ‖ p)`` whose precisions a structure can add exactly."""

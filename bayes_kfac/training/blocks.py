@@ -117,18 +117,31 @@ class Blocks:
             for name, state in states.items()
         }
         fresh = self.with_posterior(states.updated(framed))
+        return fresh.with_preconditioner(self.preconditioner(fresh))
+
+    def preconditioner(self, states: States) -> JointGaussian:
+        """The Gaussian of precision ``F̄ + γ I``, of the layers whose steps go by it."""
         specs = [
             BlockSpec(
                 name,
                 self._blended(name, state),
                 data_scale=1.0,
-                prior=self.intrinsic_damping(name) + self._options(name)["extrinsic_damping"],
+                prior=self.damping(name),
                 previous=state.preconditioner,
             )
-            for name, state in fresh.items()
-            if self._options(name)["extrinsic_damping"] > 0
+            for name, state in states.items()
+            if self.is_preconditioned(name)
         ]
-        return fresh.with_preconditioner(build(self.structures, specs))
+        return build(self.structures, specs)
+
+    def is_preconditioned(self, name: str) -> bool:
+        """Whether a layer's steps go by a preconditioner of their own, and not by the posterior."""
+        return bool(self._options(name)["extrinsic_damping"] > 0)
+
+    def damping(self, name: str) -> float:
+        """``γ = γ_in + γ_ex`` of a layer."""
+        extrinsic: float = self._options(name)["extrinsic_damping"]
+        return self.intrinsic_damping(name) + extrinsic
 
     def averaged(self, states: States, batch: Mapping[str, Statistics], steps: int) -> States:
         """The states with a batch's statistics in the moving averages, ``steps`` steps after the last ones."""
@@ -150,7 +163,7 @@ class Blocks:
         for name in gradients:
             state = states[name]
             assert state.momentum is not None
-            is_damped = state.preconditioner is not None and self._options(name)["extrinsic_damping"] > 0
+            is_damped = state.preconditioner is not None and self.is_preconditioned(name)
             (damped if is_damped else inner)[name] = state.momentum / state.momentum_weight
         scale = self.num_data / self.temperature
         directions = {name: own * scale for name, own in states.posterior.solve(inner).items()}

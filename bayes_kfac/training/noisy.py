@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,10 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         UnsupportedModelError: If the model has no block, or parameters outside blocks with ``others="error"``.
     """
 
+    #: What the posterior says of how it was made.
+    method: ClassVar[str] = "noisy natural gradient"
+    _blocks_type: ClassVar[type[Blocks]] = Blocks
+
     def __init__(
         self,
         model: nn.Module,
@@ -128,11 +132,12 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         self.inverse_schedule = Every(check_count("inverse_every", inverse_every))
         self.generator = generator
         self.structure = structures.get(structure, damping=damping, sharing=sharing)
+        self._check_structure()
         self._others = others
         self._params = None if params is None else list(params)
         self.steps = 0
         self._last_measured = -1
-        self._blocks = Blocks(
+        self._blocks = self._blocks_type(
             self.structure, self._group, num_data=num_data, temperature=self.temperature, warmup=warmup
         )
         self._trainable, layers = self._trainable_now(), self._sort()
@@ -161,6 +166,9 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         self.fisher = meter.fisher
         self._sampler = Sampler(meter, num_samples=num_samples, antithetic=antithetic, generator=generator)
         self._sampler.watch(layers, self._parameters())
+
+    def _check_structure(self) -> None:
+        self.structure.check_posterior()
 
     @property
     def layers(self) -> Mapping[str, Layer]:
@@ -255,14 +263,14 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         if self.inverse_schedule.is_due(self.steps) or self._has_new_layers:
             states = self._blocks.refreshed(states)
         states, directions = self._blocks.directions(states, gradients)
-        clip = self._clip(states, directions)
+        changes = self._changes(states, gradients, directions)
         self._blocks.states = states
         if statistics:
             self._last_measured = self.steps
         self.steps += 1
-        for name, direction in directions.items():
-            layer, lr = self.layers[name], self._group(name)["lr"]
-            tensors = layer.tensors(direction * (-lr * clip))
+        for name, change in changes.items():
+            layer = self.layers[name]
+            tensors = layer.tensors(change)
             for key, parameter in layer.parameters.items():
                 parameter.add_(tensors[key])
         self._point_estimates.step(self._point_estimates.lr_in(self.param_groups), self.temperature / self.num_data)
@@ -278,6 +286,13 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
                 damping = self._blocks.intrinsic_damping(name)
                 gradients[name] = gradient.to(dtype) + damping * self._sampler.mean_sample(name)
         return gradients
+
+    def _changes(
+        self, states: States, gradients: Mapping[str, Tensor], directions: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What a step adds to the mean of each layer."""
+        clip = self._clip(states, directions)
+        return {name: direction * (-self._group(name)["lr"] * clip) for name, direction in directions.items()}
 
     def _clip(self, states: States, directions: Mapping[str, Tensor]) -> Tensor | float:
         """``min(1, sqrt(κ / (lr² Σ dᵀ F̄ d)))``, without reading a number back from the device."""
@@ -310,7 +325,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             layers=self.layers,
             prior_precision=self.prior_precision,
             provenance=Provenance(
-                method="noisy natural gradient",
+                method=self.method,
                 structure=self.structure.name,
                 damping=self.structure.damping,
                 fisher=self.fisher,
