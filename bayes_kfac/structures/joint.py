@@ -187,12 +187,12 @@ def measure(
     """What the structures measure of a forward pass, each of its layer and of that which it is linked to.
 
     Args:
-        structures: The structure of each layer, by name.
+        structures: The structures of the layers to measure, by name.
         rows: The rows of the layers that were used.
         frames: The frames of the statistics so far, where they have one.
 
     Returns:
-        The statistics of these layers.
+        The statistics of those of these layers that were used.
     """
     frames = frames or {}
     return {
@@ -200,6 +200,7 @@ def measure(
             own, rows.get(structures[name].linked_to or ""), frames.get(name, NO_FRAME)
         )
         for name, own in rows.items()
+        if name in structures
     }
 
 

@@ -5,7 +5,7 @@ A step computes new states and puts them in the place of the old ones only when 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -80,19 +80,18 @@ class Blocks:
         """What was measured, and zeros for layers that did not run: processes add up the statistics of all layers."""
         return {name: measured[name] if name in measured else self._identity(name) * 0 for name in self.layers}
 
-    def measure(self, rows: Mapping[str, Rows]) -> dict[str, Statistics]:
-        """What the layers' structures measure of their rows, in the frames of what they measured before."""
-        before = {name: state.statistics for name, state in self.states.items()}
-        frames = {name: statistics.frame for name, statistics in before.items() if statistics is not None}
-        return measure(self.structures, rows, frames)
+    def measure(self, rows: Mapping[str, Rows], names: Collection[str]) -> dict[str, Statistics]:
+        """What the structures of some layers measure of the rows, in the frames of what they measured before."""
+        frames = {name: statistics.frame for name, statistics in self.states.averages.items()}
+        return measure({name: own for name, own in self.structures.items() if name in names}, rows, frames)
 
     def intrinsic_damping(self, name: str) -> float:
         """``γ_in = τδ/N`` of a layer."""
         prior_precision: float = self._options(name)["prior_precision"]
         return self.temperature * prior_precision / self.num_data
 
-    def posterior(self, states: States, *, in_training: bool) -> JointGaussian:
-        """The Gaussian of all layers: the one that training samples from, or the posterior's without the warm-up."""
+    def posterior(self, states: States, names: Collection[str], *, in_training: bool) -> JointGaussian:
+        """The Gaussian of some layers: the one that training samples from, or the posterior's without the warm-up."""
         specs = [
             BlockSpec(
                 name,
@@ -102,25 +101,37 @@ class Blocks:
                 previous=state.posterior if in_training else None,
             )
             for name, state in states.items()
+            if name in names
         ]
         return build(self.structures, specs)
 
-    def with_posterior(self, states: States) -> States:
-        """The states with a fresh Gaussian to sample from."""
-        return states.with_posterior(self.posterior(states, in_training=True))
+    def with_posterior(self, states: States, names: Collection[str]) -> States:
+        """The states with a fresh Gaussian of some layers to sample from."""
+        return states.with_posterior(self.posterior(states, names, in_training=True))
 
-    def refreshed(self, states: States) -> States:
-        """The states with frames renewed and all Gaussians rebuilt from their statistics."""
+    def refreshed(self, states: States, names: Collection[str]) -> States:
+        """The states with frames renewed and Gaussians rebuilt, of some layers and those that they are linked to."""
+        linked = self._with_linked(names)
         framed = {
             # a layer that never ran has nothing to go by
             name: replace(state, statistics=self.structures[name].reframed(state.measured(name), name))
             for name, state in states.items()
+            if name in linked
         }
-        fresh = self.with_posterior(states.updated(framed))
-        return fresh.with_preconditioner(self.preconditioner(fresh))
+        fresh = self.with_posterior(states.updated(framed), linked)
+        return fresh.with_preconditioner(self.preconditioner(fresh, linked))
 
-    def preconditioner(self, states: States) -> JointGaussian:
-        """The Gaussian of precision ``F̄ + γ I``, of the layers whose steps go by it."""
+    def _with_linked(self, names: Collection[str]) -> set[str]:
+        """Some layers and all that links lead to from them, or from which links lead to them."""
+        links = {name: own.linked_to for name, own in self.structures.items() if own.linked_to is not None}
+        found, more = set[str](), set(names)
+        while more - found:
+            found |= more
+            more = {to for name, to in links.items() if name in found} | {n for n, to in links.items() if to in found}
+        return found
+
+    def preconditioner(self, states: States, names: Collection[str]) -> JointGaussian:
+        """The Gaussian of precision ``F̄ + γ I``, of those of some layers whose steps go by it."""
         specs = [
             BlockSpec(
                 name,
@@ -130,7 +141,7 @@ class Blocks:
                 previous=state.preconditioner,
             )
             for name, state in states.items()
-            if self.is_preconditioned(name)
+            if name in names and self.is_preconditioned(name)
         ]
         return build(self.structures, specs)
 
@@ -143,16 +154,16 @@ class Blocks:
         extrinsic: float = self._options(name)["extrinsic_damping"]
         return self.intrinsic_damping(name) + extrinsic
 
-    def averaged(self, states: States, batch: Mapping[str, Statistics], steps: int) -> States:
-        """The states with a batch's statistics in the moving averages, ``steps`` steps after the last ones."""
-        updated = {}
+    def averaged(self, states: States, batch: Mapping[str, Statistics]) -> States:
+        """The states a step later, with a batch's statistics in the moving averages of the layers that it shows."""
+        updated = {name: replace(state, age=state.age + 1) for name, state in states.items()}
         for name, statistics in batch.items():
             running = states[name].statistics
-            decay = self._options(name)["statistics_decay"] ** steps
+            decay = self._options(name)["statistics_decay"] ** updated[name].age
             # from nothing the average is (1 − decay) of the batch, and so is its count: debiased from the first step on
             average = statistics * (1 - decay) if running is None else running.moving_average(statistics, decay)
             weight = states[name].identity_weight * decay
-            updated[name] = replace(states[name], statistics=average, identity_weight=weight)
+            updated[name] = replace(states[name], statistics=average, identity_weight=weight, age=0)
         return states.updated(updated)
 
     def directions(self, states: States, gradients: Mapping[str, Tensor]) -> tuple[States, dict[str, Tensor]]:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -31,14 +32,14 @@ class PointBlocks(Blocks):
 
     power: float = 1.0
 
-    def with_posterior(self, states: States) -> States:  # noqa: D102
+    def with_posterior(self, states: States, names: Collection[str]) -> States:  # noqa: D102
         return states
 
     def is_preconditioned(self, name: str) -> bool:  # noqa: D102
         return True
 
-    def preconditioner(self, states: States) -> JointGaussian:  # noqa: D102
-        gaussian = super().preconditioner(states)
+    def preconditioner(self, states: States, names: Collection[str]) -> JointGaussian:  # noqa: D102
+        gaussian = super().preconditioner(states, names)
         return gaussian if self.power == 1 else gaussian.to_power(self.power)
 
 

@@ -21,6 +21,8 @@ from bayes_kfac import linalg, structures
 from bayes_kfac.curvature import (
     Layer,
     Meter,
+    Rows,
+    Statistics,
     Summary,
     check_types,
     find_covered,
@@ -38,7 +40,7 @@ from bayes_kfac.training.checks import check_finite, check_outside, check_ready
 from bayes_kfac.training.deterministic import PointEstimates
 from bayes_kfac.training.groups import block_groups, default_group
 from bayes_kfac.training.sampler import Sampler
-from bayes_kfac.training.schedules import Every
+from bayes_kfac.training.schedules import Schedule, as_schedule
 from bayes_kfac.training.state import BlockState, dump_state, restore_block
 from bayes_kfac.training.states import States
 
@@ -69,8 +71,9 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         statistics_decay: The decay *per step* of the curvature statistics' debiased moving average: a measurement after
             ``k`` steps keeps ``statistics_decay**k`` of the old ones, so that the average's memory does not depend on
             ``statistics_every``.
-        statistics_every: Steps between two measurements of the statistics (more often at the start).
-        inverse_every: Steps between two refreshes of the posterior's factors (more often at the start).
+        statistics_every: Steps between two measurements of the statistics (more often at the start), or a schedule of
+            ``bayes_kfac.training.schedules`` that decides layer by layer.
+        inverse_every: The same between two refreshes of the posterior's factors.
         num_samples: Weight samples in one step: the context is entered that often for each batch.
         antithetic: Whether every second sample mirrors the one before.
         warmup: Whether, while the moving average is young, training blends it with the identity, with the weight that a
@@ -109,8 +112,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         extrinsic_damping: float = 0.0,
         momentum: float = 0.9,
         statistics_decay: float = 0.99,
-        statistics_every: int = 10,
-        inverse_every: int = 100,
+        statistics_every: int | Schedule = 10,
+        inverse_every: int | Schedule = 100,
         num_samples: int = 1,
         antithetic: bool = False,
         warmup: bool = True,
@@ -128,15 +131,14 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         self.temperature = check_positive("temperature", temperature)
         self.kl_clip = None if kl_clip is None else check_positive("kl_clip", kl_clip)
         self.warmup = warmup
-        self.statistics_schedule = Every(check_count("statistics_every", statistics_every))
-        self.inverse_schedule = Every(check_count("inverse_every", inverse_every))
+        self.statistics_schedule = as_schedule("statistics_every", statistics_every)
+        self.inverse_schedule = as_schedule("inverse_every", inverse_every)
         self.generator = generator
         self.structure = structures.get(structure, damping=damping, sharing=sharing)
         self._check_structure()
         self._others = others
         self._params = None if params is None else list(params)
         self.steps = 0
-        self._last_measured = -1
         self._blocks = self._blocks_type(
             self.structure, self._group, num_data=num_data, temperature=self.temperature, warmup=warmup
         )
@@ -158,7 +160,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             self.model,
             likelihood,
             layers,
-            self._blocks.measure,
+            self._measure,
             fisher=fisher,
             num_data=num_data,
             generator=generator,
@@ -201,7 +203,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         states = self._blocks.states
         if self.warmup and any(state.posterior is None for state in states.values()):
             with torch.no_grad(), self._full_precision:
-                states = self._blocks.states = self._blocks.with_posterior(states)
+                states = self._blocks.states = self._blocks.with_posterior(states, states)
         return self._sampler.sample(states.posterior, measure=self.is_measuring)
 
     @property
@@ -211,7 +213,16 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         Forward passes whose output is in no loss are measured too: unlabelled data may enter the Fisher by
         ``if optimizer.is_measuring: model(unlabelled)`` inside of the context.
         """
-        return self.statistics_schedule.is_due(self.steps) or self._has_new_layers
+        return bool(self._due(self.statistics_schedule, self._blocks.states))
+
+    def _due(self, schedule: Schedule, states: States) -> set[str]:
+        """The layers that are due by a schedule; all of them where there are new ones, which have nothing yet."""
+        if self._has_new_layers:
+            return set(self.layers)
+        return schedule.due(self.steps, states.averages)
+
+    def _measure(self, rows: Mapping[str, Rows]) -> dict[str, Statistics]:
+        return self._blocks.measure(rows, self._due(self.statistics_schedule, self._blocks.states))
 
     def unmeasured(self) -> AbstractContextManager[None]:
         """Let forward passes inside go by unmeasured: the batch of the gradient need not be that of the Fisher.
@@ -259,14 +270,15 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             self._point_estimates.share_gradients()
         check_finite(statistics, gradients, self._point_estimates.gradients)
         statistics = {name: batch for name, batch in statistics.items() if any(batch.counts.values())}
-        states = self._blocks.averaged(self._blocks.states, statistics, self.steps - self._last_measured)
-        if self.inverse_schedule.is_due(self.steps) or self._has_new_layers:
-            states = self._blocks.refreshed(states)
+        states = self._blocks.averaged(self._blocks.states, statistics)
+        due = self._due(self.inverse_schedule, states)
+        if due:
+            states = self._blocks.refreshed(states, due)
         states, directions = self._blocks.directions(states, gradients)
         changes = self._changes(states, gradients, directions)
         self._blocks.states = states
-        if statistics:
-            self._last_measured = self.steps
+        for schedule, names in ((self.statistics_schedule, statistics.keys()), (self.inverse_schedule, due)):
+            schedule.done(self.steps, {name: own for name, own in states.averages.items() if name in names})
         self.steps += 1
         for name, change in changes.items():
             layer = self.layers[name]
@@ -317,7 +329,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         """
         check_outside(self._sampler, "posterior()")
         with torch.no_grad(), self._full_precision:
-            blocks = self._blocks.posterior(self._blocks.states, in_training=False)
+            blocks = self._blocks.posterior(self._blocks.states, self.layers, in_training=False)
         return Posterior(
             self.model,
             self.likelihood,
@@ -374,7 +386,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         state = super().state_dict()
         state[_STATE_KEY] = {
             "steps": self.steps,
-            "last_measured": self._last_measured,
+            "schedules": [schedule.state_dict() for schedule in (self.statistics_schedule, self.inverse_schedule)],
             **self._blocks.states.state_dict(),
             "set_aside": dump_state(self._blocks.set_aside),
             "point_estimates": self._point_estimates.state_dict(),
@@ -400,7 +412,10 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         self._blocks.states = states
         self._blocks.set_aside = {key: restore_block(entry, "cpu") for key, entry in own["set_aside"].items()}
         self.steps = own["steps"]
-        self._last_measured = own["last_measured"]
+        for schedule, saved in zip(
+            (self.statistics_schedule, self.inverse_schedule), own.get("schedules", ({}, {})), strict=True
+        ):
+            schedule.load_state_dict(saved)
         self._point_estimates.load_state_dict(own["point_estimates"])
         if self.generator is not None and own["generator"] is not None:
             self.generator.set_state(own["generator"])

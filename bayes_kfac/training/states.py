@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bayes_kfac.curvature import Layer
+from bayes_kfac.curvature import Layer, Statistics
 from bayes_kfac.structures import JointGaussian, Link
 from bayes_kfac.structures.link import Links
 from bayes_kfac.training.state import BlockState, dump_state, restore_state
@@ -49,19 +49,24 @@ class States(Mapping[str, BlockState]):
         blocks = {name: state.preconditioner for name, state in self.items() if state.preconditioner is not None}
         return JointGaussian(blocks, self.preconditioner_links)
 
+    @property
+    def averages(self) -> dict[str, Statistics]:
+        """The running averages of the layers that have been measured."""
+        return {name: state.statistics for name, state in self.items() if state.statistics is not None}
+
     def updated(self, changed: Mapping[str, BlockState]) -> States:
         """The same with other states of some blocks."""
         return replace(self, blocks={**self.blocks, **changed})
 
     def with_posterior(self, gaussian: JointGaussian) -> States:
-        """The same with a fresh Gaussian of all layers to draw from."""
-        blocks = {name: replace(state, posterior=gaussian[name]) for name, state in self.items()}
-        return replace(self, blocks=blocks, links=gaussian.links)
+        """The same with a fresh Gaussian of some layers to draw from; with a layer, those that it is linked to."""
+        blocks = {name: replace(self[name], posterior=own) for name, own in gaussian.items()}
+        return replace(self.updated(blocks), links=_renewed(self.links, gaussian))
 
     def with_preconditioner(self, gaussian: JointGaussian) -> States:
         """The same with a fresh preconditioner of some layers."""
         blocks = {name: replace(self[name], preconditioner=own) for name, own in gaussian.items()}
-        return replace(self.updated(blocks), preconditioner_links=gaussian.links)
+        return replace(self.updated(blocks), preconditioner_links=_renewed(self.preconditioner_links, gaussian))
 
     def like(self, layers: Mapping[str, Layer]) -> States:
         """The same where the layers are, in their dtype or float32 if that is wider; itself if it is already."""
@@ -98,13 +103,21 @@ class States(Mapping[str, BlockState]):
         Raises:
             ArgumentError: If layers or shapes are not those of the dictionary.
         """
-        blocks = restore_state(state_dict["blocks"], layers)
+        # checkpoints of before layers had schedules of their own say once when all were measured
+        age = state_dict["steps"] - 1 - state_dict["last_measured"] if "last_measured" in state_dict else 0
+        blocks = restore_state(state_dict["blocks"], layers, age)
         dumped = state_dict.get("links", {})  # checkpoints of before there were links have none
         links, preconditioner_links = (
             {name: _like(Link(**entry), layers[name]) for name, entry in dumped.get(kind, {}).items()}
             for kind in ("posterior", "preconditioner")
         )
         return cls(blocks, links, preconditioner_links)
+
+
+def _renewed(links: Links, gaussian: JointGaussian) -> Links:
+    """Links with those of a Gaussian in the place of its layers' own."""
+    kept = {name: link for name, link in links.items() if name not in gaussian}
+    return {**kept, **gaussian.links}
 
 
 def _like(link: Link, layer: Layer) -> Link:
