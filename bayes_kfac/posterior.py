@@ -1,4 +1,4 @@
-"""The posterior: a Gaussian over a model's weights, as a mean and one zero-mean Gaussian for each layer.
+"""The posterior: a Gaussian over a model's weights, as a mean and a zero-mean Gaussian over all layers.
 
 It holds its own copies of all parameters and buffers, so that it stays what it is while the model trains on; the model
 object serves as the function only, and is left as it was by every call here.
@@ -35,7 +35,7 @@ from bayes_kfac.prediction import (
     sampled_outputs,
 )
 from bayes_kfac.provenance import Provenance
-from bayes_kfac.structures import BlockGaussian, MatrixNormalGaussian, standard_normal
+from bayes_kfac.structures import BlockGaussian, JointGaussian
 
 if TYPE_CHECKING:
     from bayes_kfac.distributions import MatrixNormal
@@ -50,7 +50,8 @@ class Posterior:
     Args:
         model: The model, whose current weights are the mean; it is kept as the function, not copied.
         likelihood: What its output means; copied.
-        blocks: The zero-mean Gaussian of each layer, by the layer's name.
+        blocks: The zero-mean Gaussian of each layer, by the layer's name; or of all layers together, where they are
+            linked: a block of one that is linked to another is its Gaussian given that one.
         prior_precision: The prior's precision of each layer, by the same names: a number, or that of each weight in the
             shape of its block.
         provenance: How the posterior was made.
@@ -78,7 +79,7 @@ class Posterior:
             self.reasons.update(dict.fromkeys(missing, "it has no block in this posterior"))
         self.likelihood = copy.deepcopy(likelihood).requires_grad_(False)
         # contiguous, as they come back from a file: in another layout products may differ in the last bit
-        self.blocks = {name: _contiguous(block) for name, block in blocks.items()}
+        self.blocks = JointGaussian.of(blocks).map(Tensor.contiguous)
         self.prior_precision = dict(prior_precision)
         self.provenance = provenance
         self.mean = {
@@ -100,13 +101,11 @@ class Posterior:
             The draws.
         """
         check_count("num_samples", num_samples)
+        with linalg.full_precision(self.device):
+            noise = self.blocks.sample(self.blocks.standard_normal(generator, (num_samples,)))
         values: dict[str, Tensor] = {}
-        for name, block in self.blocks.items():
-            layer = self.layers[name]
-            standard = standard_normal(block, generator, (num_samples,))
-            with linalg.full_precision(standard.device):
-                noise = block.sample(standard)
-            for key, perturbation in layer.tensors(noise).items():
+        for name, layer in self.layers.items():
+            for key, perturbation in layer.tensors(noise[name]).items():
                 mean = self.mean[key]
                 values[key] = (mean + perturbation).to(mean.dtype)
         return Draws(values)
@@ -267,11 +266,8 @@ class Posterior:
         """
         if self.blocks.keys() - self.prior_precision.keys():
             raise UsageError("kl() is of posteriors whose prior is centred at zero, but this one's was a posterior.")
-        total = self.likelihood.kl()
-        for name, block in self.blocks.items():
-            mean = self.layers[name].matrix(self.mean)
-            total = total + block.kl(mean, self.prior_precision[name]).sum()
-        return total
+        means = {name: layer.matrix(self.mean) for name, layer in self.layers.items()}
+        return self.likelihood.kl() + self.blocks.kl(means, self.prior_precision)
 
     def penalty(self) -> Tensor:
         """``½ (w − M)ᵀ P (w − M)`` at the model's weights ``w``: minus its log-density, up to a constant.
@@ -283,23 +279,26 @@ class Posterior:
             A scalar.
         """
         named = dict(self.model.named_parameters())
-        total = torch.zeros((), device=self.device)
-        for name, block in self.blocks.items():
-            away = self.layers[name].matrix({key: named[key] - self.mean[key] for key in self.layers[name].parameters})
-            away = away.to(block.like.dtype)
-            total = total + 0.5 * (away * block.multiply(away)).sum()
-        return total
+        away = {
+            name: layer.matrix({key: named[key] - self.mean[key] for key in layer.parameters}).to(
+                self.blocks[name].like
+            )
+            for name, layer in self.layers.items()
+        }
+        gradient = self.blocks.multiply(away)
+        return 0.5 * torch.stack([(away[name] * gradient[name]).sum() for name in away]).sum()
 
     def nearest_matrix_normal(self) -> Posterior:
-        """The posterior whose blocks are the matrix normals nearest to these in ``KL(q ‖ p)``, where they are not.
+        """The posterior whose blocks are the matrix normals nearest to this in ``KL(q ‖ p)``, where they are not.
 
-        A matrix normal can be the prior of a new task exactly; a sum of Kronecker products cannot.
+        A matrix normal can be the prior of a new task exactly; a sum of Kronecker products, or a Gaussian that links
+        layers, cannot.
 
         Returns:
             A new posterior.
         """
         nearest = copy.copy(self)
-        nearest.blocks = {name: block.as_prior() for name, block in self.blocks.items()}
+        nearest.blocks = self.blocks.as_prior()
         nearest.provenance = replace(self.provenance, damping="optimal")
         nearest._linearized = LinearizedModel(nearest.model, nearest.mean, nearest.layers, nearest.blocks)
         return nearest
@@ -319,24 +318,28 @@ class Posterior:
         check_choice("layer", layer, tuple(self.blocks))
         from bayes_kfac.distributions import MatrixNormal
 
-        block = self.blocks[layer]
-        if not isinstance(block, MatrixNormalGaussian):
+        if self.blocks.is_linked(layer):
+            raise ArgumentError(
+                f"Layer {layer!r} is linked to another, so that its Gaussian is not a matrix normal. That of "
+                "nearest_matrix_normal() is one."
+            )
+        roots = self.blocks[layer].matrix_normal_roots
+        if roots is None:
             own = self.layers[layer].adapter.structure
             remedy = "Fit with structure='kron' and damping='factored' or 'optimal'."
             raise ArgumentError(
                 f"The Gaussian of layer {layer!r} (damping={self.provenance.damping!r}) is not a matrix normal. "
                 + (remedy if own is None else f"Blocks of this kind are always {own}.")
             )
-        mean = self.layers[layer].matrix(self.mean).to(block.scale_tril_row)
-        return MatrixNormal(mean, linalg.dense(block.scale_tril_row), linalg.dense(block.scale_tril_column))
+        row, column = map(linalg.dense, roots)
+        return MatrixNormal(self.layers[layer].matrix(self.mean).to(row), row, column)
 
     def summary(self) -> Summary:
         """For each parameter: its block, structure, shape, and why where it has none."""
         made = self.provenance
         structure = structures.get(made.structure, damping=made.damping, sharing=made.sharing)
         own = {name: structure.for_block(layer.adapter.structure) for name, layer in self.layers.items()}
-        names = {name: kind.label for name, kind in own.items()}
-        return summarize(self.model, self.layers, self.reasons, names)
+        return summarize(self.model, self.layers, self.reasons, self.blocks.labels(own))
 
     @property
     def device(self) -> torch.device:
@@ -355,7 +358,7 @@ class Posterior:
         moved = copy.copy(self)
         moved.model = self.model.to(target)
         moved.likelihood = copy.deepcopy(self.likelihood).to(target)
-        moved.blocks = {name: block.to(target) for name, block in self.blocks.items()}
+        moved.blocks = self.blocks.to(target)
         moved.mean = {
             name: value.to(target) if value.is_floating_point() or not isinstance(target, torch.dtype) else value
             for name, value in self.mean.items()
@@ -391,10 +394,6 @@ class Posterior:
         from bayes_kfac.serialization import load
 
         return load(cls, Path(path), model, likelihood)
-
-
-def _contiguous(block: BlockGaussian) -> BlockGaussian:
-    return block.map(Tensor.contiguous)
 
 
 def _named_state(model: nn.Module) -> dict[str, Tensor]:

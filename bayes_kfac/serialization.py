@@ -1,7 +1,8 @@
 """Posteriors as safetensors files: tensors, and a header of JSON with numbers and strings. Nothing in them is executed.
 
-Tensors are named ``mean/<parameter>``, ``block/<layer>/<tensor>``, ``prior/<layer>`` (precisions of single weights) and
-``likelihood/<tensor>``, with the names that parameters and layers have where no part of the model is compiled.
+Tensors are named ``mean/<parameter>``, ``block/<layer>/<tensor>``, ``link/<layer>/<tensor>`` (where layers are linked),
+``prior/<layer>`` (precisions of single weights) and ``likelihood/<tensor>``, with the names that parameters and layers
+have where no part of the model is compiled.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from bayes_kfac.curvature import find_layers
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.provenance import Provenance
-from bayes_kfac.structures import BlockGaussian, gaussian_from_state
+from bayes_kfac.structures import BlockGaussian, JointGaussian, Link, gaussian_from_state
 
 if TYPE_CHECKING:
     from bayes_kfac.posterior import Posterior
 
-FORMAT = 1
+#: Files without links are of format 1, which all versions read.
+FORMAT = 2
 
 
 def save(posterior: Posterior, path: Path) -> None:
@@ -41,12 +43,15 @@ def save(posterior: Posterior, path: Path) -> None:
     tensors = {f"mean/{_plain(name)}": value for name, value in posterior.mean.items()}
     for layer, block in posterior.blocks.items():
         tensors.update({f"block/{_plain(layer)}/{name}": value for name, value in block.state.items()})
+    links = posterior.blocks.links
+    for layer, link in links.items():
+        tensors.update({f"link/{_plain(layer)}/{name}": value for name, value in link.state.items()})
     tensors.update(
         {f"prior/{_plain(layer)}": own for layer, own in posterior.prior_precision.items() if isinstance(own, Tensor)}
     )
     tensors.update({f"likelihood/{name}": value for name, value in posterior.likelihood.state_dict().items()})
     header = {
-        "format": FORMAT,
+        "format": 2 if links else 1,
         "provenance": asdict(posterior.provenance),
         "prior_precision": {
             _plain(layer): value for layer, value in posterior.prior_precision.items() if not isinstance(value, Tensor)
@@ -56,6 +61,7 @@ def save(posterior: Posterior, path: Path) -> None:
             for name, layer in posterior.layers.items()
         },
         "kinds": {_plain(layer): block.kind for layer, block in posterior.blocks.items()},
+        "links": {_plain(layer): _plain(link.to) for layer, link in links.items()},
         "likelihood": {"name": type(posterior.likelihood).__name__, "config": posterior.likelihood.config()},
     }
     save_file(
@@ -89,6 +95,10 @@ def load(posterior_type: type[Posterior], path: Path, model: nn.Module, likeliho
         layer: gaussian_from_state(kind, _under(f"block/{layer}/", tensors)) for layer, kind in header["kinds"].items()
     }
     _check_blocks(path, blocks, {name: layer.shape for name, layer in layers.items()})
+    links = {
+        layers[layer].name: Link(layers[to].name, **_under(f"link/{layer}/", tensors))
+        for layer, to in header.get("links", {}).items()
+    }
     if likelihood is None:
         likelihood = likelihoods.from_config(header["likelihood"]["name"], header["likelihood"]["config"])
     # a copy, so that the caller's is left alone; assigned, so that float64 is not rounded to the dtype it was built in
@@ -103,7 +113,7 @@ def load(posterior_type: type[Posterior], path: Path, model: nn.Module, likeliho
     return posterior_type(
         model,
         likelihood,
-        {layers[name].name: block for name, block in blocks.items()},
+        JointGaussian({layers[name].name: block for name, block in blocks.items()}, links),
         prior_precision={
             layers[name].name: value for name, value in (header["prior_precision"] | _under("prior/", tensors)).items()
         },

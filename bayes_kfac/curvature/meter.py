@@ -37,7 +37,7 @@ from bayes_kfac.errors import ArgumentError, UnsupportedModelError, UsageError, 
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.likelihoods.base import check_mask
 
-Measure = Callable[[str, Rows], Statistics]
+Measure = Callable[[Mapping[str, Rows]], dict[str, Statistics]]
 
 
 @dataclass(eq=False)
@@ -64,7 +64,7 @@ class Meter:
         model: The root module, whose output the likelihood reads.
         likelihood: What the output means.
         layers: The layers to measure, by name.
-        measure: Turns a layer's name and rows into statistics.
+        measure: Turns the rows of the layers that a forward pass used into statistics of each.
         fisher: ``"mc"``, ``"exact"`` or ``"empirical"``.
         num_data: The size of the data set, for checking.
         generator: The source of randomness for ``"mc"``.
@@ -168,7 +168,7 @@ class Meter:
         finally:
             self._is_measuring = False
         with linalg.full_precision(output.device):  # products in 16 bits are not positive definite
-            passed.statistics = {name: self._measure(name, rows) for name, rows in recorded.items()}
+            passed.statistics = self._measure(recorded)
         passed.shape = tuple(output.shape)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:

@@ -5,7 +5,8 @@ and the eigenvalues ``λ`` of the Fisher where the prior is white, this is
 ``−NLL/τ − ½ (M − M₀)ᵀ P₀ (M − M₀) − ½ Σ log(1 + (N/τ) λ)``: for a prior ``δ I`` the eigenvalues are those of the Fisher
 over ``δ``, so that one decomposition serves every ``δ``, noise and temperature (MacKay 1992; Immer et al. 2021). In the
 logarithms of ``δ`` and of the noise's scale it is concave. The prior enters exactly, whatever the posterior's damping:
-the cross terms of factored damping would bias it.
+the cross terms of factored damping would bias it. Layers that are linked add what their correlation takes from
+``log det P``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bayes_kfac.laplace.measurement import Measurement
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.provenance import Provenance
-from bayes_kfac.structures import BlockGaussian, BlockSpec, Information, Prior, Structure, build
+from bayes_kfac.structures import BlockGaussian, BlockSpec, Information, Prior, Structure, build, correlation
 
 #: The precision of each layer's prior, as a tensor, or as the Gaussian of an earlier posterior.
 Priors = Mapping[str, Tensor | BlockGaussian]
@@ -72,7 +73,9 @@ class Fitted:
         total = -nll / temperature - self.likelihood.kl().detach()
         for name, prior in priors.items():
             total = total - 0.5 * (self.distance(name, prior) + self._information(name, prior, scale))
-        return total
+        with linalg.full_precision(self.measurement.nll.device):
+            between = correlation(self.structures, self._specs(priors, 1.0))(torch.as_tensor(scale))
+        return total - 0.5 * between
 
     def posterior(self, priors: Priors, temperature: float, noise_scale: Tensor | None = None) -> Posterior:
         """The posterior, of the arguments of :meth:`evidence`."""
@@ -81,9 +84,8 @@ class Fitted:
             _, factor = self.likelihood.at_noise_scale(self.measurement.nll, self.measurement.num_targets, noise_scale)
             scale *= float(factor)
             likelihood.set_noise_scale(float(noise_scale))
-        specs = [BlockSpec(name, self.measurement.statistics[name], scale, prior) for name, prior in priors.items()]
         with torch.no_grad(), linalg.full_precision(self.measurement.nll.device):
-            blocks = build(self.structures, specs)
+            blocks = build(self.structures, self._specs(priors, scale))
         return Posterior(
             self.model,
             likelihood,
@@ -104,6 +106,9 @@ class Fitted:
             away = away.to(prior.like.dtype)
             return (away * prior.multiply(away)).double().sum()
         return (prior * away.double().square()).sum()
+
+    def _specs(self, priors: Priors, scale: float) -> list[BlockSpec]:
+        return [BlockSpec(name, self.measurement.statistics[name], scale, prior) for name, prior in priors.items()]
 
     def _information(self, name: str, prior: Tensor | BlockGaussian, scale: Tensor | float) -> Tensor:
         """``log det P − log det P₀`` of a layer."""

@@ -98,6 +98,7 @@ class Laplace:
         self.model, _ = unwrapped(model)
         self.likelihood = copy.deepcopy(likelihood)
         self.structure = structures.get(structure, damping=damping, sharing=sharing)
+        self.structure.check_posterior()
         self.fisher = check_choice("fisher", fisher, FISHER_KINDS)
         self.temperature = check_positive("temperature", temperature)
         self.num_data = None if num_data is None else check_count("num_data", num_data)
@@ -105,9 +106,7 @@ class Laplace:
         self.generator = generator
         parameters = choose_parameters(self.model, subset)
         self.layers, self.reasons = find_covered(self.model, parameters, others)
-        self.structures = {
-            name: self.structure.for_block(layer.adapter.structure) for name, layer in self.layers.items()
-        }
+        self.structures = self.structure.for_layers(self.layers)
         self.prior = prior
         if prior is not None:
             self._check_prior(prior, prior_precision)
@@ -436,6 +435,10 @@ class Laplace:
             raise ArgumentError(
                 f"prior= has other blocks than this model's subset: {', '.join(differing)}. Allowed: a posterior over "
                 "the same layers."
+            )
+        if prior.blocks.links:
+            raise ArgumentError(
+                "prior= links layers, which no structure can add exactly. Allowed: nearest_matrix_normal() of it."
             )
         # whether each structure can add the prior exactly is known when it has done so, and better before the data
         specs = [BlockSpec(name, self._without_curvature(name), 1.0, block) for name, block in self._priors.items()]

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from bayes_kfac import linalg
 from bayes_kfac.batches import Batch, count_examples, unpack, widened
-from bayes_kfac.curvature import NO_FRAME, Frame, PullBack, Recorder, Statistics, added, output_gradients
+from bayes_kfac.curvature import Frame, PullBack, Recorder, Statistics, added, output_gradients
 from bayes_kfac.errors import ArgumentError, NonFiniteError, UsageError
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.prediction.forward import watched
-from bayes_kfac.structures import Structure
+from bayes_kfac.structures import Structure, measure
 
 
 @dataclass(frozen=True)
@@ -160,13 +160,9 @@ class Surveyor:
             self.is_checked = True
         total: dict[str, Statistics] = {}
         for part in columns.split(pull_back.columns_within(self.memory_budget)):
-            rows = pull_back.rows(part, mask)
             share = len(part) / len(columns)
-            measured = {
-                name: self.structures[name].measure(replace(own, share=share), frames.get(name, NO_FRAME))
-                for name, own in rows.items()
-            }
-            total = added(total, measured)
+            rows = {name: replace(own, share=share) for name, own in pull_back.rows(part, mask).items()}
+            total = added(total, measure(self.structures, rows, frames))
         return total
 
 

@@ -1,7 +1,7 @@
 """Linearised prediction: the model as an affine function of its weights around the mean, ``f(x) + J(x) (w − M)``.
 
-The output is then Gaussian in closed form, with covariance ``Σ_blocks J P⁻¹ Jᵀ``. Jacobians are never formed as such:
-each block takes the rows ``a`` and ``g`` of its layer, of all outputs from one batched backward pass. Where the inputs
+The output is then Gaussian in closed form, with covariance ``J P⁻¹ Jᵀ``. Jacobians are never formed as such: the
+Gaussian takes the rows ``a`` and ``g`` of each layer, of all outputs from one batched backward pass. Where the inputs
 require gradients, mean and covariance are differentiable in them.
 """
 
@@ -22,7 +22,7 @@ from bayes_kfac.curvature import COPIES, Layer, PullBack, Recorder, Rows
 from bayes_kfac.errors import ArgumentError, UsageError
 from bayes_kfac.prediction.forward import watched
 from bayes_kfac.prediction.output import GaussianOutput
-from bayes_kfac.structures import BlockGaussian, Whitened
+from bayes_kfac.structures import BlockGaussian, JointGaussian, Whitened
 
 #: Bytes that the rows of a batch may take up by default; larger batches go through in parts.
 MEMORY_BUDGET = 1 << 30
@@ -56,13 +56,14 @@ class LinearizedModel:
         model: The model; left as it was by every call.
         state: All parameters and buffers at the mean.
         layers: The layers that have a posterior.
-        blocks: The zero-mean Gaussians of these layers.
+        blocks: The zero-mean Gaussian of these layers.
     """
 
     model: nn.Module
     state: Mapping[str, Tensor]
     layers: Mapping[str, Layer]
     blocks: Mapping[str, BlockGaussian]
+    _gaussian: JointGaussian = field(init=False, repr=False)
     _recorder: Recorder = field(init=False, repr=False)
     _is_checked: bool = field(default=False, init=False, repr=False)
     _sizes: dict[Any, _Sizes] = field(default_factory=dict, init=False, repr=False)
@@ -70,6 +71,7 @@ class LinearizedModel:
     def __post_init__(self) -> None:
         #: Which layers examples meet in is probed once, so that it serves all calls.
         self._recorder = Recorder(self.layers)
+        self._gaussian = JointGaussian.of(self.blocks)
 
     def output(self, inputs: Any, *, diagonal: bool = False, memory_budget: int = MEMORY_BUDGET) -> GaussianOutput:
         """The Gaussian of the model's output.
@@ -173,7 +175,7 @@ class LinearizedModel:
         return {name: own.to(self.blocks[name].like.dtype) for name, own in rows.items()}
 
     def _whitened(self, pull_back: PullBack, columns: Tensor) -> dict[str, Whitened]:
-        return {name: self.blocks[name].whitened_rows(rows) for name, rows in self._rows(pull_back, columns).items()}
+        return self._gaussian.whitened(self._rows(pull_back, columns))
 
     # -- memory -------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from bayes_kfac.structures.base import (
     Prior,
     Structure,
     available,
-    build,
     gaussian_from_state,
     get,
     register,
@@ -18,9 +17,12 @@ from bayes_kfac.structures.base import (
 )
 from bayes_kfac.structures.dense import DenseGaussian, DenseStructure
 from bayes_kfac.structures.diagonal import DiagonalGaussian, DiagonalStructure
+from bayes_kfac.structures.joint import JointGaussian, build, correlation, measure
 from bayes_kfac.structures.kron import KroneckerStructure
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
+from bayes_kfac.structures.link import Link
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
+from bayes_kfac.structures.tridiagonal import TridiagonalStructure
 from bayes_kfac.structures.whitened import Whitened
 
 __all__ = [
@@ -33,16 +35,21 @@ __all__ = [
     "DiagonalGaussian",
     "DiagonalStructure",
     "Information",
+    "JointGaussian",
     "KroneckerEigenGaussian",
     "KroneckerStructure",
+    "Link",
     "MatrixNormalGaussian",
     "Prior",
     "Structure",
+    "TridiagonalStructure",
     "Whitened",
     "available",
     "build",
+    "correlation",
     "gaussian_from_state",
     "get",
+    "measure",
     "register",
     "register_gaussian",
     "standard_normal",

@@ -12,12 +12,12 @@ iterate of a power method. That is the statistics' frame: :meth:`Structure.measu
 :meth:`Structure.reframed` renews it, at every refresh in training and between the passes over the data of a Laplace
 fit, of which there are :attr:`Structure.passes`.
 
-Independent blocks stack along ``*blocks``; quantities of one block have that shape.
+Independent blocks stack along ``*blocks``; quantities of one block have that shape. Blocks of different layers are
+independent too, but for structures that link layers: see :mod:`bayes_kfac.structures.joint`.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,145 +26,36 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor
 
-from bayes_kfac.curvature import NO_FRAME, SHARING_KINDS, Frame, Rows, SparseRows, Statistics
+from bayes_kfac.curvature import NO_FRAME, SHARING_KINDS, Frame, Layer, Rows, Statistics
 from bayes_kfac.errors import ArgumentError, check_choice
-from bayes_kfac.structures.whitened import Whitened, WhitenedJacobians
+from bayes_kfac.structures.gaussian import BlockGaussian, gaussian_from_state, register_gaussian, standard_normal
+from bayes_kfac.structures.link import Link
+
+__all__ = [
+    "DAMPING_KINDS",
+    "BlockGaussian",
+    "BlockSpec",
+    "Card",
+    "Information",
+    "Prior",
+    "Structure",
+    "available",
+    "gaussian_from_state",
+    "get",
+    "register",
+    "register_gaussian",
+    "standard_normal",
+]
 
 DAMPING_KINDS = ("factored", "optimal", "exact")
 
 _STRUCTURES: dict[str, type[Structure]] = {}
-_GAUSSIANS: dict[str, type[BlockGaussian]] = {}
-
-
-class BlockGaussian(ABC):
-    """A zero-mean Gaussian over one block, ``N(0, P⁻¹)``, with ``W`` of shape ``(*blocks, out, in)``."""
-
-    #: The name under which the state is saved.
-    kind: ClassVar[str]
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """The block's shape, ``(*blocks, out, in)``."""
-
-    @abstractmethod
-    def sample(self, noise: Tensor) -> Tensor:
-        """``B ε`` with ``B Bᵀ = P⁻¹``: a linear map of ``ε``, ``[..., *blocks, out, in]``."""
-
-    @abstractmethod
-    def whiten(self, value: Tensor) -> Tensor:
-        """``Bᵀ V``, the adjoint of :meth:`sample`, for ``V`` of shape ``[..., *blocks, out, in]``."""
-
-    @abstractmethod
-    def multiply(self, value: Tensor) -> Tensor:
-        """``P V`` for ``V`` of shape ``[..., *blocks, out, in]``."""
-
-    def solve(self, value: Tensor) -> Tensor:
-        """``P⁻¹ V = B Bᵀ V`` for ``V`` of shape ``[..., *blocks, out, in]``."""
-        return self.sample(self.whiten(value))
-
-    @abstractmethod
-    def logdet(self) -> Tensor:
-        """``log det P``, ``[*blocks]``."""
-
-    @abstractmethod
-    def whitened(self, inputs: Tensor | SparseRows, gradients: Tensor) -> Whitened:
-        """``Bᵀ J_c`` for the Jacobians ``J_c = Σ_t g_ct a_tᵀ``, from rows.
-
-        Args:
-            inputs: ``a``, ``[*blocks, batch, shared, in]``; sparse where the block's input side is.
-            gradients: ``g``, ``[columns, *blocks, batch, shared, out]``.
-
-        Returns:
-            The whitened Jacobians, written out or not.
-        """
-
-    def whitened_rows(self, rows: Rows) -> Whitened:
-        """:meth:`whitened` for all uses of a block.
-
-        Uses as it is and transposed have no rows in common, so that the Jacobians themselves are formed.
-
-        Args:
-            rows: The rows of a forward pass.
-
-        Returns:
-            The whitened Jacobians.
-        """
-        if rows.transposed is None:
-            return self.whitened(rows.inputs, rows.gradients)
-        return WhitenedJacobians(self.whiten(rows.jacobians()), num_blocks=0)
-
-    def quad(self, inputs: Tensor | SparseRows, gradients: Tensor) -> Tensor:
-        """``J_c P⁻¹ J_dᵀ`` within each example, ``[batch, columns, columns]``, from rows as in :meth:`whitened`."""
-        return self.whitened(inputs, gradients).covariance()
-
-    @abstractmethod
-    def marginal_variance(self) -> Tensor:
-        """``diag P⁻¹``, ``[*blocks, out, in]``."""
-
-    @abstractmethod
-    def to_dense(self) -> Tensor:
-        """``P`` itself, ``[*blocks, out·in, out·in]``; for tests and tiny blocks only."""
-
-    @property
-    @abstractmethod
-    def state(self) -> dict[str, Tensor]:
-        """Plain tensors from which the class rebuilds the Gaussian as keyword arguments."""
-
-    @property
-    def like(self) -> Tensor:
-        """One of its tensors, for dtype and device."""
-        return next(iter(self.state.values()))
-
-    def as_prior(self) -> BlockGaussian:
-        """The nearest Gaussian in ``KL(q ‖ p)`` whose precision a block of its structure can add exactly."""
-        return self
-
-    def trace_covariance(self) -> Tensor:
-        """``tr P⁻¹``, ``[*blocks]``."""
-        return self.marginal_variance().sum((-2, -1))
-
-    def kl(self, mean: Tensor, prior_precision: float | Tensor) -> Tensor:
-        """``KL(N(mean, P⁻¹) ‖ N(0, diag(prior_precision)⁻¹))`` in nats, ``[*blocks]``.
-
-        Args:
-            mean: The mean, ``[*blocks, out, in]``.
-            prior_precision: The prior's precision: one number, or of each weight.
-
-        Returns:
-            The divergence.
-        """
-        size = mean.shape[-2] * mean.shape[-1]
-        if isinstance(prior_precision, Tensor):
-            quadratic = (prior_precision * (self.marginal_variance() + mean.square())).sum((-2, -1))
-            log_precision = prior_precision.log().expand(mean.shape).sum((-2, -1))
-        else:
-            quadratic = prior_precision * (self.trace_covariance() + mean.square().sum((-2, -1)))
-            log_precision = size * mean.new_tensor(math.log(prior_precision))
-        return 0.5 * (quadratic - size + self.logdet() - log_precision)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> BlockGaussian:
-        """The Gaussian with a function applied to every tensor of its state: a move to another device or dtype."""
-        return type(self)(**{name: function(tensor) for name, tensor in self.state.items()})
-
-    def to(self, target: torch.device | torch.dtype | str) -> BlockGaussian:
-        """The same Gaussian on another device or in another dtype."""
-        return self.map(lambda tensor: tensor.to(target))
 
 
 #: A prior's precision: see :attr:`BlockSpec.prior`.
 Prior = float | Tensor | BlockGaussian
 #: See :meth:`Structure.information`.
 Information = Callable[[Tensor], Tensor]
-
-
-def standard_normal(gaussian: BlockGaussian, generator: torch.Generator | None, count: tuple[int, ...] = ()) -> Tensor:
-    """Standard normal noise for a block, ``[*count, *blocks, out, in]``, like its state."""
-    like = gaussian.like
-    # a generator draws on its own device only: one of the CPU serves a model anywhere, the same numbers everywhere
-    device = like.device if generator is None else generator.device
-    noise = torch.randn((*count, *gaussian.shape), dtype=like.dtype, device=device, generator=generator)
-    return noise.to(like.device)
 
 
 @dataclass(frozen=True)
@@ -229,10 +120,26 @@ class Structure(ABC):
     card: ClassVar[Card]
     #: How many passes over the data a fit from scratch takes; after each of them the frame is renewed.
     passes: ClassVar[int] = 1
+    #: Why a structure is a preconditioner only, and its Gaussian no posterior, with what to take in its place.
+    refusal: ClassVar[str] = ""
+    #: The layer that the block is linked to, where a structure correlates layers: see :meth:`for_layers`.
+    linked_to: str | None = None
 
     def __init__(self, *, damping: str = "factored", sharing: str = "expand") -> None:
         self.damping = check_choice("damping", damping, DAMPING_KINDS)
         self.sharing = check_choice("sharing", sharing, SHARING_KINDS)
+
+    def check_posterior(self) -> None:
+        """Refuse to be a posterior, where the structure is a preconditioner only.
+
+        Raises:
+            ArgumentError: If it is; the message says why.
+        """
+        if self.refusal:
+            raise ArgumentError(
+                f"structure={self.name!r} is a preconditioner and no posterior: {self.refusal} Train with "
+                "NaturalGradient, or choose another structure."
+            )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -252,6 +159,17 @@ class Structure(ABC):
         """The structure of a block whose kind has one of its own by this name, or ``None`` for this one."""
         return self if own is None else get(own, damping=self.damping, sharing=self.sharing)
 
+    def for_layers(self, layers: Mapping[str, Layer]) -> dict[str, Structure]:
+        """The structure of each layer of a model: this one, or that of the layer's kind.
+
+        Args:
+            layers: The layers by name, in their order.
+
+        Returns:
+            The structures by name.
+        """
+        return {name: self.for_block(layer.adapter.structure) for name, layer in layers.items()}
+
     @abstractmethod
     def measure(self, rows: Rows, frame: Frame = NO_FRAME) -> Statistics:
         """Turn a batch's rows into the statistics that this structure needs.
@@ -263,6 +181,30 @@ class Structure(ABC):
         Returns:
             Sums, in the frame given.
         """
+
+    def measure_linked(self, rows: Rows, other: Rows | None, frame: Frame = NO_FRAME) -> Statistics:
+        """:meth:`measure` of a layer that is linked to another.
+
+        Args:
+            rows: What the batch shows of the layer.
+            other: What it shows of :attr:`linked_to`; ``None`` where there is no such layer, or it was not used.
+            frame: As for :meth:`measure`.
+
+        Returns:
+            Sums, of the same names and shapes whether the other layer was used or not.
+        """
+        return self.measure(rows, frame)
+
+    def adapted(self, statistics: Statistics) -> Statistics:
+        """The same statistics of a layer that is linked to another one than before, as :meth:`measure_linked` has them.
+
+        Args:
+            statistics: What was measured when :attr:`linked_to` was another.
+
+        Returns:
+            What goes on with what is measured now.
+        """
+        return statistics
 
     def reframed(self, statistics: Statistics, name: str) -> Statistics:
         """The same statistics in the frame that they suggest themselves; what cannot be known there is approximated.
@@ -322,9 +264,35 @@ class Structure(ABC):
     def gaussians(self, specs: Sequence[BlockSpec]) -> list[BlockGaussian]:
         """Build the Gaussians of many blocks at once, so that those of equal shape can share batched calls."""
 
+    def linked_gaussians(
+        self, specs: Sequence[BlockSpec], pairs: Mapping[str, str]
+    ) -> tuple[Sequence[BlockGaussian], Mapping[str, Link]]:
+        """Build the Gaussian of many layers, some of which are linked to others.
+
+        Args:
+            specs: The layers' blocks.
+            pairs: Those of :attr:`linked_to` that are among them, by the layers that the links come from.
+
+        Returns:
+            The blocks and the links of a :class:`bayes_kfac.structures.JointGaussian`; without links, what
+            :meth:`gaussians` gives.
+        """
+        return self.gaussians(specs), {}
+
+    def correlation(self, specs: Sequence[BlockSpec], pairs: Mapping[str, str]) -> Information:
+        """``log det P − Σ_l log det P_ll`` of linked layers as a function of ``data_scale``.
+
+        Args:
+            specs: The layers' blocks; their ``data_scale`` is not used.
+            pairs: As for :meth:`linked_gaussians`.
+
+        Returns:
+            The function, differentiable as :meth:`information`.
+        """
+        return torch.zeros_like
+
 
 StructureType = TypeVar("StructureType", bound=type[Structure])
-GaussianType = TypeVar("GaussianType", bound=type[BlockGaussian])
 
 
 def register(name: str) -> Callable[[StructureType], StructureType]:
@@ -345,27 +313,14 @@ def register(name: str) -> Callable[[StructureType], StructureType]:
     return decorate
 
 
-def register_gaussian(kind: str) -> Callable[[GaussianType], GaussianType]:
-    """Class decorator that makes a Gaussian loadable from a saved state.
-
-    Args:
-        kind: The name under which its state is saved.
-
-    Returns:
-        The decorator.
-    """
-
-    def decorate(gaussian: GaussianType) -> GaussianType:
-        gaussian.kind = kind
-        _GAUSSIANS[kind] = gaussian
-        return gaussian
-
-    return decorate
-
-
 def available() -> tuple[str, ...]:
     """The names that ``structure=`` accepts."""
-    return tuple(sorted(_STRUCTURES))
+    return tuple(sorted(name for name, structure in _STRUCTURES.items() if not structure.refusal))
+
+
+def preconditioners() -> tuple[str, ...]:
+    """What ``structure=`` of :class:`bayes_kfac.NaturalGradient` accepts beside :func:`available`: no posteriors."""
+    return tuple(sorted(name for name, structure in _STRUCTURES.items() if structure.refusal))
 
 
 def get(structure: str | Structure, *, damping: str, sharing: str) -> Structure:
@@ -381,39 +336,6 @@ def get(structure: str | Structure, *, damping: str, sharing: str) -> Structure:
     """
     if isinstance(structure, Structure):
         return structure.configured(damping=damping, sharing=sharing)
-    return _STRUCTURES[check_choice("structure", structure, available())](damping=damping, sharing=sharing)
-
-
-def build(structures: Mapping[str, Structure], specs: Sequence[BlockSpec]) -> dict[str, BlockGaussian]:
-    """The Gaussian of each block; those of one structure together, so that equal shapes share batched calls.
-
-    Args:
-        structures: The structure of each block, by name.
-        specs: The blocks.
-
-    Returns:
-        The Gaussians by name, in the order of the specs.
-    """
-    together: dict[tuple[Any, ...], list[BlockSpec]] = {}
-    for spec in specs:
-        own = structures[spec.name]
-        together.setdefault((type(own), own.damping, own.sharing, *own.options.items()), []).append(spec)
-    built = {
-        spec.name: gaussian
-        for group in together.values()
-        for spec, gaussian in zip(group, structures[group[0].name].gaussians(group), strict=True)
-    }
-    return {spec.name: built[spec.name] for spec in specs}
-
-
-def gaussian_from_state(kind: str, state: Mapping[str, Tensor]) -> BlockGaussian:
-    """Rebuild a Gaussian from :attr:`BlockGaussian.kind` and :attr:`BlockGaussian.state`.
-
-    Args:
-        kind: The registered name.
-        state: The tensors.
-
-    Returns:
-        The Gaussian.
-    """
-    return _GAUSSIANS[check_choice("kind", kind, tuple(_GAUSSIANS))](**state)
+    return _STRUCTURES[check_choice("structure", structure, (*available(), *preconditioners()))](
+        damping=damping, sharing=sharing
+    )

@@ -59,6 +59,12 @@ class DenseGaussian(BlockGaussian):
     def marginal_variance(self) -> Tensor:  # noqa: D102
         return self.scale_tril.square().sum(-1)
 
+    def to_power(self, exponent: float) -> DenseGaussian:  # noqa: D102
+        values, vectors = linalg.eigh(linalg.gram(self._root), ["the block"])
+        covariance = vectors * values.pow(exponent).unsqueeze(-2) @ vectors.mT
+        root = linalg.cholesky(covariance, ["the block"])
+        return DenseGaussian(root.reshape(self.scale_tril.shape))
+
     def to_dense(self) -> Tensor:  # noqa: D102
         return torch.cholesky_inverse(self._root)
 

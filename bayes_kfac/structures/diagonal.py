@@ -51,6 +51,9 @@ class DiagonalGaussian(BlockGaussian):
     def marginal_variance(self) -> Tensor:  # noqa: D102
         return self.precision.reciprocal()
 
+    def to_power(self, exponent: float) -> DiagonalGaussian:  # noqa: D102
+        return DiagonalGaussian(self.precision**exponent)
+
     def to_dense(self) -> Tensor:  # noqa: D102
         return torch.diag_embed(self.precision.flatten(-2))
 

@@ -21,6 +21,8 @@ from bayes_kfac.structures.whitened import WhitenedRows, product_rows
 #: Sweeps of :meth:`KroneckerEigenGaussian.nearest_matrix_normal`, and the relative change at which they end.
 SWEEPS = 500
 TOLERANCE = 1e-10
+#: How far the vectors of a basis may be from orthogonal, relatively, for it to be a rotation up to its scale.
+ORTHOGONAL = 1e-4
 
 
 @register_gaussian("kron_eigen")
@@ -69,6 +71,14 @@ class KroneckerEigenGaussian(BlockGaussian):
         variance = linalg.left_product(self.basis_row.square(), self.precision.reciprocal())
         return linalg.right_product(variance, linalg.transpose(self.basis_column.square()))
 
+    def to_power(self, exponent: float) -> BlockGaussian:  # noqa: D102
+        row, column = _squared_lengths(self.basis_row), _squared_lengths(self.basis_column)
+        if row is None or column is None:
+            return super().to_power(exponent)
+        eigenvalues = self.precision / (row * column)[..., None, None]
+        bases = (self.basis_row / row.sqrt()[..., None, None], self.basis_column / column.sqrt()[..., None, None])
+        return KroneckerEigenGaussian(*bases, eigenvalues**exponent)
+
     def to_dense(self) -> Tensor:  # noqa: D102
         inverse = linalg.kron(*(torch.linalg.inv(linalg.dense(basis)) for basis in (self.basis_row, self.basis_column)))
         return (inverse.mT * self.precision.flatten(-2).unsqueeze(-2)) @ inverse
@@ -107,3 +117,11 @@ class KroneckerEigenGaussian(BlockGaussian):
 
 def _solve(basis: Tensor, value: Tensor) -> Tensor:
     return value / basis.mT if linalg.is_diagonal(basis) else torch.linalg.solve(basis, value)
+
+
+def _squared_lengths(basis: Tensor) -> Tensor | None:
+    """The squared length of the vectors of a basis, ``[*blocks]``, if they are orthogonal and of one length."""
+    squares = linalg.gram(basis)
+    lengths = linalg.diagonal(squares).mean(-1)
+    other = linalg.add_to_diagonal(squares, -lengths).abs().amax((-2, -1))
+    return lengths if bool((other <= ORTHOGONAL * lengths).all()) else None

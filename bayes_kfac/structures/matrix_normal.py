@@ -62,9 +62,16 @@ class MatrixNormalGaussian(BlockGaussian):
     def trace_covariance(self) -> Tensor:  # noqa: D102
         return self.scale_tril_row.square().sum((-2, -1)) * self.scale_tril_column.square().sum((-2, -1))
 
+    def to_power(self, exponent: float) -> MatrixNormalGaussian:  # noqa: D102
+        return MatrixNormalGaussian(*(_root_of_power(root, exponent) for root in self.state.values()))
+
     def to_dense(self) -> Tensor:  # noqa: D102
         root = linalg.kron(linalg.dense(self.scale_tril_row), linalg.dense(self.scale_tril_column))
         return torch.cholesky_inverse(root)
+
+    @property
+    def matrix_normal_roots(self) -> tuple[Tensor, Tensor]:  # noqa: D102
+        return self.scale_tril_row, self.scale_tril_column
 
     @property
     def state(self) -> dict[str, Tensor]:  # noqa: D102
@@ -80,3 +87,9 @@ def _variances(root: Tensor) -> Tensor:
     """The diagonal of ``R Rᵀ``, ``[*blocks, size]``."""
     squares = root.square()
     return linalg.diagonal(squares) if linalg.is_diagonal(root) else squares.sum(-1)
+
+
+def _root_of_power(root: Tensor, exponent: float) -> Tensor:
+    """The triangular root of ``(R Rᵀ)^p``."""
+    values, vectors = linalg.eigh(linalg.gram(root), ["the block"])
+    return linalg.triangular_root(vectors * values.pow(exponent / 2).unsqueeze(-2))

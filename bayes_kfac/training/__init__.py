@@ -1,6 +1,8 @@
 """Training: noisy natural gradient as an optimizer, and the loop around it."""
 
+from bayes_kfac.training.adaptive import AdaptiveNaturalGradient
 from bayes_kfac.training.fit import FitState, fit
+from bayes_kfac.training.natural import NaturalGradient
 from bayes_kfac.training.noisy import NoisyKFAC, NoisyNaturalGradient
 
-__all__ = ["FitState", "NoisyKFAC", "NoisyNaturalGradient", "fit"]
+__all__ = ["AdaptiveNaturalGradient", "FitState", "NaturalGradient", "NoisyKFAC", "NoisyNaturalGradient", "fit"]

@@ -5,17 +5,16 @@ A step computes new states and puts them in the place of the old ones only when 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from bayes_kfac.curvature import NO_FRAME, Layer, Rows, Statistics
-from bayes_kfac.structures import BlockGaussian, BlockSpec, Structure, build
+from bayes_kfac.curvature import Layer, Rows, Statistics
+from bayes_kfac.structures import BlockSpec, JointGaussian, Structure, build, measure
 from bayes_kfac.training.state import BlockState
-
-States = dict[str, BlockState]
+from bayes_kfac.training.states import States
 
 
 class Blocks:
@@ -50,7 +49,7 @@ class Blocks:
         self.warmup = warmup
         self.layers: dict[str, Layer] = {}
         self.structures: dict[str, Structure] = {}
-        self.states: States = {}
+        self.states = States()
         self._options = options
         self.set_aside: dict[tuple[str, ...], BlockState] = {}
 
@@ -63,31 +62,36 @@ class Blocks:
         for name, layer in self.layers.items():
             self.set_aside[_key(layer)] = self.states[name]
         self.layers = dict(layers)
-        self.structures = {name: self.structure.for_block(layer.adapter.structure) for name, layer in layers.items()}
-        self.states = {name: self.set_aside.pop(_key(layer), BlockState()) for name, layer in layers.items()}
+        self.structures = self.structure.for_layers(layers)
+        taken = {name: self.set_aside.pop(_key(layer), BlockState()) for name, layer in layers.items()}
+        self.states = replace(self.states, blocks=taken).updated(
+            {
+                name: replace(state, statistics=self.structures[name].adapted(state.statistics))
+                for name, state in taken.items()
+                if state.statistics is not None
+            }
+        )
 
     def follow_devices(self) -> None:
         """Move states to where the model went since the last step, in its dtype or float32."""
-        followed = {name: state.like(self.layers[name].like) for name, state in self.states.items()}
-        if any(followed[name] is not state for name, state in self.states.items()):
-            self.states = followed
+        self.states = self.states.like(self.layers)
 
     def with_zeros(self, measured: Mapping[str, Statistics]) -> dict[str, Statistics]:
         """What was measured, and zeros for layers that did not run: processes add up the statistics of all layers."""
         return {name: measured[name] if name in measured else self._identity(name) * 0 for name in self.layers}
 
-    def measure(self, name: str, rows: Rows) -> Statistics:
-        """What a layer's structure measures of its rows, in the frame of what it measured before."""
-        before = self.states[name].statistics
-        return self.structures[name].measure(rows, NO_FRAME if before is None else before.frame)
+    def measure(self, rows: Mapping[str, Rows], names: Collection[str]) -> dict[str, Statistics]:
+        """What the structures of some layers measure of the rows, in the frames of what they measured before."""
+        frames = {name: statistics.frame for name, statistics in self.states.averages.items()}
+        return measure({name: own for name, own in self.structures.items() if name in names}, rows, frames)
 
     def intrinsic_damping(self, name: str) -> float:
         """``γ_in = τδ/N`` of a layer."""
         prior_precision: float = self._options(name)["prior_precision"]
         return self.temperature * prior_precision / self.num_data
 
-    def posteriors(self, states: Mapping[str, BlockState], *, in_training: bool) -> dict[str, BlockGaussian]:
-        """The Gaussians of all layers: those that training samples from, or the posterior's own without the warm-up."""
+    def posterior(self, states: States, names: Collection[str], *, in_training: bool) -> JointGaussian:
+        """The Gaussian of some layers: the one that training samples from, or the posterior's without the warm-up."""
         specs = [
             BlockSpec(
                 name,
@@ -97,61 +101,91 @@ class Blocks:
                 previous=state.posterior if in_training else None,
             )
             for name, state in states.items()
+            if name in names
         ]
         return build(self.structures, specs)
 
-    def with_posteriors(self, states: Mapping[str, BlockState]) -> States:
-        """The states with fresh Gaussians to sample from."""
-        gaussians = self.posteriors(states, in_training=True)
-        return {name: replace(state, posterior=gaussians[name]) for name, state in states.items()}
+    def with_posterior(self, states: States, names: Collection[str]) -> States:
+        """The states with a fresh Gaussian of some layers to sample from."""
+        return states.with_posterior(self.posterior(states, names, in_training=True))
 
-    def refreshed(self, states: Mapping[str, BlockState]) -> States:
-        """The states with frames renewed and all Gaussians rebuilt from their statistics."""
+    def refreshed(self, states: States, names: Collection[str]) -> States:
+        """The states with frames renewed and Gaussians rebuilt, of some layers and those that they are linked to."""
+        linked = self._with_linked(names)
         framed = {
             # a layer that never ran has nothing to go by
             name: replace(state, statistics=self.structures[name].reframed(state.measured(name), name))
             for name, state in states.items()
+            if name in linked
         }
-        fresh = self.with_posteriors(framed)
+        fresh = self.with_posterior(states.updated(framed), linked)
+        return fresh.with_preconditioner(self.preconditioner(fresh, linked))
+
+    def _with_linked(self, names: Collection[str]) -> set[str]:
+        """Some layers and all that links lead to from them, or from which links lead to them."""
+        links = {name: own.linked_to for name, own in self.structures.items() if own.linked_to is not None}
+        found, more = set[str](), set(names)
+        while more - found:
+            found |= more
+            more = {to for name, to in links.items() if name in found} | {n for n, to in links.items() if to in found}
+        return found
+
+    def preconditioner(self, states: States, names: Collection[str]) -> JointGaussian:
+        """The Gaussian of precision ``F̄ + γ I``, of those of some layers whose steps go by it."""
         specs = [
             BlockSpec(
                 name,
                 self._blended(name, state),
                 data_scale=1.0,
-                prior=self.intrinsic_damping(name) + self._options(name)["extrinsic_damping"],
+                prior=self.damping(name),
                 previous=state.preconditioner,
             )
-            for name, state in fresh.items()
-            if self._options(name)["extrinsic_damping"] > 0
+            for name, state in states.items()
+            if name in names and self.is_preconditioned(name)
         ]
-        for name, gaussian in build(self.structures, specs).items():
-            fresh[name] = replace(fresh[name], preconditioner=gaussian)
-        return fresh
+        return build(self.structures, specs)
 
-    def averaged(self, states: Mapping[str, BlockState], batch: Mapping[str, Statistics], steps: int) -> States:
-        """The states with a batch's statistics in the moving averages, ``steps`` steps after the last ones."""
-        updated = dict(states)
+    def is_preconditioned(self, name: str) -> bool:
+        """Whether a layer's steps go by a preconditioner of their own, and not by the posterior."""
+        return bool(self._options(name)["extrinsic_damping"] > 0)
+
+    def damping(self, name: str) -> float:
+        """``γ = γ_in + γ_ex`` of a layer."""
+        extrinsic: float = self._options(name)["extrinsic_damping"]
+        return self.intrinsic_damping(name) + extrinsic
+
+    def averaged(self, states: States, batch: Mapping[str, Statistics]) -> States:
+        """The states a step later, with a batch's statistics in the moving averages of the layers that it shows."""
+        updated = {name: replace(state, age=state.age + 1) for name, state in states.items()}
         for name, statistics in batch.items():
             running = states[name].statistics
-            decay = self._options(name)["statistics_decay"] ** steps
+            decay = self._options(name)["statistics_decay"] ** updated[name].age
             # from nothing the average is (1 − decay) of the batch, and so is its count: debiased from the first step on
             average = statistics * (1 - decay) if running is None else running.moving_average(statistics, decay)
             weight = states[name].identity_weight * decay
-            updated[name] = replace(states[name], statistics=average, identity_weight=weight)
-        return updated
+            updated[name] = replace(states[name], statistics=average, identity_weight=weight, age=0)
+        return states.updated(updated)
 
-    def direction(self, name: str, state: BlockState, gradient: Tensor) -> tuple[BlockState, Tensor]:
-        """Average the gradient over steps and precondition it: ``(F̄ + γ I)⁻¹ m``."""
-        options = self._options(name)
-        decay = options["momentum"]
-        weight = decay * state.momentum_weight + (1 - decay)
+    def directions(self, states: States, gradients: Mapping[str, Tensor]) -> tuple[States, dict[str, Tensor]]:
+        """Average gradients over steps and precondition them: ``(F̄ + γ I)⁻¹ m``, of the layers that have one."""
+        states = states.updated({name: self._with_gradient(name, states[name], own) for name, own in gradients.items()})
+        inner: dict[str, Tensor] = {}
+        damped: dict[str, Tensor] = {}
+        for name in gradients:
+            state = states[name]
+            assert state.momentum is not None
+            is_damped = state.preconditioner is not None and self.is_preconditioned(name)
+            (damped if is_damped else inner)[name] = state.momentum / state.momentum_weight
+        scale = self.num_data / self.temperature
+        directions = {name: own * scale for name, own in states.posterior.solve(inner).items()}
+        solved = {**directions, **states.preconditioner.solve(damped)}
+        return states, {name: solved[name] for name in gradients}
+
+    def _with_gradient(self, name: str, state: BlockState, gradient: Tensor) -> BlockState:
+        """The state with a gradient in its moving average."""
+        decay = self._options(name)["momentum"]
         average = (1 - decay) * gradient if state.momentum is None else decay * state.momentum + (1 - decay) * gradient
-        state = replace(state, momentum=average, momentum_weight=weight)
-        debiased = average / weight
-        if state.preconditioner is not None and options["extrinsic_damping"] > 0:
-            return state, state.preconditioner.solve(debiased)
-        assert state.posterior is not None
-        return state, state.posterior.solve(debiased) * (self.num_data / self.temperature)
+        return replace(state, momentum=average, momentum_weight=decay * state.momentum_weight + (1 - decay))
 
     def describe(self) -> dict[str, str]:
         """The structure of each layer in words, for the summary."""

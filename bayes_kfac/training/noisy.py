@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from bayes_kfac import linalg, structures
 from bayes_kfac.curvature import (
     Layer,
     Meter,
+    Rows,
+    Statistics,
     Summary,
     check_types,
     find_covered,
@@ -33,13 +35,14 @@ from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import Structure
-from bayes_kfac.training.blocks import Blocks, States
+from bayes_kfac.training.blocks import Blocks
 from bayes_kfac.training.checks import check_finite, check_outside, check_ready
 from bayes_kfac.training.deterministic import PointEstimates
 from bayes_kfac.training.groups import block_groups, default_group
 from bayes_kfac.training.sampler import Sampler
-from bayes_kfac.training.schedules import Every
-from bayes_kfac.training.state import BlockState, dump_state, restore_block, restore_state
+from bayes_kfac.training.schedules import Schedule, as_schedule
+from bayes_kfac.training.state import BlockState, dump_state, restore_block
+from bayes_kfac.training.states import States
 
 _STATE_KEY = "bayes_kfac"
 
@@ -68,8 +71,9 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         statistics_decay: The decay *per step* of the curvature statistics' debiased moving average: a measurement after
             ``k`` steps keeps ``statistics_decay**k`` of the old ones, so that the average's memory does not depend on
             ``statistics_every``.
-        statistics_every: Steps between two measurements of the statistics (more often at the start).
-        inverse_every: Steps between two refreshes of the posterior's factors (more often at the start).
+        statistics_every: Steps between two measurements of the statistics (more often at the start), or a schedule of
+            ``bayes_kfac.training.schedules`` that decides layer by layer.
+        inverse_every: The same between two refreshes of the posterior's factors.
         num_samples: Weight samples in one step: the context is entered that often for each batch.
         antithetic: Whether every second sample mirrors the one before.
         warmup: Whether, while the moving average is young, training blends it with the identity, with the weight that a
@@ -88,6 +92,10 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         UnsupportedModelError: If the model has no block, or parameters outside blocks with ``others="error"``.
     """
 
+    #: What the posterior says of how it was made.
+    method: ClassVar[str] = "noisy natural gradient"
+    _blocks_type: ClassVar[type[Blocks]] = Blocks
+
     def __init__(
         self,
         model: nn.Module,
@@ -104,8 +112,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         extrinsic_damping: float = 0.0,
         momentum: float = 0.9,
         statistics_decay: float = 0.99,
-        statistics_every: int = 10,
-        inverse_every: int = 100,
+        statistics_every: int | Schedule = 10,
+        inverse_every: int | Schedule = 100,
         num_samples: int = 1,
         antithetic: bool = False,
         warmup: bool = True,
@@ -123,15 +131,15 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         self.temperature = check_positive("temperature", temperature)
         self.kl_clip = None if kl_clip is None else check_positive("kl_clip", kl_clip)
         self.warmup = warmup
-        self.statistics_schedule = Every(check_count("statistics_every", statistics_every))
-        self.inverse_schedule = Every(check_count("inverse_every", inverse_every))
+        self.statistics_schedule = as_schedule("statistics_every", statistics_every)
+        self.inverse_schedule = as_schedule("inverse_every", inverse_every)
         self.generator = generator
         self.structure = structures.get(structure, damping=damping, sharing=sharing)
+        self._check_structure()
         self._others = others
         self._params = None if params is None else list(params)
         self.steps = 0
-        self._last_measured = -1
-        self._blocks = Blocks(
+        self._blocks = self._blocks_type(
             self.structure, self._group, num_data=num_data, temperature=self.temperature, warmup=warmup
         )
         self._trainable, layers = self._trainable_now(), self._sort()
@@ -152,7 +160,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             self.model,
             likelihood,
             layers,
-            self._blocks.measure,
+            self._measure,
             fisher=fisher,
             num_data=num_data,
             generator=generator,
@@ -160,6 +168,9 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         self.fisher = meter.fisher
         self._sampler = Sampler(meter, num_samples=num_samples, antithetic=antithetic, generator=generator)
         self._sampler.watch(layers, self._parameters())
+
+    def _check_structure(self) -> None:
+        self.structure.check_posterior()
 
     @property
     def layers(self) -> Mapping[str, Layer]:
@@ -192,9 +203,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         states = self._blocks.states
         if self.warmup and any(state.posterior is None for state in states.values()):
             with torch.no_grad(), self._full_precision:
-                states = self._blocks.states = self._blocks.with_posteriors(states)
-        gaussians = {name: state.posterior for name, state in states.items() if state.posterior is not None}
-        return self._sampler.sample(gaussians, measure=self.is_measuring)
+                states = self._blocks.states = self._blocks.with_posterior(states, states)
+        return self._sampler.sample(states.posterior, measure=self.is_measuring)
 
     @property
     def is_measuring(self) -> bool:
@@ -203,7 +213,16 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         Forward passes whose output is in no loss are measured too: unlabelled data may enter the Fisher by
         ``if optimizer.is_measuring: model(unlabelled)`` inside of the context.
         """
-        return self.statistics_schedule.is_due(self.steps) or self._has_new_layers
+        return bool(self._due(self.statistics_schedule, self._blocks.states))
+
+    def _due(self, schedule: Schedule, states: States) -> set[str]:
+        """The layers that are due by a schedule; all of them where there are new ones, which have nothing yet."""
+        if self._has_new_layers:
+            return set(self.layers)
+        return schedule.due(self.steps, states.averages)
+
+    def _measure(self, rows: Mapping[str, Rows]) -> dict[str, Statistics]:
+        return self._blocks.measure(rows, self._due(self.statistics_schedule, self._blocks.states))
 
     def unmeasured(self) -> AbstractContextManager[None]:
         """Let forward passes inside go by unmeasured: the batch of the gradient need not be that of the Fisher.
@@ -251,20 +270,19 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             self._point_estimates.share_gradients()
         check_finite(statistics, gradients, self._point_estimates.gradients)
         statistics = {name: batch for name, batch in statistics.items() if any(batch.counts.values())}
-        states = self._blocks.averaged(self.blocks, statistics, self.steps - self._last_measured)
-        if self.inverse_schedule.is_due(self.steps) or self._has_new_layers:
-            states = self._blocks.refreshed(states)
-        directions = {}
-        for name, gradient in gradients.items():
-            states[name], directions[name] = self._blocks.direction(name, states[name], gradient)
-        clip = self._clip(states, directions)
+        states = self._blocks.averaged(self._blocks.states, statistics)
+        due = self._due(self.inverse_schedule, states)
+        if due:
+            states = self._blocks.refreshed(states, due)
+        states, directions = self._blocks.directions(states, gradients)
+        changes = self._changes(states, gradients, directions)
         self._blocks.states = states
-        if statistics:
-            self._last_measured = self.steps
+        for schedule, names in ((self.statistics_schedule, statistics.keys()), (self.inverse_schedule, due)):
+            schedule.done(self.steps, {name: own for name, own in states.averages.items() if name in names})
         self.steps += 1
-        for name, direction in directions.items():
-            layer, lr = self.layers[name], self._group(name)["lr"]
-            tensors = layer.tensors(direction * (-lr * clip))
+        for name, change in changes.items():
+            layer = self.layers[name]
+            tensors = layer.tensors(change)
             for key, parameter in layer.parameters.items():
                 parameter.add_(tensors[key])
         self._point_estimates.step(self._point_estimates.lr_in(self.param_groups), self.temperature / self.num_data)
@@ -280,6 +298,13 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
                 damping = self._blocks.intrinsic_damping(name)
                 gradients[name] = gradient.to(dtype) + damping * self._sampler.mean_sample(name)
         return gradients
+
+    def _changes(
+        self, states: States, gradients: Mapping[str, Tensor], directions: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What a step adds to the mean of each layer."""
+        clip = self._clip(states, directions)
+        return {name: direction * (-self._group(name)["lr"] * clip) for name, direction in directions.items()}
 
     def _clip(self, states: States, directions: Mapping[str, Tensor]) -> Tensor | float:
         """``min(1, sqrt(κ / (lr² Σ dᵀ F̄ d)))``, without reading a number back from the device."""
@@ -304,7 +329,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         """
         check_outside(self._sampler, "posterior()")
         with torch.no_grad(), self._full_precision:
-            blocks = self._blocks.posteriors(self.blocks, in_training=False)
+            blocks = self._blocks.posterior(self._blocks.states, self.layers, in_training=False)
         return Posterior(
             self.model,
             self.likelihood,
@@ -312,7 +337,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             layers=self.layers,
             prior_precision=self.prior_precision,
             provenance=Provenance(
-                method="noisy natural gradient",
+                method=self.method,
                 structure=self.structure.name,
                 damping=self.structure.damping,
                 fisher=self.fisher,
@@ -325,13 +350,9 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
     def kl(self) -> Tensor:
         """``KL(q ‖ prior)`` of the Gaussians that samples are drawn from, plus the likelihood's own, in nats."""
         check_outside(self._sampler, "kl()")
-        total = self.likelihood.kl().detach()
+        means = {name: layer.values() for name, layer in self.layers.items()}
         with self._full_precision:
-            for name, state in self.blocks.items():
-                if state.posterior is not None:
-                    divergence = state.posterior.kl(self.layers[name].values(), self.prior_precision[name])
-                    total = total + divergence.sum()
-        return total
+            return self.likelihood.kl().detach() + self._blocks.states.posterior.kl(means, self.prior_precision)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; outside of :meth:`sampled_params` that begins the step anew.
@@ -365,8 +386,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         state = super().state_dict()
         state[_STATE_KEY] = {
             "steps": self.steps,
-            "last_measured": self._last_measured,
-            "blocks": dump_state(self.blocks),
+            "schedules": [schedule.state_dict() for schedule in (self.statistics_schedule, self.inverse_schedule)],
+            **self._blocks.states.state_dict(),
             "set_aside": dump_state(self._blocks.set_aside),
             "point_estimates": self._point_estimates.state_dict(),
             "generator": None if self.generator is None else self.generator.get_state(),
@@ -386,12 +407,15 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             raise ArgumentError("state_dict is not from a noisy natural gradient optimizer of bayes_kfac.")
         own = state_dict[_STATE_KEY]
         self._follow_model()
-        states = restore_state(own["blocks"], self.layers)
+        states = States.restored(own, self.layers)
         super().load_state_dict({name: value for name, value in state_dict.items() if name != _STATE_KEY})
         self._blocks.states = states
         self._blocks.set_aside = {key: restore_block(entry, "cpu") for key, entry in own["set_aside"].items()}
         self.steps = own["steps"]
-        self._last_measured = own["last_measured"]
+        for schedule, saved in zip(
+            (self.statistics_schedule, self.inverse_schedule), own.get("schedules", ({}, {})), strict=True
+        ):
+            schedule.load_state_dict(saved)
         self._point_estimates.load_state_dict(own["point_estimates"])
         if self.generator is not None and own["generator"] is not None:
             self.generator.set_state(own["generator"])

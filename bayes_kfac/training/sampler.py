@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bayes_kfac import linalg
 from bayes_kfac.curvature import Layer, Meter, Statistics, added
 from bayes_kfac.errors import ArgumentError, UsageError, check_count
-from bayes_kfac.structures import BlockGaussian, standard_normal
+from bayes_kfac.structures import JointGaussian
 
 
 class Sampler:
@@ -73,11 +73,11 @@ class Sampler:
         return mean + self.noise_sum[name] / self.contexts if name in self.noise_sum else mean
 
     @contextmanager
-    def sample(self, gaussians: Mapping[str, BlockGaussian], *, measure: bool) -> Iterator[None]:
+    def sample(self, gaussian: JointGaussian, *, measure: bool) -> Iterator[None]:
         """Put one sample into the weights; the mean is back afterwards, whatever happens inside.
 
         Args:
-            gaussians: Where the noise of each layer comes from; layers without one stay at their mean.
+            gaussian: Where the noise comes from; layers that it does not know stay at their mean.
             measure: Whether forward passes inside are measured.
 
         Yields:
@@ -91,7 +91,7 @@ class Sampler:
         earlier = self._set_gradients_aside()
         self.is_open, succeeded = True, False
         try:
-            self._draw(gaussians)
+            self._draw(gaussian)
             self._apply()
             if measure:
                 self._meter.attach()
@@ -105,15 +105,12 @@ class Sampler:
             if succeeded:
                 self._gather()
 
-    def _draw(self, gaussians: Mapping[str, BlockGaussian]) -> None:
+    def _draw(self, gaussian: JointGaussian) -> None:
         if self.antithetic and self.contexts % 2:
             self._noise = {name: -noise for name, noise in self._noise.items()}
         else:
             with linalg.full_precision(self._parameters[0].device):
-                self._noise = {
-                    name: gaussian.sample(standard_normal(gaussian, self.generator))
-                    for name, gaussian in gaussians.items()
-                }
+                self._noise = gaussian.sample(gaussian.standard_normal(self.generator))
 
     @torch.no_grad()
     def _apply(self) -> None:

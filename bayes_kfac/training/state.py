@@ -28,6 +28,7 @@ class BlockState:
             posterior's.
         momentum: The decayed sum of gradients, ``[*blocks, out, in]``.
         momentum_weight: The decayed sum of ones that debiases it.
+        age: How many steps the layer has taken part in since its statistics were measured.
     """
 
     statistics: Statistics | None = None
@@ -36,6 +37,7 @@ class BlockState:
     preconditioner: BlockGaussian | None = None
     momentum: Tensor | None = None
     momentum_weight: float = 0.0
+    age: int = 0
 
     def like(self, tensor: Tensor) -> BlockState:
         """The same state on a tensor's device, in its dtype or float32 if that is wider; itself if it is already."""
@@ -88,17 +90,21 @@ def dump_state(blocks: Mapping[Key, BlockState]) -> dict[Key, dict[str, Any]]:
             "preconditioner": _dump_gaussian(state.preconditioner),
             "momentum": state.momentum,
             "momentum_weight": state.momentum_weight,
+            "age": state.age,
         }
         for name, state in blocks.items()
     }
 
 
-def restore_state(dumped: Mapping[str, Mapping[str, Any]], layers: Mapping[str, Layer]) -> dict[str, BlockState]:
+def restore_state(
+    dumped: Mapping[str, Mapping[str, Any]], layers: Mapping[str, Layer], age: int = 0
+) -> dict[str, BlockState]:
     """Rebuild the states of blocks from :func:`dump_state`, on the devices of their layers.
 
     Args:
         dumped: The dumped states.
         layers: The layers they are for.
+        age: The age of their statistics, where they do not say.
 
     Returns:
         The states by layer name.
@@ -114,7 +120,7 @@ def restore_state(dumped: Mapping[str, Mapping[str, Any]], layers: Mapping[str, 
     states = {}
     for name, entry in dumped.items():
         device = layers[name].like.device
-        state = restore_block(entry, device)
+        state = restore_block(entry, device, age)
         if state.posterior is not None and state.posterior.shape != layers[name].shape:
             raise ArgumentError(
                 f"state_dict has a block of shape {state.posterior.shape} for layer {name!r}, whose shape is "
@@ -124,8 +130,17 @@ def restore_state(dumped: Mapping[str, Mapping[str, Any]], layers: Mapping[str, 
     return states
 
 
-def restore_block(entry: Mapping[str, Any], device: Any) -> BlockState:
-    """Rebuild the state of one block from its entry in a :func:`dump_state`, on a device."""
+def restore_block(entry: Mapping[str, Any], device: Any, age: int = 0) -> BlockState:
+    """Rebuild the state of one block from its entry in a :func:`dump_state`, on a device.
+
+    Args:
+        entry: The entry.
+        device: The device.
+        age: The age of its statistics, where the entry does not say.
+
+    Returns:
+        The state.
+    """
     momentum = entry["momentum"]
     return BlockState(
         statistics=_restore_statistics(entry["statistics"], device),
@@ -134,6 +149,7 @@ def restore_block(entry: Mapping[str, Any], device: Any) -> BlockState:
         preconditioner=_restore_gaussian(entry["preconditioner"], device),
         momentum=None if momentum is None else momentum.to(device),
         momentum_weight=entry["momentum_weight"],
+        age=entry.get("age", age),
     )
 
 

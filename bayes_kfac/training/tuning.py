@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bayes_kfac import linalg
-from bayes_kfac.structures import BlockSpec, Information
+from bayes_kfac.structures import BlockSpec, Information, correlation
 
 if TYPE_CHECKING:
     from bayes_kfac.training.noisy import NoisyNaturalGradient
@@ -41,16 +41,17 @@ def tune_prior_precision(optimizer: NoisyNaturalGradient) -> None:
         members = [name for name, layer in optimizer.layers.items() if any(layer.like is p for p in group["params"])]
         if group["kind"] != "block" or not members:
             continue
-        informations = [_information(optimizer, name) for name in members]
+        informations = _informations(optimizer, members)
         length = torch.stack([optimizer.layers[name].values().double().square().sum() for name in members]).sum()
         group["prior_precision"] = _maximum(informations, scale, float(length))
 
 
-def _information(optimizer: NoisyNaturalGradient, name: str) -> Information:
-    statistics = optimizer.blocks[name].measured(name)
-    with linalg.full_precision(optimizer.layers[name].like.device):
-        structure = optimizer.structure.for_block(optimizer.layers[name].adapter.structure)
-        return structure.information(BlockSpec(name, statistics, 1.0, 1.0))
+def _informations(optimizer: NoisyNaturalGradient, names: Sequence[str]) -> list[Information]:
+    """Of each layer by itself, and what is common to those that are linked; links to other groups do not count."""
+    structures = optimizer.structure.for_layers(optimizer.layers)
+    specs = [BlockSpec(name, optimizer.blocks[name].measured(name), 1.0, 1.0) for name in names]
+    with linalg.full_precision(optimizer.layers[names[0]].like.device):
+        return [*(structures[spec.name].information(spec) for spec in specs), correlation(structures, specs)]
 
 
 def _maximum(informations: Sequence[Information], scale: float, length: float) -> float:

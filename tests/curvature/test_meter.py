@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import ref
 
@@ -99,7 +99,7 @@ def make() -> Iterator[MakeMeter]:
 
     def build(model: nn.Module, fisher: str, *, num_data: int = 1000) -> Meter:
         seeded(model)
-        measure = lambda _, rows: kronecker_factors(rows, "expand")  # noqa: E731
+        measure = lambda rows: {name: kronecker_factors(own, "expand") for name, own in rows.items()}  # noqa: E731
         layers = find_layers(model)[0]
         meter = Meter(model, likelihood, layers, measure, fisher=fisher, num_data=num_data, generator=rng(0))
         meter.attach()
@@ -359,7 +359,14 @@ def test_a_model_of_bare_parameters_is_measured(fisher):
     model = seeded(Bare())
     layers = find_layers(model)[0]
     own = structures.get("diagonal", damping="exact", sharing="expand")
-    meter = Meter(model, likelihood, layers, lambda _, rows: own.measure(rows), fisher=fisher, num_data=1000)
+    meter = Meter(
+        model,
+        likelihood,
+        layers,
+        lambda rows: {name: own.measure(each) for name, each in rows.items()},
+        fisher=fisher,
+        num_data=1000,
+    )
     meter.attach()
     likelihood(model(INPUTS), TARGETS).backward()
     meter.detach()
@@ -417,9 +424,9 @@ def test_statistics_are_single_precision_under_autocast():
     """The forward pass may be in bfloat16; products in bfloat16 would not be positive definite."""
     model, seen = seeded(Plain()).float(), []
 
-    def measure(name: str, rows: Rows) -> Statistics:
-        seen.append(rows)
-        return kronecker_factors(rows, "expand")
+    def measure(rows: Mapping[str, Rows]) -> dict[str, Statistics]:
+        seen.extend(rows.values())
+        return {name: kronecker_factors(own, "expand") for name, own in rows.items()}
 
     meter = Meter(model, likelihood, find_layers(model)[0], measure, fisher="exact", num_data=1000)
     meter.attach()
