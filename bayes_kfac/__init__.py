@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bayes_kfac import curvature, errors, likelihoods, structures
 from bayes_kfac.laplace import Laplace
 from bayes_kfac.posterior import Posterior
-from bayes_kfac.training import NoisyKFAC, NoisyNaturalGradient, fit
+from bayes_kfac.training import NoisyAdam, NoisyEKFAC, NoisyKFAC, NoisyNaturalGradient, fit
 
 if TYPE_CHECKING:
     from bayes_kfac import distributions, metrics, plotting
@@ -21,6 +21,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Laplace",
+    "NoisyAdam",
+    "NoisyEKFAC",
     "NoisyKFAC",
     "NoisyNaturalGradient",
     "Posterior",

@@ -18,9 +18,13 @@ from bayes_kfac.structures.base import (
 )
 from bayes_kfac.structures.dense import DenseGaussian, DenseStructure
 from bayes_kfac.structures.diagonal import DiagonalGaussian, DiagonalStructure
+from bayes_kfac.structures.ekfac import EKFACStructure, TEKFACStructure
+from bayes_kfac.structures.foof import FOOFStructure
 from bayes_kfac.structures.kron import KroneckerStructure
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
+from bayes_kfac.structures.tkfac import TKFACStructure
+from bayes_kfac.structures.unit_wise import UnitWiseGaussian, UnitWiseStructure
 from bayes_kfac.structures.whitened import Whitened
 
 __all__ = [
@@ -32,12 +36,18 @@ __all__ = [
     "DenseStructure",
     "DiagonalGaussian",
     "DiagonalStructure",
+    "EKFACStructure",
+    "FOOFStructure",
     "Information",
     "KroneckerEigenGaussian",
     "KroneckerStructure",
     "MatrixNormalGaussian",
     "Prior",
     "Structure",
+    "TEKFACStructure",
+    "TKFACStructure",
+    "UnitWiseGaussian",
+    "UnitWiseStructure",
     "Whitened",
     "available",
     "build",

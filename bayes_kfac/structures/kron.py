@@ -91,4 +91,11 @@ def _sum_of_products(A: Tensor, G: Tensor, B: Tensor, H: Tensor) -> tuple[Tensor
     tr_A, tr_G, tr_B, tr_H = (linalg.trace(factor)[..., None, None] for factor in (A, G, B, H))
     total = tr_A * tr_G + tr_B * tr_H
     total = torch.where(total > 0, total, torch.ones_like(total))
-    return (tr_G * A + tr_H * B) / total, tr_A * G + tr_B * H
+    return _added(tr_G * A, tr_H * B) / total, _added(tr_A * G, tr_B * H)
+
+
+def _added(left: Tensor, right: Tensor) -> Tensor:
+    """The sum of two factors; diagonal where both are."""
+    if linalg.is_diagonal(left) == linalg.is_diagonal(right):
+        return left + right
+    return linalg.dense(left) + linalg.dense(right)

@@ -452,3 +452,20 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
 
 class NoisyKFAC(NoisyNaturalGradient):
     """Noisy K-FAC (Zhang et al. 2018): :class:`NoisyNaturalGradient` with the Kronecker-factored Fisher."""
+
+
+class NoisyEKFAC(NoisyNaturalGradient):
+    """Noisy EK-FAC (Bae et al. 2018): :class:`NoisyNaturalGradient` with ``structure="ekfac"``."""
+
+    def __init__(self, model: nn.Module, likelihood: Likelihood, **options: Any) -> None:
+        super().__init__(model, likelihood, structure="ekfac", **options)
+
+
+class NoisyAdam(NoisyNaturalGradient):
+    """Noisy Adam (Zhang et al. 2018): :class:`NoisyNaturalGradient` with ``structure="diagonal"``.
+
+    The diagonal of the Fisher preconditions by itself, not by its root, as the paper's analysis has it and Adam has not.
+    """
+
+    def __init__(self, model: nn.Module, likelihood: Likelihood, **options: Any) -> None:
+        super().__init__(model, likelihood, structure="diagonal", **options)
