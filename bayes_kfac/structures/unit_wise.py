@@ -93,6 +93,12 @@ class WhitenedUnits(Whitened):
     def jacobians(self) -> Tensor:  # noqa: D102
         return torch.cat([part.jacobians() for part in self._parts()])
 
+    def between(self, other: Whitened) -> Tensor:  # noqa: D102
+        assert isinstance(other, WhitenedUnits)
+        return torch.cat(
+            [torch.cat([_products(mine, theirs) for theirs in other._parts()], dim=1) for mine in self._parts()]
+        )
+
     def _parts(self) -> Iterator[Whitened]:
         return map(self._part, pieces(self.rows))
 
@@ -146,6 +152,11 @@ class UnitWiseStructure(JacobianStructure):
             else:
                 precisions.append(fisher + torch.diag_embed(_precisions(spec, fisher)))
         return [UnitWiseGaussian(root) for root in linalg.inverse_roots(precisions, [spec.name for spec in specs])]
+
+
+def _products(mine: Whitened, theirs: Whitened) -> Tensor:
+    """The products of two pieces, which were whitened in the same way unless their numbers of positions differ."""
+    return mine.between(theirs) if type(mine) is type(theirs) else Whitened.between(mine, theirs)
 
 
 def _of_one_position(rows: Rows) -> Tensor:

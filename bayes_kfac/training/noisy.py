@@ -455,7 +455,10 @@ class NoisyKFAC(NoisyNaturalGradient):
 
 
 class NoisyEKFAC(NoisyNaturalGradient):
-    """Noisy EK-FAC (Bae et al. 2018): :class:`NoisyNaturalGradient` with ``structure="ekfac"``."""
+    """Noisy EK-FAC (Bae et al. 2018): :class:`NoisyNaturalGradient` with ``structure="ekfac"``.
+
+    The paper's code starts the eigenvalues anew from K-FAC's at each change of basis; here they keep what was measured.
+    """
 
     def __init__(self, model: nn.Module, likelihood: Likelihood, **options: Any) -> None:
         super().__init__(model, likelihood, structure="ekfac", **options)
@@ -464,7 +467,7 @@ class NoisyEKFAC(NoisyNaturalGradient):
 class NoisyAdam(NoisyNaturalGradient):
     """Noisy Adam (Zhang et al. 2018): :class:`NoisyNaturalGradient` with ``structure="diagonal"``.
 
-    The diagonal of the Fisher preconditions by itself, not by its root, as the paper's analysis has it and Adam has not.
+    The diagonal preconditions as it is, without Adam's root, as in the paper.
     """
 
     def __init__(self, model: nn.Module, likelihood: Likelihood, **options: Any) -> None:
