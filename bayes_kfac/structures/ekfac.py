@@ -6,8 +6,10 @@ and its trace is the Fisher's. The basis is the statistics' frame: eigenvectors 
 refresh. In a new basis the old ``S`` can be known in part only: the Fisher is taken to be K-FAC's product plus what
 ``S`` differs from it by, where it was measured. So ``S`` keeps its sum, and no example is forgotten.
 
-The prior enters exactly, whatever ``damping`` says, and ``S`` is of the whole Jacobian, whatever ``sharing`` says; that
-decides about the basis alone.
+A prior ``δ I`` is the same in every basis. Where the prior is a matrix normal, such as that of an earlier task, the
+basis is that of the factors in the coordinates in which it is white, as K-FAC's is, and the Fisher is brought there in
+the same way. Either enters exactly, whatever ``damping`` says. ``S`` is of the whole Jacobian, whatever ``sharing``
+says: that decides about the basis alone.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from bayes_kfac.structures.base import BlockGaussian, BlockSpec, Card, Structure
 from bayes_kfac.structures.jacobian import squares
 from bayes_kfac.structures.kron import KroneckerStructure
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
+from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
 from bayes_kfac.structures.tkfac import TKFACStructure
 
 
@@ -67,39 +70,73 @@ class EKFACStructure(Structure):
         return Statistics({**factors.sums, "scale": scale}, {**factors.counts, "scale": 1.0})
 
     def reframed(self, statistics: Statistics, name: str) -> Statistics:  # noqa: D102
-        A, G = self._product.factors(statistics)
-        d_A, Q_A = linalg.eigh(A, [name])
-        d_G, Q_G = linalg.eigh(G, [name])
-        S, (P_G, P_A) = statistics.mean("scale"), _bases(statistics)
-        beyond = S - _outer(linalg.diagonal(linalg.congruence(G, P_G)), linalg.diagonal(linalg.congruence(A, P_A)))
-        moved = _moved(beyond, linalg.product(linalg.transpose(Q_G), P_G), linalg.product(linalg.transpose(Q_A), P_A))
-        scale = _of_sum((_outer(d_G, d_A) + moved).clamp(min=0), S.sum((-2, -1), keepdim=True))
+        row_ones, column_ones = (torch.ones_like(basis[..., :1, :]) for basis in _bases(statistics))
+        basis_row, basis_column, scale = self._in_eigenvectors(statistics, row_ones, column_ones, name)
         return Statistics(
             {**statistics.sums, "scale": scale * statistics.counts["scale"]},
             statistics.counts,
-            {"basis_row": Q_G, "basis_column": Q_A},
+            {"basis_row": basis_row, "basis_column": basis_column},
         )
 
     def spectrum(self, spec: BlockSpec) -> Tensor:  # noqa: D102
-        return spec.statistics.mean("scale") / self._prior(spec)
+        if isinstance(spec.prior, MatrixNormalGaussian):
+            return self._white(spec, spec.prior)[2]
+        return spec.statistics.mean("scale") / self._precisions(spec)
 
     def gaussians(self, specs: Sequence[BlockSpec]) -> list[BlockGaussian]:  # noqa: D102
-        return [
-            KroneckerEigenGaussian(
-                *_bases(spec.statistics), spec.statistics.mean("scale") * spec.data_scale + self._prior(spec)
-            )
-            for spec in specs
-        ]
+        return [self._gaussian(spec) for spec in specs]
 
-    def _prior(self, spec: BlockSpec) -> Tensor:
+    def _gaussian(self, spec: BlockSpec) -> KroneckerEigenGaussian:
+        prior = spec.prior
+        if isinstance(prior, MatrixNormalGaussian):
+            basis_row, basis_column, scale = self._white(spec, prior)
+            return KroneckerEigenGaussian(basis_row, basis_column, scale * spec.data_scale + 1, -prior.logdet() / 2)
+        precision = spec.statistics.mean("scale") * spec.data_scale + self._precisions(spec)
+        return KroneckerEigenGaussian(*_bases(spec.statistics), precision)
+
+    def _white(self, spec: BlockSpec, prior: MatrixNormalGaussian) -> tuple[Tensor, Tensor, Tensor]:
+        return self._in_eigenvectors(spec.statistics, prior.scale_tril_row, prior.scale_tril_column, spec.name)
+
+    def _in_eigenvectors(
+        self, statistics: Statistics, row_root: Tensor, column_root: Tensor, name: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The factors' eigenvectors in the coordinates of two roots, and the Fisher's diagonal there.
+
+        The Fisher is ``G ⊗ A + P diag(S − diag(Pᵀ (G ⊗ A) P)) Pᵀ`` with ``P = P_G ⊗ P_A``, in which ``S`` was measured.
+
+        Args:
+            statistics: What was measured.
+            row_root: A factor, ``[*blocks, out, out]``.
+            column_root: A factor, ``[*blocks, in, in]``.
+            name: The layer's name, for messages.
+
+        Returns:
+            ``R_row Q_G``, ``R_column Q_A``, and the diagonal, ``[*blocks, out, in]``.
+        """
+        A, G = self._product.factors(statistics)
+        d_A, Q_A = linalg.eigh(linalg.congruence(A, column_root), [name])
+        d_G, Q_G = linalg.eigh(linalg.congruence(G, row_root), [name])
+        B_G, B_A = linalg.product(row_root, Q_G), linalg.product(column_root, Q_A)
+        P_G, P_A = _bases(statistics)
+        product = _outer(linalg.diagonal(linalg.congruence(G, P_G)), linalg.diagonal(linalg.congruence(A, P_A)))
+        overlap_G, overlap_A = linalg.product(linalg.transpose(B_G), P_G), linalg.product(linalg.transpose(B_A), P_A)
+        beyond = linalg.left_product(overlap_G.square(), statistics.mean("scale") - product)
+        beyond = linalg.right_product(beyond, linalg.transpose(overlap_A.square()))
+        return B_G, B_A, _without_negatives(_outer(d_G, d_A) + beyond)
+
+    def _precisions(self, spec: BlockSpec) -> Tensor:
         """The prior's precision of each direction, ``[*blocks, out, in]``: it must not vary within a turned side."""
         scale = spec.statistics.sums["scale"]
         if not isinstance(spec.prior, BlockGaussian):
             prior = torch.as_tensor(spec.prior, dtype=scale.dtype, device=scale.device).expand_as(scale)
-            turned = [side for side, basis in zip((-2, -1), _bases(spec.statistics), strict=True) if _turns(basis)]
+            bases = zip((-2, -1), _bases(spec.statistics), strict=True)
+            turned = [side for side, basis in bases if not linalg.is_diagonal(basis)]
             if all(bool((prior == prior.narrow(side, 0, 1)).all()) for side in turned):
                 return prior
-        raise spec.refuse_prior(self.name, "one precision for a block, or structure='kron'")
+        raise spec.refuse_prior(
+            self.name,
+            "one precision for a block, Posterior.nearest_matrix_normal() of a posterior, or structure='kron'",
+        )
 
 
 @register("tekfac")
@@ -124,23 +161,16 @@ def _bases(statistics: Statistics) -> tuple[Tensor, Tensor]:
     return ones[..., 0].unsqueeze(-2), ones[..., :1, :]
 
 
-def _turns(basis: Tensor) -> bool:
-    return not linalg.is_diagonal(basis)
-
-
 def _outer(row: Tensor, column: Tensor) -> Tensor:
     return row.unsqueeze(-1) * column.unsqueeze(-2)
 
 
-def _moved(diagonal: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """The diagonal of ``(R ⊗ C) diag(D) (R ⊗ C)ᵀ``, for ``D`` of shape ``[*blocks, out, in]``."""
-    return linalg.right_product(linalg.left_product(row.square(), diagonal), linalg.transpose(column.square()))
-
-
-def _of_sum(value: Tensor, total: Tensor) -> Tensor:
-    """Numbers that are not negative, with their proportions and another sum over each block."""
-    own = value.sum((-2, -1), keepdim=True)
-    return value * (total / torch.where(own > 0, own, torch.ones_like(own)))
+def _without_negatives(diagonal: Tensor) -> Tensor:
+    """Zeros in the place of negative numbers, and the others reduced so that the sum over each block stays."""
+    positive = diagonal.clamp(min=0)
+    total = positive.sum((-2, -1), keepdim=True)
+    share = diagonal.sum((-2, -1), keepdim=True).clamp(min=0) / torch.where(total > 0, total, torch.ones_like(total))
+    return positive * share
 
 
 def _rotated(rows: Rows, basis_row: Tensor, basis_column: Tensor) -> Rows:

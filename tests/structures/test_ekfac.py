@@ -15,9 +15,16 @@ from bayes_kfac import linalg
 from bayes_kfac.curvature import Rows, Statistics, output_gradients
 from bayes_kfac.errors import ArgumentError, NotPositiveDefiniteError
 from bayes_kfac.likelihoods import Categorical
-from bayes_kfac.structures import BlockSpec, KroneckerEigenGaussian, MatrixNormalGaussian, Structure, whitened
+from bayes_kfac.structures import (
+    BlockSpec,
+    DiagonalGaussian,
+    KroneckerEigenGaussian,
+    MatrixNormalGaussian,
+    Structure,
+    whitened,
+)
 from tests.fishers import IN, KINDS, OUT, correlated_rows, error, exact_fisher, fisher_of, get
-from tests.helpers import TIGHT, assert_same_statistics, block_fishers, dense_kron, randn, record, seeded
+from tests.helpers import TIGHT, assert_same_statistics, block_fishers, dense_kron, randn, random_spd, record, seeded
 from tests.posteriors import surveyed
 from tests.random_rows import SEEDS, words
 
@@ -272,7 +279,7 @@ def test_the_basis_goes_where_the_statistics_go():
 
 
 def refuse(spec: BlockSpec, structure: Structure, what: str) -> None:
-    remedy = "one precision for a block, or structure='kron'"
+    remedy = r"one precision for a block, Posterior\.nearest_matrix_normal\(\) of a posterior, or structure='kron'"
     for attempt in (structure.gaussians, lambda specs: structure.spectrum(specs[0])):
         with pytest.raises(ArgumentError, match=f"{what}, which structure='{structure.name}' .* Allowed: {remedy}"):
             attempt([spec])
@@ -305,8 +312,79 @@ def test_other_priors_are_refused_with_a_remedy(structure):
     statistics = surveyed(structure, KINDS["one position"]())
     by_column = torch.linspace(1, 2, IN).double()
     refuse(BlockSpec("layer", statistics, 20.0, by_column), structure, "precisions of single weights")
-    normal = MatrixNormalGaussian(torch.eye(OUT).double(), torch.eye(IN).double())
-    refuse(BlockSpec("layer", statistics, 20.0, normal), structure, "a matrix_normal Gaussian")
+    diagonal = DiagonalGaussian(torch.ones(OUT, IN).double())
+    refuse(BlockSpec("layer", statistics, 20.0, diagonal), structure, "a diagonal Gaussian")
+
+
+#: Roots of a matrix normal of 3×4 blocks, the rows' or the columns' diagonal or neither.
+ROOTS = {
+    "dense": lambda *blocks: (cholesky(*blocks, OUT), cholesky(*blocks, IN)),
+    "a diagonal row": lambda *blocks: (cholesky(*blocks, OUT)[..., -1:, :].square() + 0.1, cholesky(*blocks, IN)),
+    "a diagonal column": lambda *blocks: (cholesky(*blocks, OUT), cholesky(*blocks, IN)[..., -1:, :].square() + 0.1),
+}
+
+
+def cholesky(*shape: int) -> Tensor:
+    return torch.linalg.cholesky(random_spd(*shape, seed=shape[-1]))
+
+
+@BOTH
+@pytest.mark.parametrize("roots", ROOTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_matrix_normal_is_made_white_first(structure, kind, roots):
+    """In its coordinates the Fisher is the diagonal of what is known of it, in the factors' eigenvectors there."""
+    rows = KINDS[kind]()
+    blocks = rows.gradients.shape[1:-3]
+    prior, statistics = MatrixNormalGaussian(*ROOTS[roots](*blocks)), surveyed(structure, rows)
+    (gaussian,) = structure.gaussians([BlockSpec("layer", statistics, 20.0, prior)])
+    R = dense_kron(*(linalg.dense(root).contiguous() for root in prior.state.values()))
+    product = fisher_of(TKFAC if structure is TEKFAC else KRON, rows)
+    Q, S = basis_of(statistics), statistics.mean("scale").flatten(-2)
+    model = product + (Q * (S - diagonal_in(Q, product)).unsqueeze(-2)) @ Q.mT
+    # the eigenvectors are the library's: in them the product is diagonal, and they are orthogonal in white coordinates
+    B = dense_kron(*(linalg.dense(gaussian.state[name]).contiguous() for name in ("basis_row", "basis_column")))
+    for matrix in (product, prior.to_dense()):
+        white = B.mT @ matrix @ B
+        assert_close(white, torch.diag_embed(white.diagonal(dim1=-2, dim2=-1)), **TIGHT)
+    found = diagonal_in(B, model)
+    kept = found.clamp(min=0)
+    kept = kept * (found.sum(-1, keepdim=True).clamp(min=0) / kept.sum(-1, keepdim=True))
+    inverse = torch.linalg.inv(B)
+    assert_close(gaussian.to_dense(), (inverse.mT * (20 * kept + 1).unsqueeze(-2)) @ inverse, **TIGHT)
+    assert_close(trace(R.mT @ gaussian.to_dense() @ R), 20 * found.sum(-1).clamp(min=0) + OUT * IN, **TIGHT)
+    spectrum = structure.spectrum(BlockSpec("layer", statistics, 20.0, prior))
+    logdet = prior.logdet() + torch.log1p(20 * spectrum).sum((-2, -1))
+    assert_close(gaussian.logdet(), logdet, **TIGHT)
+    assert_close(gaussian.logdet(), torch.linalg.slogdet(gaussian.to_dense()).logabsdet, **TIGHT)
+
+
+@BOTH
+def test_a_white_matrix_normal_is_a_number(structure):
+    """Where the statistics are in their own basis, both ways are one."""
+    statistics = surveyed(structure, KINDS["two positions"]())
+    normal = MatrixNormalGaussian(2 * torch.eye(OUT).double(), torch.eye(IN).double())
+    by_number, by_normal = structure.gaussians([BlockSpec("layer", statistics, 20.0, p) for p in (0.25, normal)])
+    assert_close(by_normal.to_dense(), by_number.to_dense(), **TIGHT)
+    assert_close(by_normal.logdet(), by_number.logdet(), **TIGHT)
+
+
+@BOTH
+def test_tasks_follow_one_another(structure):
+    """The posterior of one task, as a matrix normal, is the prior of the next; more data make it narrower."""
+    model, x = seeded(nn.Sequential(nn.Linear(IN, 5), nn.Tanh(), nn.Linear(5, OUT))), randn(12, IN, seed=3)
+    tasks = [[(x[part], torch.arange(6) % OUT)] for part in (slice(6), slice(6, 12))]
+    first = bk.Laplace(model, Categorical(), structure=structure.name).fit(tasks[0], progress=False).posterior()
+    prior = first.nearest_matrix_normal()
+    second = bk.Laplace(model, Categorical(), structure=structure.name, prior=prior).fit(tasks[1], progress=False)
+    assert bool(torch.isfinite(second.log_marginal_likelihood()))
+    for name, block in second.posterior().blocks.items():
+        added = block.to_dense() - prior.blocks[name].to_dense()
+        assert torch.linalg.eigvalsh(added).min() > -1e-10
+        assert trace(added) > 0
+    with pytest.raises(ArgumentError, match="nearest_matrix_normal"):
+        bk.Laplace(model, Categorical(), structure=structure.name, prior=first).fit(
+            tasks[1], progress=False
+        ).posterior()
 
 
 # A fit of two passes
