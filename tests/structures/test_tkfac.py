@@ -138,6 +138,18 @@ def test_sharing_makes_no_difference():
     assert_same_statistics(get("tkfac", "reduce").measure(rows), TKFAC.measure(rows))
 
 
+@pytest.mark.parametrize("kind", ["one position", "stacked"])
+def test_young_averages_have_the_partial_traces_of_the_blend(kind):
+    """With the identity, as the warm-up has it: those of ``(1 − w) F + w I``."""
+    rows, weight = KINDS[kind](), 0.3
+    statistics = TKFAC.measure(rows)
+    blocks = rows.gradients.shape[1:-3]
+    blended = statistics.lean(TKFAC.identity((*blocks, OUT, IN), rows.gradients), weight)
+    expected = (1 - weight) * exact_fisher(rows) + weight * torch.eye(OUT * IN).double()
+    for mine, whole in zip(traces(fisher_of(TKFAC, blended)), traces(expected), strict=True):
+        assert_close(mine, whole, **TIGHT)
+
+
 # Priors
 
 
