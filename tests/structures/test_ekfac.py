@@ -23,6 +23,7 @@ from bayes_kfac.structures import (
     Structure,
     whitened,
 )
+from tests.curvature.modules.cases import CASES, TYPICAL
 from tests.fishers import IN, KINDS, OUT, correlated_rows, error, exact_fisher, fisher_of, get
 from tests.helpers import TIGHT, assert_same_statistics, block_fishers, dense_kron, randn, random_spd, record, seeded
 from tests.posteriors import surveyed
@@ -135,6 +136,19 @@ def test_it_is_nearer_than_kfac_for_every_layer_of_a_network():
         found = {structure: error(fisher_of(get(structure), rows), expected[name]) for structure in ("kron", "ekfac")}
         assert found["ekfac"] < found["kron"]
         assert_close(trace(fisher_of(EKFAC, rows)), trace(expected[name]), **TIGHT)
+
+
+@pytest.mark.parametrize("case", TYPICAL)
+def test_every_kind_of_module_has_its_trace_and_its_order(case):
+    """Attention, recurrence, embeddings, tied weights: exact traces, and errors that the eigenvalues only lessen."""
+    build, inputs = CASES[case]
+    for rows in record(seeded(build()), inputs).values():
+        expected = exact_fisher(rows)
+        for corrected, product in ((EKFAC, KRON), (TEKFAC, TKFAC)):
+            fisher = fisher_of(corrected, rows)
+            assert_close(trace(fisher), trace(expected), **TIGHT)
+            assert error(fisher, expected) <= error(fisher_of(product, rows), expected) * (1 + 1e-10) + 1e-10
+        assert_close(trace(fisher_of(TKFAC, rows)), trace(expected), **TIGHT)
 
 
 def turned_units(idle: int = 0) -> Rows:
