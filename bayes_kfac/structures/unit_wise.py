@@ -54,7 +54,7 @@ class UnitWiseGaussian(BlockGaussian):
         return function(columns).movedim(-1, 0).reshape(value.shape)
 
     def logdet(self) -> Tensor:  # noqa: D102
-        return -2 * self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
+        return -2 * linalg.diagonal(self.scale_tril).log().sum((-2, -1))
 
     def whitened(self, inputs: Tensor | SparseRows, gradients: Tensor) -> WhitenedUnits:  # noqa: D102
         return WhitenedUnits(Rows(inputs, gradients), self)
