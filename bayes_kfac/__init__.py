@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 from bayes_kfac import curvature, errors, likelihoods, structures
 from bayes_kfac.laplace import Laplace
 from bayes_kfac.posterior import Posterior
-from bayes_kfac.training import AdaptiveNaturalGradient, NaturalGradient, NoisyKFAC, NoisyNaturalGradient, fit
+from bayes_kfac.training import (
+    AdaptiveNaturalGradient,
+    NaturalGradient,
+    NoisyAdam,
+    NoisyEKFAC,
+    NoisyKFAC,
+    NoisyNaturalGradient,
+    fit,
+)
 
 if TYPE_CHECKING:
     from bayes_kfac import distributions, metrics, plotting
@@ -23,6 +31,8 @@ __all__ = [
     "AdaptiveNaturalGradient",
     "Laplace",
     "NaturalGradient",
+    "NoisyAdam",
+    "NoisyEKFAC",
     "NoisyKFAC",
     "NoisyNaturalGradient",
     "Posterior",

@@ -42,6 +42,7 @@ FAMILIES = [
     ("kron", "exact"),
     ("kron", "factored"),
     ("kron", "optimal"),
+    ("unit_wise", "exact"),
 ]
 FAMILY_NAMES = sorted({name for name, _ in FAMILIES})
 

@@ -17,12 +17,16 @@ from bayes_kfac.structures.base import (
 )
 from bayes_kfac.structures.dense import DenseGaussian, DenseStructure
 from bayes_kfac.structures.diagonal import DiagonalGaussian, DiagonalStructure
+from bayes_kfac.structures.ekfac import EKFACStructure, TEKFACStructure
+from bayes_kfac.structures.foof import FOOFStructure
 from bayes_kfac.structures.joint import JointGaussian, build, correlation, measure
 from bayes_kfac.structures.kron import KroneckerStructure
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
 from bayes_kfac.structures.link import Link
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
+from bayes_kfac.structures.tkfac import TKFACStructure
 from bayes_kfac.structures.tridiagonal import TridiagonalStructure
+from bayes_kfac.structures.unit_wise import UnitWiseGaussian, UnitWiseStructure
 from bayes_kfac.structures.whitened import Whitened
 
 __all__ = [
@@ -34,6 +38,8 @@ __all__ = [
     "DenseStructure",
     "DiagonalGaussian",
     "DiagonalStructure",
+    "EKFACStructure",
+    "FOOFStructure",
     "Information",
     "JointGaussian",
     "KroneckerEigenGaussian",
@@ -42,7 +48,11 @@ __all__ = [
     "MatrixNormalGaussian",
     "Prior",
     "Structure",
+    "TEKFACStructure",
+    "TKFACStructure",
     "TridiagonalStructure",
+    "UnitWiseGaussian",
+    "UnitWiseStructure",
     "Whitened",
     "available",
     "build",

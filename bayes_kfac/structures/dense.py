@@ -14,7 +14,7 @@ from torch import Tensor
 from bayes_kfac import linalg
 from bayes_kfac.curvature import Rows, SparseRows
 from bayes_kfac.structures.base import BlockGaussian, BlockSpec, Card, register, register_gaussian
-from bayes_kfac.structures.jacobian import JacobianStructure
+from bayes_kfac.structures.jacobian import JacobianStructure, in_pieces
 from bayes_kfac.structures.whitened import WhitenedJacobians
 
 
@@ -85,9 +85,8 @@ class DenseStructure(JacobianStructure):
         source="Amari 1998.",
     )
 
-    def _fisher(self, jacobians: Tensor) -> Tensor:
-        columns = jacobians.flatten(-2).movedim(0, -3).flatten(-3, -2)
-        return (columns.mT @ columns).unflatten(-2, jacobians.shape[-2:])
+    def _fisher(self, rows: Rows) -> Tensor:
+        return in_pieces(_outer_products, rows)
 
     def _identity(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         out_features, in_features = shape[-2:]
@@ -119,6 +118,13 @@ class DenseStructure(JacobianStructure):
             DenseGaussian(root.reshape(spec.statistics.sums["fisher"].shape))
             for spec, root in zip(specs, roots, strict=True)
         ]
+
+
+def _outer_products(rows: Rows) -> Tensor:
+    """``Σ vec J vec Jᵀ`` over examples and columns, ``[*blocks, out, in, out·in]``."""
+    jacobians = rows.jacobians()
+    columns = jacobians.flatten(-2).movedim(0, -3).flatten(-3, -2)
+    return (columns.mT @ columns).unflatten(-2, jacobians.shape[-2:])
 
 
 def _diagonal(spec: BlockSpec, fisher: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bayes_kfac.curvature import SparseRows
+from bayes_kfac.curvature import Rows, SparseRows
 from bayes_kfac.structures.base import BlockGaussian, BlockSpec, Card, register, register_gaussian
-from bayes_kfac.structures.jacobian import JacobianStructure
+from bayes_kfac.structures.jacobian import JacobianStructure, squares
 from bayes_kfac.structures.whitened import WhitenedRows, same_for_all
 
 
@@ -74,8 +74,8 @@ class DiagonalStructure(JacobianStructure):
         source="Zhang et al. 2018 (noisy Adam); Khan et al. 2018 (Vadam, VOGN).",
     )
 
-    def _fisher(self, jacobians: Tensor) -> Tensor:
-        return jacobians.square().sum(0).sum(-3)
+    def _fisher(self, rows: Rows) -> Tensor:
+        return squares(rows)
 
     def _identity(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         return like.new_ones(shape)

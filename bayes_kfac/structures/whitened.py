@@ -26,6 +26,11 @@ CPU_JACOBIAN_BYTES = 1 << 27
 ACCELERATOR_JACOBIAN_BYTES = 1 << 30
 
 
+def jacobian_bytes(device: torch.device) -> int:
+    """The bytes of Jacobians that are formed at a time on a device."""
+    return CPU_JACOBIAN_BYTES if device.type == "cpu" else ACCELERATOR_JACOBIAN_BYTES
+
+
 class Whitened(ABC):
     """Whitened Jacobians of ``columns`` outputs of each of ``batch`` examples."""
 
@@ -215,8 +220,7 @@ class WhitenedRows(Whitened):
     def _pieces(self, elements: int) -> Iterator[WhitenedRows]:
         """The same in pieces of the batch, where an example of a block takes so many elements."""
         size = elements * self.gradients.element_size() * self.gradients.shape[1:-3].numel()
-        on_cpu = self.gradients.device.type == "cpu"
-        step = max(1, (CPU_JACOBIAN_BYTES if on_cpu else ACCELERATOR_JACOBIAN_BYTES) // max(size, 1))
+        step = max(1, jacobian_bytes(self.gradients.device) // max(size, 1))
         for start in range(0, max(self.inputs.shape[-3], 1), step):
             piece = slice(start, start + step)
             gradients = self.gradients

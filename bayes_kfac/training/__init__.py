@@ -5,4 +5,14 @@ from bayes_kfac.training.fit import FitState, fit
 from bayes_kfac.training.natural import NaturalGradient
 from bayes_kfac.training.noisy import NoisyKFAC, NoisyNaturalGradient
 
-__all__ = ["AdaptiveNaturalGradient", "FitState", "NaturalGradient", "NoisyKFAC", "NoisyNaturalGradient", "fit"]
+__all__ = [
+    "AdaptiveNaturalGradient",
+    "FitState",
+    "NaturalGradient",
+    "NoisyAdam",
+    "NoisyEKFAC",
+    "NoisyKFAC",
+    "NoisyNaturalGradient",
+    "fit",
+]
+from bayes_kfac.training.noisy import NoisyAdam, NoisyEKFAC

@@ -176,9 +176,13 @@ def by_layer(values: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> dict[
     return {name: layer.matrix(values).flatten(-2) for name, layer in layers.items()}
 
 
-def dense_fisher(statistics: Statistics) -> Tensor:
+def dense_fisher(statistics: Statistics, structure: str | None = None) -> Tensor:
     """One example's Fisher of a block as statistics say it, ``[*blocks, out·in, out·in]``."""
     means = {name: statistics.mean(name) for name in statistics.sums}
+    if structure == "unit_wise":
+        units = means["fisher"]
+        blocks = torch.stack([torch.block_diag(*each) for each in units.reshape(-1, *units.shape[-3:])])
+        return blocks.reshape(*units.shape[:-3], *blocks.shape[1:])
     if "fisher" in means:
         fisher = means["fisher"]
         is_diagonal = (
@@ -201,7 +205,10 @@ def square(factor: Tensor) -> Tensor:
 
 def fishers(laplace: bk.Laplace) -> dict[str, Tensor]:
     assert laplace._fitted is not None
-    return {name: dense_fisher(own) for name, own in laplace._fitted.measurement.statistics.items()}
+    return {
+        name: dense_fisher(own, laplace.structures[name].name)
+        for name, own in laplace._fitted.measurement.statistics.items()
+    }
 
 
 def dense_prior(prior: float | Tensor | BlockGaussian, shape: tuple[int, ...]) -> Tensor:

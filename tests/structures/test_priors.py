@@ -23,6 +23,7 @@ from bayes_kfac.structures import (
     MatrixNormalGaussian,
     Prior,
     Structure,
+    UnitWiseGaussian,
 )
 from tests.helpers import dense_kron, randn, random_spd
 from tests.posteriors import FAMILIES
@@ -68,6 +69,7 @@ PRIORS: dict[str, Callable[[tuple[int, ...]], Prior]] = {
     ),
     "dense": lambda blocks: DenseGaussian(cholesky(*blocks, OUT * IN, seed=6).unflatten(-2, (OUT, IN))),
     "diagonal": lambda blocks: DiagonalGaussian(positive(*blocks, OUT, IN)),
+    "unit-wise": lambda blocks: UnitWiseGaussian(cholesky(*blocks, OUT, IN, seed=6)),
     "eigen": lambda blocks: KroneckerEigenGaussian(
         randn(*blocks, OUT, OUT, seed=7), randn(*blocks, IN, IN, seed=8), positive(*blocks, OUT, IN)
     ),
@@ -77,6 +79,7 @@ ALLOWED = {
     "kron": BY_COLUMN | {name for name in PRIORS if name.startswith("matrix normal")},
     "diagonal": BY_COLUMN | {"rows", "weights", "diagonal"},
     "dense": set(PRIORS),
+    "unit_wise": BY_COLUMN | {"rows", "weights", "diagonal", "unit-wise"},
 }
 ROWS: dict[str, Callable[[], Rows]] = {
     "plain": lambda: dense_rows(2, (), 10, 2, in_=IN, out=OUT),
@@ -109,6 +112,10 @@ def dense_fisher(structure: Structure, statistics: Statistics) -> Tensor:
     """One example's Fisher as the structure takes it, ``[*blocks, out·in, out·in]``."""
     if structure.name == "dense":
         return statistics.mean("fisher").flatten(-3, -2)
+    if structure.name == "unit_wise":
+        fisher = statistics.mean("fisher")
+        each = [torch.block_diag(*units) for units in fisher.reshape(-1, *fisher.shape[-3:])]
+        return torch.stack(each).reshape(*fisher.shape[:-3], *each[0].shape)
     if structure.name == "diagonal":
         return torch.diag_embed(statistics.mean("fisher").flatten(-2))
     A, G = (linalg.dense(statistics.mean(name)) for name in ("input", "gradient"))
@@ -230,6 +237,7 @@ def test_a_prior_that_cannot_be_added_exactly_is_refused(name, damping, prior):
         ): r"a posterior with damping='factored' or 'optimal', or Posterior\.nearest_matrix_normal\(\) of it",
         ("kron", False): "one precision for each column of a block, or structure='diagonal'",
         ("diagonal", True): "precisions, or a posterior of structure='diagonal'",
+        ("unit_wise", True): "precisions, or a posterior of structure='unit_wise' or 'diagonal'",
     }[name, gaussian]
     message = f"layer 'encoder.3' is {what}, which structure='{name}' cannot add exactly. Allowed: {remedy}"
     for attempt in (lambda: structure.gaussians([spec]), lambda: structure.spectrum(spec)):
