@@ -18,9 +18,16 @@ from bayes_kfac.structures.base import (
 )
 from bayes_kfac.structures.dense import DenseGaussian, DenseStructure
 from bayes_kfac.structures.diagonal import DiagonalGaussian, DiagonalStructure
+from bayes_kfac.structures.kpsvd import (
+    KFACCorrectedStructure,
+    KPSVDDeflationStructure,
+    KPSVDLanczosStructure,
+    KPSVDStructure,
+)
 from bayes_kfac.structures.kron import KroneckerStructure
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
+from bayes_kfac.structures.two_kronecker import TwoKroneckerGaussian
 from bayes_kfac.structures.whitened import Whitened
 
 __all__ = [
@@ -33,11 +40,16 @@ __all__ = [
     "DiagonalGaussian",
     "DiagonalStructure",
     "Information",
+    "KFACCorrectedStructure",
+    "KPSVDDeflationStructure",
+    "KPSVDLanczosStructure",
+    "KPSVDStructure",
     "KroneckerEigenGaussian",
     "KroneckerStructure",
     "MatrixNormalGaussian",
     "Prior",
     "Structure",
+    "TwoKroneckerGaussian",
     "Whitened",
     "available",
     "build",
