@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -106,8 +106,9 @@ class TwoProductsStructure(KPSVDStructure):
     """A Kronecker product and a second one, which is the nearest to what the first leaves over.
 
     Three Kronecker products have no closed form, so that the prior enters into the first, by ``"factored"`` or
-    ``"optimal"`` damping; ``"exact"`` is ``"optimal"``. Directions in which the sum would be less than the prior are
-    raised to it: :attr:`~bayes_kfac.structures.two_kronecker.TwoKroneckerGaussian.num_clamped`.
+    ``"optimal"`` damping; ``"exact"`` is ``"optimal"``. Directions in which the second product would take most of the
+    first away are counted in
+    :attr:`~bayes_kfac.structures.two_kronecker.TwoKroneckerGaussian.num_clamped` of the posterior's blocks.
     """
 
     def __init__(self, *, damping: str = "factored", sharing: str = "expand") -> None:
@@ -150,8 +151,9 @@ class TwoProductsStructure(KPSVDStructure):
 
     def gaussians(self, specs: Sequence[BlockSpec]) -> list[BlockGaussian]:  # noqa: D102
         blocks = [self._white(_with_first(spec)) for spec in specs]
-        firsts = [first for first in damped(blocks, self.damping) if isinstance(first, MatrixNormalGaussian)]
-        return [*with_second_product(blocks, firsts, [self.second(spec.statistics) for spec in specs])]
+        firsts = cast("list[MatrixNormalGaussian]", damped(blocks, self.damping))
+        seconds = [(A, G * spec.data_scale) for spec in specs for A, G in (self.second(spec.statistics),)]
+        return [*with_second_product(firsts, seconds, [spec.name for spec in specs])]
 
     def _remainder(self, statistics: Statistics) -> RearrangedFisher:
         """The Fisher less the first product."""

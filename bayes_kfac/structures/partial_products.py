@@ -56,20 +56,31 @@ def partial_products(rows: Rows, row_side: Tensor, column_side: Tensor) -> tuple
 
 
 def _by_positions(rows: Rows, row_side: Tensor, column_side: Tensor) -> tuple[Tensor, Tensor]:
-    """Through the products of positions, ``[*blocks, k, batch, shared, shared]``."""
+    """Through the products of positions, ``[*blocks, k, columns, batch, shared, shared]``."""
     assert isinstance(rows.inputs, Tensor)
-    inputs, gradients = rows.inputs.unsqueeze(-4), rows.gradients.unsqueeze(-4)
-    V, R = row_side.unsqueeze(-3), column_side.unsqueeze(-3)
-    of_inputs = linalg.right_product(inputs, R) @ inputs.mT
-    of_gradients = (linalg.right_product(gradients, V) @ gradients.mT).sum(0)
-    by_row = _outer(of_inputs @ gradients, gradients, diagonal=linalg.is_diagonal(row_side)).sum(0)
-    return by_row, _outer(of_gradients @ inputs, inputs, diagonal=linalg.is_diagonal(column_side))
+    inputs, gradients = rows.inputs.unsqueeze(-4), rows.gradients.movedim(0, -4)
+    of_inputs = _products(inputs, column_side)
+    of_gradients = _products(gradients, row_side).sum(-4, keepdim=True)
+    by_row = _second_moment(of_inputs, gradients, diagonal=linalg.is_diagonal(row_side))
+    return by_row, _second_moment(of_gradients, inputs, diagonal=linalg.is_diagonal(column_side))
 
 
-def _outer(left: Tensor, right: Tensor, *, diagonal: bool) -> Tensor:
-    """``Σ x yᵀ`` over examples and positions of ``[..., batch, shared, size]``."""
-    left, right = left.flatten(-3, -2), right.flatten(-3, -2)
-    return (left * right).sum(-2, keepdim=True) if diagonal else left.mT @ right
+def _products(vectors: Tensor, factors: Tensor) -> Tensor:
+    """``x_t · F x_u`` within each example, ``[*blocks, k, columns, batch, shared, shared]``."""
+    flat = vectors.flatten(-4, -2).unsqueeze(-3)
+    images = linalg.right_product(flat, factors).unflatten(-2, vectors.shape[-4:-1])
+    vectors = vectors.unsqueeze(-5)
+    if vectors.shape[-2] == 1:
+        return (images * vectors).sum(-1, keepdim=True)
+    return images @ vectors.mT
+
+
+def _second_moment(kernel: Tensor, vectors: Tensor, *, diagonal: bool) -> Tensor:
+    """``Σ_tu K_tu x_t x_uᵀ`` over columns and examples, ``[*blocks, k, size, size]``, or its diagonal."""
+    vectors = vectors.unsqueeze(-5)
+    weighted = kernel * vectors if vectors.shape[-2] == 1 else kernel @ vectors
+    weighted, vectors = weighted.flatten(-4, -2), vectors.flatten(-4, -2)
+    return (weighted * vectors).sum(-2, keepdim=True) if diagonal else weighted.mT @ vectors
 
 
 def _by_jacobians(rows: Rows, row_side: Tensor, column_side: Tensor) -> tuple[Tensor, Tensor]:
