@@ -29,7 +29,7 @@ from bayes_kfac.structures.damping import damped
 from bayes_kfac.structures.kron import KroneckerStructure
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
 from bayes_kfac.structures.partial_products import partial_products
-from bayes_kfac.structures.rearranged import NEGLIGIBLE, RearrangedFisher
+from bayes_kfac.structures.rearranged import RearrangedFisher
 from bayes_kfac.structures.two_kronecker import TwoKroneckerGaussian, with_second_product
 
 
@@ -82,12 +82,16 @@ class KPSVDStructure(KroneckerStructure):
 
     def _leading(self, statistics: Statistics) -> tuple[Tensor, Tensor]:
         """The vectors of the next frame, ``[*blocks, basis, d]`` of each side; zeros where nothing is known."""
-        return _leading_pairs(_rearranged(statistics), self.basis)
+        rows, _, columns = _rearranged(statistics).singular_pairs(self.basis)
+        return rows, columns
 
     def _images(self, statistics: Statistics, row: Tensor, column: Tensor) -> dict[str, Tensor]:
         """What would have been measured in another frame, as far as it is known."""
         fisher = _rearranged(statistics)
-        return _as_factors(fisher.adjoint_image(_flat(column)), fisher.image(_flat(row)), row, column)
+        return {
+            "row": _as_factors(fisher.adjoint_image(column.flatten(-2)), row),
+            "column": _as_factors(fisher.image(row.flatten(-2)), column),
+        }
 
     def _stacks(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Empty stacks of matrices of the two sides of a block."""
@@ -125,10 +129,9 @@ class TwoProductsStructure(KPSVDStructure):
         Returns:
             ``A`` and ``G``, symmetric, in general indefinite.
         """
-        rows, values, columns = self._remainder(statistics).singular_pairs()
-        G, A = (rows * values.unsqueeze(-1))[..., :1, :], columns[..., :1, :]
-        factors = _as_factors(G, A, statistics.sums["row"], statistics.sums["column"])
-        return factors["column"].squeeze(-3), factors["row"].squeeze(-3)
+        G, value, A = self._remainder(statistics).singular_pairs(1)
+        G, A = (G * value.unsqueeze(-1)).squeeze(-2), A.squeeze(-2)
+        return _as_factors(A, statistics.sums["column"]), _as_factors(G, statistics.sums["row"])
 
     def spectrum(self, spec: BlockSpec) -> Tensor:
         """The diagonal of the two products in the eigenvectors of the first, no less than zero; ``[*blocks, out, in]``.
@@ -221,15 +224,17 @@ class KFACCorrectedStructure(TwoProductsStructure):
         return _merged(statistics, super().reframed(statistics, name))
 
     def _leading(self, statistics: Statistics) -> tuple[Tensor, Tensor]:
-        A, G = self.factors(statistics)
-        rows, columns = _leading_pairs(self._remainder(statistics), self.basis - 1)
-        return torch.cat([_flat(G.unsqueeze(-3)), rows], -2), torch.cat([_flat(A.unsqueeze(-3)), columns], -2)
+        A, G = (factor.flatten(-2).unsqueeze(-2) for factor in self.factors(statistics))
+        rows, _, columns = self._remainder(statistics).singular_pairs(self.basis - 1)
+        return torch.cat([G, rows], -2), torch.cat([A, columns], -2)
 
     def _images(self, statistics: Statistics, row: Tensor, column: Tensor) -> dict[str, Tensor]:
-        (A, G), remainder = self.factors(statistics), self._remainder(statistics)
-        G, A = _flat(G.unsqueeze(-3)), _flat(A.unsqueeze(-3))
-        adjoint = remainder.adjoint_image(_flat(column)) + _flat(column) @ A.mT * G
-        return _as_factors(adjoint, remainder.image(_flat(row)) + _flat(row) @ G.mT * A, row, column)
+        A, G = (factor.flatten(-2).unsqueeze(-2) for factor in self.factors(statistics))
+        remainder, rows, columns = self._remainder(statistics), row.flatten(-2), column.flatten(-2)
+        return {
+            "row": _as_factors(remainder.adjoint_image(columns) + columns @ A.mT * G, row),
+            "column": _as_factors(remainder.image(rows) + rows @ G.mT * A, column),
+        }
 
 
 def _frame(statistics: Statistics) -> Frame:
@@ -258,16 +263,9 @@ def _rearranged(statistics: Statistics) -> RearrangedFisher:
     return RearrangedFisher.of(frame["row"], frame["column"], statistics.mean("column"), statistics.mean("row"))
 
 
-def _leading_pairs(fisher: RearrangedFisher, count: int) -> tuple[Tensor, Tensor]:
-    """Its first singular vectors, ``[*blocks, count, d]`` of each side; zeros where the singular value is rounding."""
-    rows, values, columns = fisher.singular_pairs()
-    is_large = (values > NEGLIGIBLE * values[..., :1]).unsqueeze(-1)[..., :count, :]
-    return rows[..., :count, :] * is_large, columns[..., :count, :] * is_large
-
-
 def _renewed(old: Tensor, vectors: Tensor, name: str) -> Tensor:
     """One side of a frame from vectors ``[*blocks, k, d]``: the first positive, of trace one, the others traceless."""
-    factors = vectors.unflatten(-1, old.shape[-2:])
+    factors = _as_factors(vectors, old)
     first = factors[..., :1, :, :]
     first = _positive_part(first * linalg.trace(first).sign()[..., None, None], name)
     trace = linalg.trace(first)[..., None, None]
@@ -290,16 +288,10 @@ def _positive_part(factor: Tensor, name: str) -> Tensor:
     return linalg.symmetrize((vectors * values.unsqueeze(-2)) @ vectors.mT)
 
 
-def _flat(factors: Tensor) -> Tensor:
-    return factors.flatten(-2).double()
-
-
-def _as_factors(row: Tensor, column: Tensor, row_like: Tensor, column_like: Tensor) -> dict[str, Tensor]:
-    """Vectors of the two sides as factors of these shapes and this dtype."""
-    return {
-        "row": row.unflatten(-1, row_like.shape[-2:]).to(row_like),
-        "column": column.unflatten(-1, column_like.shape[-2:]).to(column_like),
-    }
+def _as_factors(vectors: Tensor, like: Tensor) -> Tensor:
+    """Vectors ``[..., d]`` as factors of a stack's shape, symmetric to the last bit."""
+    factors = vectors.unflatten(-1, like.shape[-2:])
+    return factors if linalg.is_diagonal(factors) else linalg.symmetrize(factors)
 
 
 def _merged(one: Statistics, other: Statistics) -> Statistics:

@@ -23,13 +23,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-#: Vectors of a span that are shorter than this, relatively and squared, are rounding.
-NEGLIGIBLE = 1e-12
-
 
 @dataclass(frozen=True)
 class RearrangedFisher:
-    """The least map ``M`` with ``M V_j = Y_j`` and ``Mᵀ R_j = X_j``. All float64.
+    """The least map ``M`` with ``M V_j = Y_j`` and ``Mᵀ R_j = X_j``.
 
     Attributes:
         rows: ``V``, ``[*blocks, k, d_out]``; zeros say nothing.
@@ -46,11 +43,11 @@ class RearrangedFisher:
     @classmethod
     def of(cls, rows: Tensor, columns: Tensor, images: Tensor, adjoint_images: Tensor) -> RearrangedFisher:
         """The map from factors ``[*blocks, k, size, size]`` or ``[*blocks, k, 1, size]``."""
-        return cls(*(factors.flatten(-2).double() for factors in (rows, columns, images, adjoint_images)))
+        return cls(*(factors.flatten(-2) for factors in (rows, columns, images, adjoint_images)))
 
     def minus(self, row: Tensor, column: Tensor) -> RearrangedFisher:
         """The same less the Kronecker product of two factors, ``[*blocks, size, size]`` or ``[*blocks, 1, size]``."""
-        row, column = row.flatten(-2).double().unsqueeze(-2), column.flatten(-2).double().unsqueeze(-2)
+        row, column = row.flatten(-2).unsqueeze(-2), column.flatten(-2).unsqueeze(-2)
         return replace(
             self,
             images=self.images - self.rows @ row.mT * column,
@@ -65,15 +62,23 @@ class RearrangedFisher:
         """``Mᵀ R`` for ``R`` of shape ``[*blocks, k, d_in]``."""
         return columns @ self._column_basis.mT @ self._core @ self._row_basis
 
-    def singular_pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The singular value decomposition, largest first.
+    def singular_pairs(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The leading terms of the singular value decomposition; zeros for values that are rounding.
+
+        Args:
+            count: How many.
 
         Returns:
-            The singular vectors ``[*blocks, 2k, d_out]``, the values ``[*blocks, 2k]``, and the singular vectors
-            ``[*blocks, 2k, d_in]``; those of the value zero are any, or zero.
+            The singular vectors ``[*blocks, count, d_out]``, the values ``[*blocks, count]``, and the singular vectors
+            ``[*blocks, count, d_in]``.
         """
-        left, values, right = torch.linalg.svd(self._core)
-        return right @ self._row_basis, values, left.mT @ self._column_basis
+        left, values, right = torch.linalg.svd(self._core, full_matrices=False)
+        values = values * (values > _tolerance(values) * values[..., :1])
+        rows, columns = right @ self._row_basis, left.mT @ self._column_basis
+        is_large = (values > 0).unsqueeze(-1)
+        terms = rows * is_large, values.unsqueeze(-1), columns * is_large
+        rows, values, columns = (_first(term, count) for term in terms)
+        return rows, values.squeeze(-1), columns
 
     @property
     def _row_basis(self) -> Tensor:
@@ -93,27 +98,41 @@ class RearrangedFisher:
 
     @cached_property
     def _core(self) -> Tensor:
-        """The map in orthonormal bases of the two spans, ``[*blocks, 2k, 2k]``."""
+        """The map in orthonormal bases of the two spans, ``[*blocks, ≤ 2k, ≤ 2k]``."""
         V, X = self._row_span[1].chunk(2, -2)
         R, Y = self._column_span[1].chunk(2, -2)
-        R_inverse = torch.linalg.pinv(R, rtol=NEGLIGIBLE**0.5)
-        by_image = Y.mT @ torch.linalg.pinv(V.mT, rtol=NEGLIGIBLE**0.5)
+        (V, Y), (R, X) = _of_length_one(V, Y), _of_length_one(R, X)
+        R_inverse = torch.linalg.pinv(R, rtol=_tolerance(R))
+        by_image = Y.mT @ torch.linalg.pinv(V.mT, rtol=_tolerance(V))
         return by_image - R_inverse @ (R @ by_image) + R_inverse @ X
 
 
 def _orthonormal(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """An orthonormal basis ``B`` of the span of the rows, and their coordinates ``C``: ``rows = C B``.
+    """Orthonormal rows ``B`` whose span holds all vectors, and their coordinates ``C``: ``vectors = C B``.
 
     Args:
         vectors: ``[*blocks, k, d]``.
 
     Returns:
-        ``B``, ``[*blocks, k, d]``, with zeros where the span has fewer dimensions, and ``C``, ``[*blocks, k, k]``.
+        ``B``, ``[*blocks, min(k, d), d]``, and ``C``, ``[*blocks, k, min(k, d)]``.
     """
+    basis, coordinates = torch.linalg.qr(vectors.mT)
+    return basis.mT, coordinates.mT
+
+
+def _of_length_one(vectors: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors and their images, scaled alike; zeros stay."""
     lengths = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    directions = vectors / torch.where(lengths > 0, lengths, torch.ones_like(lengths))
-    values, rotation = torch.linalg.eigh(directions @ directions.mT)
-    is_spanned = values > NEGLIGIBLE
-    roots = torch.where(is_spanned, values, torch.ones_like(values)).sqrt()
-    basis = (rotation * (is_spanned / roots).unsqueeze(-2)).mT @ directions
-    return basis, lengths * rotation * (is_spanned * roots).unsqueeze(-2)
+    inverse = torch.where(lengths > 0, 1 / lengths, torch.zeros_like(lengths))
+    return vectors * inverse, images * inverse
+
+
+def _first(vectors: Tensor, count: int) -> Tensor:
+    """The first vectors of a stack, or all and zeros."""
+    missing = max(0, count - vectors.shape[-2])
+    return torch.nn.functional.pad(vectors[..., :count, :], (0, 0, 0, missing))
+
+
+def _tolerance(like: Tensor) -> float:
+    """What is rounding, relative to what is largest."""
+    return float(torch.finfo(like.dtype).eps ** 0.5)
