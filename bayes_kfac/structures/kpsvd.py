@@ -86,12 +86,18 @@ class KPSVDStructure(KroneckerStructure):
         return rows, columns
 
     def _images(self, statistics: Statistics, row: Tensor, column: Tensor) -> dict[str, Tensor]:
-        """What would have been measured in another frame, as far as it is known."""
-        fisher = _rearranged(statistics)
+        """What would have been measured in another frame: by the first product, and what is known of the rest."""
+        A, G = (factor.flatten(-2).unsqueeze(-2) for factor in self.factors(statistics))
+        remainder, rows, columns = self._remainder(statistics), row.flatten(-2), column.flatten(-2)
         return {
-            "row": _as_factors(fisher.adjoint_image(column.flatten(-2)), row),
-            "column": _as_factors(fisher.image(row.flatten(-2)), column),
+            "row": _as_factors(remainder.adjoint_image(columns) + columns @ A.mT * G, row),
+            "column": _as_factors(remainder.image(rows) + rows @ G.mT * A, column),
         }
+
+    def _remainder(self, statistics: Statistics) -> RearrangedFisher:
+        """The Fisher less the first product."""
+        A, G = self.factors(statistics)
+        return _rearranged(statistics).minus(G, A)
 
     def _stacks(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Empty stacks of matrices of the two sides of a block."""
@@ -158,11 +164,6 @@ class TwoProductsStructure(KPSVDStructure):
         seconds = [(A, G * spec.data_scale) for spec in specs for A, G in (self.second(spec.statistics),)]
         return [*with_second_product(firsts, seconds, [spec.name for spec in specs])]
 
-    def _remainder(self, statistics: Statistics) -> RearrangedFisher:
-        """The Fisher less the first product."""
-        A, G = self.factors(statistics)
-        return _rearranged(statistics).minus(G, A)
-
 
 @register("kpsvd_deflation")
 class KPSVDDeflationStructure(TwoProductsStructure):
@@ -227,14 +228,6 @@ class KFACCorrectedStructure(TwoProductsStructure):
         A, G = (factor.flatten(-2).unsqueeze(-2) for factor in self.factors(statistics))
         rows, _, columns = self._remainder(statistics).singular_pairs(self.basis - 1)
         return torch.cat([G, rows], -2), torch.cat([A, columns], -2)
-
-    def _images(self, statistics: Statistics, row: Tensor, column: Tensor) -> dict[str, Tensor]:
-        A, G = (factor.flatten(-2).unsqueeze(-2) for factor in self.factors(statistics))
-        remainder, rows, columns = self._remainder(statistics), row.flatten(-2), column.flatten(-2)
-        return {
-            "row": _as_factors(remainder.adjoint_image(columns) + columns @ A.mT * G, row),
-            "column": _as_factors(remainder.image(rows) + rows @ G.mT * A, column),
-        }
 
 
 def _frame(statistics: Statistics) -> Frame:

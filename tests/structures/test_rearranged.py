@@ -69,12 +69,6 @@ def test_terms_that_are_rounding_or_beyond_the_dimension_are_zero():
     assert rows.shape == columns.shape == (2, 1)
 
 
-def test_a_map_of_low_rank_is_known_from_as_many_images():
-    M = randn(IN, 2, seed=0) @ randn(2, OUT, seed=1)
-    _, V, R = some()
-    assert_close(written_out(known_of(M, V, R)), M, **CLOSE)
-
-
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_the_scales_of_vectors_and_map_do_not_matter(scale):
     M, V, R = some()
