@@ -149,17 +149,23 @@ def eigh(matrix: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     Raises:
         NotPositiveDefiniteError: If no attempt converges to finite numbers.
     """
+    values, vectors = symmetric_eigh(matrix, names)
+    return values.clamp(min=0), vectors
+
+
+def symmetric_eigh(matrix: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """:func:`eigh` of symmetric factors that may be indefinite: eigenvalues are not clamped."""
     if is_diagonal(matrix):
         if not bool(torch.isfinite(matrix).all()):
             raise NotPositiveDefiniteError(_describe("Eigendecomposition", matrix, _non_finite(matrix), names))
-        return diagonal(matrix).clamp(min=0), torch.ones_like(matrix)
+        return diagonal(matrix), torch.ones_like(matrix)
     for attempt in _attempts(matrix):
         try:
             values, vectors = torch.linalg.eigh(attempt)
         except RuntimeError:  # torch's LinAlgError is one
             continue
         if bool(torch.isfinite(values).all()):
-            return values.clamp(min=0).to(matrix), vectors.to(matrix)
+            return values.to(matrix), vectors.to(matrix)
     non_finite = _non_finite(matrix)
     failed = non_finite if bool(non_finite.any()) else torch.ones_like(non_finite)
     raise NotPositiveDefiniteError(_describe("Eigendecomposition", matrix, failed, names))

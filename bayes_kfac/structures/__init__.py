@@ -20,12 +20,19 @@ from bayes_kfac.structures.diagonal import DiagonalGaussian, DiagonalStructure
 from bayes_kfac.structures.ekfac import EKFACStructure, TEKFACStructure
 from bayes_kfac.structures.foof import FOOFStructure
 from bayes_kfac.structures.joint import JointGaussian, build, correlation, measure
+from bayes_kfac.structures.kpsvd import (
+    KFACCorrectedStructure,
+    KPSVDDeflationStructure,
+    KPSVDLanczosStructure,
+    KPSVDStructure,
+)
 from bayes_kfac.structures.kron import KroneckerStructure
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
 from bayes_kfac.structures.link import Link
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
 from bayes_kfac.structures.tkfac import TKFACStructure
 from bayes_kfac.structures.tridiagonal import TridiagonalStructure
+from bayes_kfac.structures.two_kronecker import TwoKroneckerGaussian
 from bayes_kfac.structures.unit_wise import UnitWiseGaussian, UnitWiseStructure
 from bayes_kfac.structures.whitened import Whitened
 
@@ -42,6 +49,10 @@ __all__ = [
     "FOOFStructure",
     "Information",
     "JointGaussian",
+    "KFACCorrectedStructure",
+    "KPSVDDeflationStructure",
+    "KPSVDLanczosStructure",
+    "KPSVDStructure",
     "KroneckerEigenGaussian",
     "KroneckerStructure",
     "Link",
@@ -51,6 +62,7 @@ __all__ = [
     "TEKFACStructure",
     "TKFACStructure",
     "TridiagonalStructure",
+    "TwoKroneckerGaussian",
     "UnitWiseGaussian",
     "UnitWiseStructure",
     "Whitened",

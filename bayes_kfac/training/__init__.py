@@ -3,7 +3,7 @@
 from bayes_kfac.training.adaptive import AdaptiveNaturalGradient
 from bayes_kfac.training.fit import FitState, fit
 from bayes_kfac.training.natural import NaturalGradient
-from bayes_kfac.training.noisy import NoisyKFAC, NoisyNaturalGradient
+from bayes_kfac.training.noisy import NoisyAdam, NoisyEKFAC, NoisyKFAC, NoisyNaturalGradient
 
 __all__ = [
     "AdaptiveNaturalGradient",
@@ -15,4 +15,3 @@ __all__ = [
     "NoisyNaturalGradient",
     "fit",
 ]
-from bayes_kfac.training.noisy import NoisyAdam, NoisyEKFAC
