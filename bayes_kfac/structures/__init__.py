@@ -16,11 +16,13 @@ from bayes_kfac.structures.base import (
     register_gaussian,
     standard_normal,
 )
+from bayes_kfac.structures.chain import ChainGaussian
 from bayes_kfac.structures.dense import DenseGaussian, DenseStructure
 from bayes_kfac.structures.diagonal import DiagonalGaussian, DiagonalStructure
 from bayes_kfac.structures.kron import KroneckerStructure
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
+from bayes_kfac.structures.rnn_chain import EndlessChainStructure, SymmetricChainStructure
 from bayes_kfac.structures.whitened import Whitened
 
 __all__ = [
@@ -28,16 +30,19 @@ __all__ = [
     "BlockGaussian",
     "BlockSpec",
     "Card",
+    "ChainGaussian",
     "DenseGaussian",
     "DenseStructure",
     "DiagonalGaussian",
     "DiagonalStructure",
+    "EndlessChainStructure",
     "Information",
     "KroneckerEigenGaussian",
     "KroneckerStructure",
     "MatrixNormalGaussian",
     "Prior",
     "Structure",
+    "SymmetricChainStructure",
     "Whitened",
     "available",
     "build",
