@@ -34,7 +34,7 @@ def chain_gain(correlation: Tensor, length: float) -> Tensor:
         length: ``T``, at least 1.
 
     Returns:
-        The factor, within ``[0, T]`` and of the shape of ``x``.
+        The factor, not negative, of the shape of ``x``.
     """
     x, whole = correlation, int(length)
     power, reach, total = torch.ones_like(x), torch.zeros_like(x), torch.zeros_like(x)
