@@ -16,10 +16,14 @@ from torch import Tensor
 from bayes_kfac import linalg
 from bayes_kfac.curvature import SparseRows
 from bayes_kfac.structures.base import BlockGaussian, register_gaussian
+from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
 from bayes_kfac.structures.whitened import WhitenedRows, product_rows
 
 #: Doublings of the number of terms of a Neumann series; a contraction by a factor of 1 − 2⁻⁵⁰ converges within them.
 DOUBLINGS = 60
+#: Sweeps of :meth:`ChainGaussian.nearest_matrix_normal`, and the relative change at which they end.
+SWEEPS = 500
+TOLERANCE = 1e-10
 
 
 def chain_gain(correlation: Tensor, length: float) -> Tensor:
@@ -67,9 +71,33 @@ def solve_stein(left: Tensor, right: Tensor, value: Tensor) -> Tensor:
 
 
 def log_det_stein(left: Tensor, right: Tensor) -> Tensor:
-    """``log det(I − L ⊗ R)`` of contractions, ``[*blocks]``, from their eigenvalues."""
-    alpha, beta = torch.linalg.eigvals(left), torch.linalg.eigvals(right)
-    return torch.log((1 - alpha.unsqueeze(-1) * beta.unsqueeze(-2)).abs()).sum((-2, -1))
+    """``log det(I − L ⊗ R)`` of contractions, ``[*blocks]``, from their eigenvalues.
+
+    Its derivatives are those of matrices very near by: eigenvalues that coincide may have none of their own.
+
+    Args:
+        left: ``L``, ``[*blocks, out, out]``.
+        right: ``R``, ``[*blocks, in, in]``.
+
+    Returns:
+        The log determinants.
+    """
+    total = _log_det(torch.linalg.eigvals(left.detach()), torch.linalg.eigvals(right.detach()))
+    if left.requires_grad or right.requires_grad:
+        near = _log_det(torch.linalg.eigvals(_nearby(left)), torch.linalg.eigvals(_nearby(right))).to(total)
+        total = total + near - near.detach()
+    return total
+
+
+def _log_det(alpha: Tensor, beta: Tensor) -> Tensor:
+    return (1 - alpha.unsqueeze(-1) * beta.unsqueeze(-2)).abs().log().sum((-2, -1))
+
+
+def _nearby(matrix: Tensor) -> Tensor:
+    """A contraction changed at random by the root of rounding: it has eigenvectors, not too skew (Davies 2007)."""
+    size = matrix.shape[-1]
+    noise = torch.randn(size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return matrix.double() + torch.finfo(torch.float64).eps ** 0.5 / size * noise.to(matrix.device)
 
 
 @register_gaussian("chain")
@@ -77,7 +105,7 @@ class ChainGaussian(BlockGaussian):
     """A zero-mean Gaussian whose precision is the Fisher of an endless chain: ``P⁻¹ = B Bᵀ``.
 
     ``B = (K_G ⊗ K_A) (I − M_G ⊗ M_A) diag(Λ)^(-1/2)``: in the bases ``K`` one position is white, ``M`` is the
-    correlation of neighbours, and ``Λ`` what the next position adds. Without ``M`` it is diagonal in the bases.
+    correlation of neighbours, and ``Λ = 1 − diag(M_Gᵀ M_G) diag(M_Aᵀ M_A)ᵀ`` what the next position adds.
 
     Args:
         basis_row: ``K_G``, regular, ``[*blocks, out, out]``.
@@ -162,6 +190,34 @@ class ChainGaussian(BlockGaussian):
         inverse = torch.linalg.inv(root)
         return (inverse.mT * self.innovation.flatten(-2).unsqueeze(-2)) @ inverse
 
+    def as_prior(self) -> MatrixNormalGaussian:  # noqa: D102
+        return self.nearest_matrix_normal()
+
+    def nearest_matrix_normal(self) -> MatrixNormalGaussian:
+        """The matrix normal ``q`` nearest in ``KL(q ‖ p)`` to this Gaussian ``p``.
+
+        In the bases the precision is ``I + Σ_{d≥1} (M_Gᵈ ⊗ M_Aᵈ + transposes)``, so that of ``q = MN(0, U, V)``
+        ``U⁻¹ = (tr(V) I + Σ_d (M_Gᵈ tr(M_Aᵈ V) + transposes)) / in``, and ``V⁻¹`` likewise, in turns. The series are
+        summed in the eigenvectors of ``M``.
+
+        Returns:
+            The matrix normal.
+        """
+        out_features, in_features = self.shape[-2:]
+        row_lag, column_lag = _diagonalised(self.lag_row), _diagonalised(self.lag_column)
+        column = torch.eye(in_features, dtype=torch.float64, device=self.innovation.device)
+        column = column.expand(*self.shape[:-2], -1, -1)
+        for _ in range(SWEEPS):
+            row = torch.linalg.inv(_partial_trace(row_lag, column_lag, column) / in_features)
+            before, column = column, torch.linalg.inv(_partial_trace(column_lag, row_lag, row) / out_features)
+            if bool((torch.linalg.matrix_norm(column - before) <= TOLERANCE * torch.linalg.matrix_norm(column)).all()):
+                break
+        row_root, column_root = (
+            basis @ linalg.psd_root(side, ["the nearest matrix normal"]).to(basis)
+            for basis, side in ((self.basis_row, row), (self.basis_column, column))
+        )
+        return MatrixNormalGaussian(linalg.triangular_root(row_root), linalg.triangular_root(column_root))
+
     @property
     def state(self) -> dict[str, Tensor]:  # noqa: D102
         return {
@@ -177,3 +233,20 @@ class ChainGaussian(BlockGaussian):
 def _two_sided_solve(left: Tensor, right: Tensor, value: Tensor) -> Tensor:
     """``L⁻¹ V R⁻ᵀ``."""
     return torch.linalg.solve(right, torch.linalg.solve(left, value).mT).mT
+
+
+def _diagonalised(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues, eigenvectors as columns, and the inverse of these, of a matrix :func:`_nearby`; complex."""
+    values, vectors = torch.linalg.eig(_nearby(matrix))
+    return values, vectors, torch.linalg.inv(vectors)
+
+
+def _partial_trace(own: tuple[Tensor, ...], other: tuple[Tensor, ...], covariance: Tensor) -> Tensor:
+    """``tr(C) I + Σ_{d≥1} (Lᵈ tr(Rᵈ C) + transposes)`` of diagonalised ``L`` and ``R``."""
+    alpha, vectors, inverse = own
+    beta, other_vectors, other_inverse = other
+    weights = torch.einsum("...ji,...ik,...kj->...j", other_inverse, covariance.to(beta.dtype), other_vectors)
+    products = alpha.unsqueeze(-1) * beta.unsqueeze(-2)
+    sums = (products / (1 - products) * weights.unsqueeze(-2)).sum(-1)
+    lagged = ((vectors * sums.unsqueeze(-2)) @ inverse).real
+    return linalg.add_to_diagonal(lagged + lagged.mT, linalg.trace(covariance))

@@ -267,7 +267,7 @@ def test_the_evidence_of_a_chain_improves_by_tuning(structure, fitted):
 
 
 def test_a_chain_is_nearer_to_the_fisher_of_a_recurrent_network_than_independent_time(fitted):
-    """Of a trained network, whose Fisher is the dense one: its blocks that see time have half to two thirds the error."""
+    """Of a trained network, whose Fisher is the dense one: blocks that see time have half to two thirds the error."""
     model, x, y = fitted
 
     def precisions(name: str) -> dict[str, Tensor]:
