@@ -55,15 +55,15 @@ class ChainStructure(KroneckerStructure):
 
     def measure(self, rows: Rows, frame: Frame = NO_FRAME) -> Statistics:  # noqa: D102
         factors = super().measure(rows, frame)
-        if rows.transposed is not None or isinstance(rows.inputs, SparseRows):
+        if self.sharing == "reduce" or rows.transposed is not None or isinstance(rows.inputs, SparseRows):
             return factors
-        return _with_lags(factors, *_lagged(rows.pooled() if self.sharing == "reduce" else rows))
+        return _with_lags(factors, *_lagged(rows))
 
     def identity(  # noqa: D102
         self, shape: tuple[int, ...], like: Tensor, *, sparse_sides: frozenset[str] = frozenset(), tied: bool = False
     ) -> Statistics:
         factors = super().identity(shape, like, sparse_sides=sparse_sides, tied=tied)
-        if tied or sparse_sides:
+        if self.sharing == "reduce" or tied or sparse_sides:
             return factors
         return _with_lags(factors, *(torch.zeros_like(factors.sums[side]) for side in ("input", "gradient")))
 
