@@ -105,7 +105,6 @@ class ChainStructure(KroneckerStructure):
         alive, one = _is_alive(statistics), A.new_ones(())
         mean_A, mean_G = linalg.trace(A) / A.shape[-1], linalg.trace(G) / G.shape[-1]
         pi = (torch.where(alive, mean_A, one) / torch.where(alive, mean_G, one)).sqrt()
-        A1, G1 = A1 * alive[..., None, None], G1 * alive[..., None, None]
 
         def information(scale: Tensor) -> Tensor:
             root_gamma = scale.double().rsqrt()

@@ -367,7 +367,7 @@ def test_positions_that_are_reduced_have_no_chain():
 def test_lags_that_do_not_belong_to_their_factors_are_counted_in_a_warning(chain):
     """They cannot be measured; the Gaussian is finite all the same."""
     statistics = statistics_of(6.0, symmetric=True)
-    sums = {name: value * (3 if name == "lagged_input" else 1) for name, value in statistics.sums.items()}
+    sums = {name: value * (30 if name == "lagged_input" else 1) for name, value in statistics.sums.items()}
     with pytest.warns(BayesKfacWarning, match=r"[1-4] of 4 correlations along the chain in layer are beyond 1"):
         gaussian = build(chain, Statistics(sums, statistics.counts), data_scale=1e6)
     value = randn(OUT, IN, seed=0)
