@@ -173,8 +173,8 @@ class EndlessChainStructure(ChainStructure):
         captures="Correlation of a layer's uses along time, turning as it goes, as of a linear Gaussian chain, where "
         "it dies off before the chain ends. It overrates correlation that outlasts the chain.",
         use="Recurrent networks on long sequences.",
-        cost="Statistics twice those of kron; refresh about 12 (in³ + out³); a sample or a solve twice that of kron; "
-        "products with the precision 60 times, at most.",
+        cost="Statistics twice those of kron; refresh, with eigenvectors, about 10 (in³ + out³); a sample or a solve "
+        "twice that of kron; the log determinant 25 (in³ + out³), a product with the precision some 20 (in³ + out³).",
         source="Martens, Ba & Johnson 2018, option 2.",
     )
 

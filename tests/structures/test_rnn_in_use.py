@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import bayes_kfac as bk
 from bayes_kfac import structures
 from bayes_kfac.curvature import Rows
+from bayes_kfac.errors import ArgumentError
 from bayes_kfac.structures import ChainGaussian, KroneckerEigenGaussian, MatrixNormalGaussian
 from tests.curvature.modules.cases import Model
 from tests.helpers import TIGHT, randn, record, rng, seeded
@@ -282,6 +283,23 @@ def test_a_chain_is_nearer_to_the_fisher_of_a_recurrent_network_than_independent
     }
     for key in ("rnn.ih_l0", "rnn.hh_l0"):
         assert errors["rnn_chain_2"][key] < errors["rnn_chain_1"][key] < 0.7 * errors["kron"][key]
+
+
+def test_the_posterior_of_one_task_is_the_prior_of_the_next(structure, fitted):
+    """As the nearest matrix normals; as it is, it is refused with this remedy."""
+    model, x, y = fitted
+    first = bk.Laplace(model, bk.likelihoods.Gaussian(0.3), structure=structure).fit([(x, y)], progress=False)
+    old = first.posterior()
+    with pytest.raises(ArgumentError, match=r"nearest_matrix_normal\(\)"):
+        bk.Laplace(model, bk.likelihoods.Gaussian(0.3), structure=structure, prior=old).fit(
+            [(x, y)], progress=False
+        ).posterior()
+    prior = old.nearest_matrix_normal()
+    second = bk.Laplace(model, bk.likelihoods.Gaussian(0.3), structure=structure, prior=prior)
+    both = second.fit([(x, y)], progress=False).posterior()
+    assert bool(torch.isfinite(second.log_marginal_likelihood()))
+    for name, block in both.blocks.items():
+        assert bool((block.marginal_variance() < prior.blocks[name].marginal_variance()).all())
 
 
 def test_a_layer_after_time_stays_a_matrix_normal(structure):
