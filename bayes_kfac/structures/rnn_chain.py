@@ -41,9 +41,10 @@ from bayes_kfac.structures.kron import KroneckerStructure
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
 
-#: By how many roundings a correlation stays below 1, and beyond which excess over 1 it is not one of rounding.
+#: By how many roundings a correlation stays below 1.
 ROUNDINGS = 8
-EXCESS = 1e-3
+#: Beyond it a correlation is no matter of rounding, which where it rules the damping makes it go beyond 1 a little.
+IMPOSSIBLE = 2.0
 
 
 class ChainStructure(KroneckerStructure):
@@ -259,11 +260,11 @@ def _limited(correlations: Tensor) -> Tensor:
 
 def _contracted(correlations: Tensor, names: Sequence[str]) -> Tensor:
     """:func:`_limited`, with a warning where it was not rounding that made them too large."""
-    beyond = int((correlations.abs() > 1 + EXCESS).sum())
+    beyond = int((correlations.abs() > IMPOSSIBLE).sum())
     if beyond:
         warnings.warn(
-            f"{beyond} of {correlations.numel()} correlations along the chain in {', '.join(names)} are beyond 1 and "
-            "taken as 1: the lagged statistics do not belong to the factors.",
+            f"{beyond} of {correlations.numel()} correlations along the chain in {', '.join(names)} are far beyond 1 "
+            "and taken as 1: the lagged statistics do not belong to the factors.",
             BayesKfacWarning,
             stacklevel=2,
         )

@@ -368,7 +368,7 @@ def test_lags_that_do_not_belong_to_their_factors_are_counted_in_a_warning(chain
     """They cannot be measured; the Gaussian is finite all the same."""
     statistics = statistics_of(6.0, symmetric=True)
     sums = {name: value * (30 if name == "lagged_input" else 1) for name, value in statistics.sums.items()}
-    with pytest.warns(BayesKfacWarning, match=r"[1-4] of 4 correlations along the chain in layer are beyond 1"):
+    with pytest.warns(BayesKfacWarning, match=r"[1-4] of 4 correlations along the chain in layer are far beyond 1"):
         gaussian = build(chain, Statistics(sums, statistics.counts), data_scale=1e6)
     value = randn(OUT, IN, seed=0)
     assert bool(torch.isfinite(gaussian.sample(value)).all())
@@ -387,6 +387,18 @@ def test_a_block_without_a_fisher_is_the_priors(chain, dead):
     assert_close(gaussian.to_dense()[0], PRIOR * torch.eye(6, dtype=torch.float64), **TIGHT)
     alone = Rows(rows.inputs[1], rows.gradients[:, 1])
     assert_close(gaussian.to_dense()[1], build(chain, chain.measure(alone), data_scale=1e4).to_dense(), **TIGHT)
+
+
+@pytest.mark.parametrize("data_scale", [1e2, 1e6, 1e10])
+def test_rounding_alone_is_nothing_to_warn_of(chain, data_scale):
+    """Inputs of a low rank in single precision, at dampings that are above rounding, or lost in it."""
+    inputs = dense_rows(batch=64, shared=32, in_=20, out=8).inputs.cumsum(-2) @ randn(20, 200, seed=2)
+    gradients = randn(1, 64, 32, 8, seed=3).cumsum(-2) @ randn(8, 60, seed=4)
+    statistics = chain.measure(Rows(inputs.float(), gradients.float()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gaussian = build(chain, statistics, data_scale, prior=1.0)
+    assert bool((gaussian.marginal_variance() > 0).all())
 
 
 def test_chains_without_noise_stay_finite_in_single_precision(chain):
