@@ -15,6 +15,7 @@ from bayes_kfac.structures.base import (
     register_gaussian,
     standard_normal,
 )
+from bayes_kfac.structures.chain import ChainGaussian
 from bayes_kfac.structures.dense import DenseGaussian, DenseStructure
 from bayes_kfac.structures.diagonal import DiagonalGaussian, DiagonalStructure
 from bayes_kfac.structures.ekfac import EKFACStructure, TEKFACStructure
@@ -30,6 +31,7 @@ from bayes_kfac.structures.kron import KroneckerStructure
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
 from bayes_kfac.structures.link import Link
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
+from bayes_kfac.structures.rnn_chain import EndlessChainStructure, SymmetricChainStructure
 from bayes_kfac.structures.tkfac import TKFACStructure
 from bayes_kfac.structures.tridiagonal import TridiagonalStructure
 from bayes_kfac.structures.two_kronecker import TwoKroneckerGaussian
@@ -41,11 +43,13 @@ __all__ = [
     "BlockGaussian",
     "BlockSpec",
     "Card",
+    "ChainGaussian",
     "DenseGaussian",
     "DenseStructure",
     "DiagonalGaussian",
     "DiagonalStructure",
     "EKFACStructure",
+    "EndlessChainStructure",
     "FOOFStructure",
     "Information",
     "JointGaussian",
@@ -59,6 +63,7 @@ __all__ = [
     "MatrixNormalGaussian",
     "Prior",
     "Structure",
+    "SymmetricChainStructure",
     "TEKFACStructure",
     "TKFACStructure",
     "TridiagonalStructure",
