@@ -32,7 +32,7 @@ from tests.laplace.oracles import (
 from tests.posteriors import DAMPING_KINDS
 
 FORMS = ["model", "layer", "parameter", "weight"]
-#: Where the cold flip-flop ends, see ``structures.kron.TOLERANCE``.
+#: Where the cold flip-flop ends, see ``structures.damping.TOLERANCE``.
 CONVERGED = {"rtol": 2e-5, "atol": 2e-5}
 
 

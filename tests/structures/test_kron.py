@@ -24,7 +24,7 @@ from tests.random_rows import SEEDS
 
 OUT, IN = 3, 4
 DAMPINGS = structures.DAMPING_KINDS
-#: Where the cold flip-flop ends, see ``structures.kron.TOLERANCE``.
+#: Where the cold flip-flop ends, see ``structures.damping.TOLERANCE``.
 CONVERGED = {"rtol": 1e-5, "atol": 1e-5}
 
 
