@@ -18,6 +18,7 @@ from bayes_kfac.structures.base import (
 )
 from bayes_kfac.structures.dense import DenseGaussian, DenseStructure
 from bayes_kfac.structures.diagonal import DiagonalGaussian, DiagonalStructure
+from bayes_kfac.structures.inverse_free import InverseFreeStructure, StructuredInverseFreeStructure
 from bayes_kfac.structures.kron import KroneckerStructure
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
@@ -33,11 +34,13 @@ __all__ = [
     "DiagonalGaussian",
     "DiagonalStructure",
     "Information",
+    "InverseFreeStructure",
     "KroneckerEigenGaussian",
     "KroneckerStructure",
     "MatrixNormalGaussian",
     "Prior",
     "Structure",
+    "StructuredInverseFreeStructure",
     "Whitened",
     "available",
     "build",
