@@ -10,11 +10,12 @@ whose derivative along ``K ← K (I − E)`` is ``−out tr(E (S − I))`` with
     ``S = (tr(Cᵀ G C) Kᵀ A K + γ tr(Cᵀ C) Kᵀ K) / out``,
 
 and likewise for ``C``. INGD steps along ``E = β/2 (S − I)``, and SINGD keeps ``K`` in a group of structured matrices by
-a projection of ``E`` (Lin, Dangel et al. 2024). In the group of lower triangular matrices it is ``E_ii = β/2
-(S_ii − 1)`` and ``E_ij = β S_ij`` below: the same Gaussian as of dense roots, with its log determinant and its solves
-for nothing. At ``β = 1`` this is Newton's step (among symmetric ``E`` the Newton–Schulz iteration), so that from a root
-off by ``ε`` one step leaves ``O(ε²)``: a refresh follows a moving average of decay ``1 − ε`` that closely. Where ``E``
-is large the step is shortened to one half of ``K``: no root can become singular.
+a projection of ``E`` (Lin, Dangel, Eschenhagen et al. 2024). In the group of lower triangular matrices it is
+``E_ii = β/2 (S_ii − 1)`` and ``E_ij = β S_ij`` below the diagonal: the same Gaussian as of dense roots, with its log
+determinant and its solves for nothing. At ``β = 1`` this is Newton's step (among symmetric ``E`` the Newton–Schulz
+iteration), so that from a root off by ``ε`` one step leaves ``O(ε²)``: a refresh follows a moving average of decay
+``1 − ε`` that closely. Where ``E`` is large the step is shortened to half of ``K``: no root can become singular. A
+factor that rounding made indefinite, as in 16 bits, where Cholesky's factorisation fails, is shifted to be definite.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from bayes_kfac.structures.kron import KroneckerStructure
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
 
 #: From scratch, roots are improved until rounding ends the progress, or so many times.
-COLD_SWEEPS = 300
+COLD_SWEEPS = 100
 #: The relative length of a step, by its spectral norm, at which no diagonal element loses more than half.
 LONGEST_STEP = 0.5
 #: Products with a vector in the estimate of a spectral norm.
@@ -65,7 +66,7 @@ class InverseFreeStructure(KroneckerStructure):
         "factors that rounding made indefinite are survived.",
         cost="Statistics n (in² + out²); a sweep about ten products of in³ + out³; sample in·out (in + out); memory "
         "in² + out².",
-        source="Lin et al. 2023 (INGD); Lin, Dangel et al. 2024 (SINGD).",
+        source="Lin et al. 2023 (INGD); Lin, Dangel, Eschenhagen et al. 2024 (SINGD).",
     )
 
     def __init__(self, *, damping: str = "optimal", sharing: str = "expand", sweeps: int = 2) -> None:
@@ -112,7 +113,7 @@ class StructuredInverseFreeStructure(InverseFreeStructure):
         captures="Correlations within blocks of neighbouring inputs and of neighbouring outputs, or on one side only.",
         use="Very wide layers: diagonal on the wide side (input_block=1 or output_block=1), whole on the other.",
         cost="As ingd; a diagonal side takes n·size for statistics, and size for a sweep and for memory.",
-        source="Lin, Dangel et al. 2024 (SINGD).",
+        source="Lin, Dangel, Eschenhagen et al. 2024 (SINGD).",
     )
 
     def __init__(
@@ -163,7 +164,7 @@ class _Pair:
         gamma: ``γ`` of each, in a shape that broadcasts to the stack's.
         C: The roots of the output side, in the shape of ``G``.
         K: The roots of the input side, in the shape of ``A``.
-        away: The root mean square of ``S − I`` before the last step, the greater of the two sides.
+        away: How far from the optimum each was before the last sweep, relatively.
     """
 
     A: Tensor
@@ -187,8 +188,11 @@ class _Pair:
 
     def sweep(self) -> _Pair:
         """A step of each root, given the other."""
-        C, away_C = _step(self.C, self.G, self.K, self.A, self.gamma)
-        K, away_K = _step(self.K, self.A, C, self.G, self.gamma)
+        A, G = _semidefinite(self.A, self.K), _semidefinite(self.G, self.C)
+        C, away_C = _step(self.C, G, self.K, A, self.gamma)
+        # of the two scales only the product means something: one is kept, so that neither runs away
+        C = C / torch.linalg.matrix_norm(C, keepdim=True)
+        K, away_K = _step(self.K, A, C, G, self.gamma)
         return replace(self, C=C, K=K, away=torch.maximum(away_C, away_K))
 
     def improved(self, sweeps: int) -> _Pair:
@@ -211,21 +215,38 @@ class _Pair:
 
 
 def _step(root: Tensor, own: Tensor, other_root: Tensor, other: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """``K (I − E)`` for the root of one side given the other's, and the root mean square of ``S − I``."""
+    """``K (I − E)`` for the root of one side given the other's, and how far it was from the optimum."""
     dim, other_dim = own.shape[-1], other.shape[-1]
-    # a factor that rounding made indefinite can give a negative trace
-    weight = linalg.trace(linalg.congruence(other, other_root)).clamp(min=0) / other_dim
+    weight = _trace_of_congruence(other, other_root).clamp(min=0) / other_dim
     damping = gamma * other_root.square().sum((-2, -1)) / other_dim
     S = _times(linalg.congruence(own, root), weight) + _times(linalg.gram(linalg.transpose(root)), damping)
-    away = _plus(S, -1).square().sum((-2, -1)).div(dim).sqrt()
     # the best scale first, so that a step is of the shape alone
-    scale = dim / torch.maximum(linalg.trace(S), damping * root.square().sum((-2, -1)))
+    scale = dim / linalg.trace(S)
     root, E = _times(root, scale.sqrt()), _plus(_times(S, scale), -1) / 2
+    away = E.square().sum((-2, -1)).div(dim).sqrt() + (scale - 1).abs()
     E = E if linalg.is_diagonal(E) else E.tril() + E.tril(-1)
-    root = root - _times(linalg.product(root, E), (LONGEST_STEP / _spectral_norm(E)).clamp(max=1))
-    # no direction is broader than the prior leaves it, but that of a negative eigenvalue
-    breadth = _times(root.square().sum(-2, keepdim=True), damping)
-    return root * breadth.clamp(min=1).rsqrt(), away
+    return root - _times(linalg.product(root, E), (LONGEST_STEP / _spectral_norm(E)).clamp(max=1)), away
+
+
+def _semidefinite(factor: Tensor, root: Tensor) -> Tensor:
+    """The factor, or where rounding made it indefinite ``F + 2 |λ| I`` with its least eigenvalue ``λ``."""
+    if linalg.is_diagonal(factor):
+        return factor.clamp(min=0)
+    # a root is broad where its factor is small: in its coordinates the least eigenvalue stands out
+    image = factor @ root
+    trace = (image * root).sum((-2, -1), keepdim=True)
+    scale = factor.shape[-1] / torch.where(trace > 0, trace, torch.ones_like(trace))
+    vector = torch.ones_like(factor[..., :1])
+    for _ in range(POWER_STEPS):
+        vector = torch.nn.functional.normalize(vector - scale * (root.mT @ (image @ vector)), dim=-2)
+    direction = torch.nn.functional.normalize(root @ vector, dim=-2)
+    lowest = (direction * (factor @ direction)).sum((-2, -1))
+    return linalg.add_to_diagonal(factor, -2 * lowest.clamp(max=0))
+
+
+def _trace_of_congruence(factor: Tensor, root: Tensor) -> Tensor:
+    """``tr(Rᵀ F R)``."""
+    return (linalg.product(factor, root) * root).sum((-2, -1))
 
 
 def _spectral_norm(matrix: Tensor) -> Tensor:
