@@ -22,6 +22,7 @@ from bayes_kfac.structures.inverse_free import InverseFreeStructure, StructuredI
 from bayes_kfac.structures.kron import KroneckerStructure
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
+from bayes_kfac.structures.psgd import PSGDStructure
 from bayes_kfac.structures.whitened import Whitened
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "KroneckerEigenGaussian",
     "KroneckerStructure",
     "MatrixNormalGaussian",
+    "PSGDStructure",
     "Prior",
     "Structure",
     "StructuredInverseFreeStructure",
