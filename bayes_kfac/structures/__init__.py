@@ -19,6 +19,7 @@ from bayes_kfac.structures.base import (
 from bayes_kfac.structures.dense import DenseGaussian, DenseStructure
 from bayes_kfac.structures.diagonal import DiagonalGaussian, DiagonalStructure
 from bayes_kfac.structures.inverse_free import InverseFreeStructure, StructuredInverseFreeStructure
+from bayes_kfac.structures.kbfgs import KBFGSStructure
 from bayes_kfac.structures.kron import KroneckerStructure
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
@@ -36,6 +37,7 @@ __all__ = [
     "DiagonalStructure",
     "Information",
     "InverseFreeStructure",
+    "KBFGSStructure",
     "KroneckerEigenGaussian",
     "KroneckerStructure",
     "MatrixNormalGaussian",

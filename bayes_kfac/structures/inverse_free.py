@@ -277,16 +277,9 @@ def _earlier_roots(block: WhiteBlock) -> tuple[Tensor, Tensor] | None:
     earlier = block.spec.previous
     if not isinstance(earlier, MatrixNormalGaussian):
         return None
-    C = _quotient(block.row_root, earlier.scale_tril_row) * block.spec.data_scale**0.5
-    K = _quotient(block.column_root, earlier.scale_tril_column)
+    C = linalg.quotient(block.row_root, earlier.scale_tril_row) * block.spec.data_scale**0.5
+    K = linalg.quotient(block.column_root, earlier.scale_tril_column)
     return (C, K) if (C.shape, K.shape) == (block.G.shape, block.A.shape) else None
-
-
-def _quotient(left: Tensor, right: Tensor) -> Tensor:
-    """``L⁻¹ R`` of two factors, ``L`` lower triangular; diagonal where both are."""
-    if linalg.is_diagonal(left) and linalg.is_diagonal(right):
-        return right / left
-    return linalg.left_solve(left, linalg.dense(right))
 
 
 def _gaussian(block: WhiteBlock, C: Tensor, K: Tensor) -> MatrixNormalGaussian:
