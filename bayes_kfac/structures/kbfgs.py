@@ -9,7 +9,7 @@ here, as ``P`` is known: the update is BFGS by the action of the Hessian (Goldfa
 side), and on the output side, where they take pairs of a step's differences, that of the Fisher's factor. In the root's
 coordinates, ``S = L X`` with orthonormal ``X``, the root itself has an update of low rank (Gower & Richtárik 2017),
 
-    ``L⁺ = L + S (D^(-1/2) Xᵀ − D⁻¹ Yᵀ L)``,  ``log det L⁺ = log det L − ½ log det D``,
+    ``L⁺ = L + S (R⁻ᵀ Xᵀ − D⁻¹ Yᵀ L)``,  ``D = R Rᵀ``,  ``log det L⁺ = log det L − ½ log det D``,
 
 so that samples and the log determinant need no factorisation larger than ``D``. The directions are those where the root
 is most wrong, of ``Lᵀ P L − I``, by two steps of subspace iteration; before, the root takes its best scale.
@@ -47,7 +47,7 @@ class KBFGSStructure(KroneckerStructure):
     """
 
     card = Card(
-        formula="F ≈ G ⊗ A; covariance L_G L_Gᵀ ⊗ L_A L_Aᵀ, L ← L + S (D^(-1/2) Xᵀ − D⁻¹ Yᵀ L)",
+        formula="F ≈ G ⊗ A; covariance L_G L_Gᵀ ⊗ L_A L_Aᵀ, L ← L + S (R⁻ᵀ Xᵀ − D⁻¹ Yᵀ L)",
         captures="What kron with damping='factored' does: exactly in a fit and in the posterior that training gives; "
         "between refreshes of training it follows where it is most wrong.",
         use="Training of wide layers, whose factorisations take longer than everything else.",
@@ -112,9 +112,9 @@ def bfgs_root(root: Tensor, precision: Tensor, X: Tensor, name: str) -> tuple[Te
     """
     S = root @ X
     Y = precision @ S
-    D = linalg.cholesky(S.mT @ Y, [name])
-    change = torch.linalg.solve_triangular(D.mT, X.mT, upper=True) - torch.cholesky_solve(Y.mT @ root, D)
-    return root + S @ change, -linalg.diagonal(D).log().sum(-1)
+    R = linalg.cholesky(S.mT @ Y, [name])
+    change = torch.linalg.solve_triangular(R.mT, X.mT, upper=True) - torch.cholesky_solve(Y.mT @ root, R)
+    return root + S @ change, -linalg.diagonal(R).log().sum(-1)
 
 
 def _in_coordinates(precision: Tensor, root: Tensor, X: Tensor) -> Tensor:
