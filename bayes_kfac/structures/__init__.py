@@ -18,7 +18,11 @@ from bayes_kfac.structures.base import (
 )
 from bayes_kfac.structures.dense import DenseGaussian, DenseStructure
 from bayes_kfac.structures.diagonal import DiagonalGaussian, DiagonalStructure
-from bayes_kfac.structures.inverse_free import InverseFreeStructure, StructuredInverseFreeStructure
+from bayes_kfac.structures.inverse_free import (
+    InverseFreeKFACStructure,
+    InverseFreeStructure,
+    StructuredInverseFreeStructure,
+)
 from bayes_kfac.structures.kbfgs import KBFGSStructure
 from bayes_kfac.structures.kron import KroneckerStructure
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
@@ -36,6 +40,7 @@ __all__ = [
     "DiagonalGaussian",
     "DiagonalStructure",
     "Information",
+    "InverseFreeKFACStructure",
     "InverseFreeStructure",
     "KBFGSStructure",
     "KroneckerEigenGaussian",

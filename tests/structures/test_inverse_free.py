@@ -16,12 +16,14 @@ from bayes_kfac.errors import ArgumentError, NotPositiveDefiniteError
 from bayes_kfac.structures import (
     BlockGaussian,
     BlockSpec,
+    InverseFreeKFACStructure,
     InverseFreeStructure,
     MatrixNormalGaussian,
     StructuredInverseFreeStructure,
 )
 from tests.helpers import randn, random_spd
 from tests.random_rows import dense_rows, tied_rows, words
+from tests.structures.test_in_use import mlp, train, trainer
 
 OUT, IN = 3, 4
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -143,6 +145,27 @@ def test_a_prior_that_is_no_product_is_refused_by_the_structures_name():
         ingd().gaussians([spec])
 
 
+@pytest.mark.parametrize("relative", [1.0, 1e-2, 1e-4, 1e-8])
+@pytest.mark.parametrize("powers", [(0.5, 0.5), (2, 2), (3, 1)])
+def test_ikfac_from_scratch_is_k_facs_factored_posterior(powers, relative):
+    A, G = spectral(20, powers[0], seed=0), spectral(8, powers[1], seed=1)
+    spec = spec_of(A, G, 1 / (relative * mean_curvature(A, G)), 1.0)
+    (expected,) = structures.get("kron", damping="factored", sharing="expand").gaussians([spec])
+    (gaussian,) = structures.get("ikfac", damping="exact", sharing="expand").gaussians([spec])
+    assert distance(gaussian, expected) < 1e-8
+
+
+def test_ikfac_follows_the_inverse_of_the_average_up_to_the_square_of_its_step():
+    errors = []
+    for share in (1e-2, 1e-3):
+        before, after = moved(share)
+        (start,), (target,) = (InverseFreeKFACStructure().gaussians([spec]) for spec in (before, after))
+        (followed,) = InverseFreeKFACStructure(sweeps=1).gaussians([replace(after, previous=start)])
+        errors.append(distance(followed, target))
+        assert errors[-1] < 0.1 * distance(start, target)
+    assert 60 < errors[0] / errors[1] < 160
+
+
 # Following
 
 
@@ -214,6 +237,20 @@ def test_blocks_with_and_without_a_start_are_built_side_by_side():
     specs = [spec_of(A, G, previous=start), spec_of(2 * A, G), spec_of(A, 3 * G, previous=start), spec_of(G, A)]
     for spec, gaussian in zip(specs, ingd().gaussians(specs), strict=True):
         assert_close(gaussian.to_dense(), build(ingd(), spec).to_dense(), **CLOSE)
+
+
+@pytest.mark.parametrize(("name", "damping"), [("ingd", "optimal"), ("ikfac", "factored"), ("kbfgs", "factored")])
+def test_training_goes_as_with_factorisations(name, damping):
+    """Noisy training on real data with the same draws: lower triangular roots of one covariance are one."""
+    histories, variances = [], []
+    for names in ((name, damping), ("kron", damping)):
+        optimizer = trainer(names, mlp())
+        histories.append(torch.tensor(train(optimizer, 20)))
+        variances.append({key: block.marginal_variance() for key, block in optimizer.posterior().blocks.items()})
+    mine, expected = (history[-20:].mean() for history in histories)
+    assert abs(float(mine - expected)) < 0.02
+    for key, variance in variances[0].items():
+        assert_close(variance, variances[1][key], rtol=0.1, atol=0)
 
 
 # Rounding
@@ -317,6 +354,38 @@ def test_diagonal_sides_are_rows_in_statistics_and_roots():
     }
     gaussian = build(structure, BlockSpec("layer", statistics, 30.0, 2.0))
     assert {value.shape for value in gaussian.state.values()} == {(2, 1, IN), (2, 1, OUT)}
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("kind", ["plain", "stacked", "masked", "words", "part of the columns"])
+@pytest.mark.parametrize("sizes", [(1, None), (None, 1), (1, 1)])
+def test_a_diagonal_side_is_measured_without_its_matrix(sizes, kind, sharing):
+    """And is the diagonal of it, with the same counts: masks, pooling and shares of the columns included."""
+    plain = dense_rows(2, (), 10, 3, in_=IN, out=OUT)
+    rows = {
+        "plain": plain,
+        "stacked": dense_rows(2, (2,), 10, 3, in_=IN, out=OUT),
+        "masked": replace(plain, mask=randn(10, 3, seed=5) > 0),
+        "words": Rows(words(10, 2, 2, size=IN), randn(2, 10, 2, OUT, seed=1)),
+        "part of the columns": replace(plain, share=0.5),
+    }[kind]
+    structure = StructuredInverseFreeStructure(sharing=sharing, input_block=sizes[0], output_block=sizes[1])
+    measured, whole = structure.measure(rows), InverseFreeStructure(sharing=sharing).measure(rows)
+    assert dict(measured.counts) == dict(whole.counts)
+    for (name, value), size in zip(measured.sums.items(), sizes, strict=True):
+        expected = whole.sums[name]
+        if size == 1 and expected.shape[-2] != 1:
+            expected = expected.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+        assert_close(value, expected, **CLOSE)
+
+
+def test_a_diagonal_side_may_be_wider_than_any_matrix():
+    """Of 200,000 features the matrix would take 320 GB."""
+    rows = Rows(randn(3, 1, 200_000, seed=0), randn(1, 3, 1, 2, seed=1))
+    structure = StructuredInverseFreeStructure(input_block=1, output_block=None)
+    gaussian = build(structure, BlockSpec("layer", structure.measure(rows), 30.0, 2.0))
+    again = build(structure, BlockSpec("layer", structure.measure(rows), 30.0, 2.0, gaussian))
+    assert_close(again.marginal_variance(), gaussian.marginal_variance(), **CLOSE)
 
 
 def test_one_block_is_the_whole():
