@@ -106,9 +106,7 @@ class _Pair:
     def sweep(self) -> _Pair:
         """A step of each root, given the other."""
         A, G = _semidefinite(self.A, self.K), _semidefinite(self.G, self.C)
-        # of the two scales only the product means something: one is kept, so that neither runs away
-        of_norm_one = self.K / torch.linalg.matrix_norm(self.K, keepdim=True)
-        C, away_C = _step(self.C, G, *self.split(G, A, of_norm_one, self.gamma))
+        C, away_C = _step(self.C, G, *self.split(G, A, self.K, self.gamma))
         K, away_K = _step(self.K, A, *self.split(A, G, C, self.gamma))
         return replace(self, C=C, K=K, away=torch.maximum(away_C, away_K))
 
@@ -198,11 +196,11 @@ def _identity(like: Tensor) -> Tensor:
 
 
 def _earlier_roots(block: WhiteBlock) -> tuple[Tensor, Tensor] | None:
-    """The roots ``C`` and ``K`` of an earlier Gaussian in white coordinates, where there is one of this form."""
+    """The roots ``C`` and ``K`` of an earlier Gaussian of this form in white coordinates, but for their scale."""
     earlier = block.spec.previous
     if not isinstance(earlier, MatrixNormalGaussian):
         return None
-    C = linalg.quotient(block.row_root, earlier.scale_tril_row) * block.spec.data_scale**0.5
+    C = linalg.quotient(block.row_root, earlier.scale_tril_row)
     K = linalg.quotient(block.column_root, earlier.scale_tril_column)
     return (C, K) if (C.shape, K.shape) == (block.G.shape, block.A.shape) else None
 
