@@ -82,6 +82,13 @@ def left_solve(factor: Tensor, value: Tensor, *, transposed: bool = False) -> Te
     return torch.linalg.solve_triangular(factor, value, upper=False)
 
 
+def quotient(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``L⁻¹ F`` for two factors, ``L`` lower triangular; diagonal where both are."""
+    if is_diagonal(left) and is_diagonal(right):
+        return right / left
+    return left_solve(left, dense(right))
+
+
 def diagonal(factor: Tensor) -> Tensor:
     """Return the diagonal of each factor of a stack, ``[..., n]``."""
     return factor.squeeze(-2) if is_diagonal(factor) else factor.diagonal(dim1=-2, dim2=-1)

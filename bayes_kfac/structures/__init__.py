@@ -20,7 +20,13 @@ from bayes_kfac.structures.dense import DenseGaussian, DenseStructure
 from bayes_kfac.structures.diagonal import DiagonalGaussian, DiagonalStructure
 from bayes_kfac.structures.ekfac import EKFACStructure, TEKFACStructure
 from bayes_kfac.structures.foof import FOOFStructure
+from bayes_kfac.structures.inverse_free import (
+    InverseFreeKFACStructure,
+    InverseFreeStructure,
+    StructuredInverseFreeStructure,
+)
 from bayes_kfac.structures.joint import JointGaussian, build, correlation, measure
+from bayes_kfac.structures.kbfgs import KBFGSStructure
 from bayes_kfac.structures.kpsvd import (
     KFACCorrectedStructure,
     KPSVDDeflationStructure,
@@ -31,6 +37,7 @@ from bayes_kfac.structures.kron import KroneckerStructure
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
 from bayes_kfac.structures.link import Link
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
+from bayes_kfac.structures.psgd import PSGDStructure
 from bayes_kfac.structures.rnn_chain import EndlessChainStructure, SymmetricChainStructure
 from bayes_kfac.structures.tkfac import TKFACStructure
 from bayes_kfac.structures.tridiagonal import TridiagonalStructure
@@ -52,7 +59,10 @@ __all__ = [
     "EndlessChainStructure",
     "FOOFStructure",
     "Information",
+    "InverseFreeKFACStructure",
+    "InverseFreeStructure",
     "JointGaussian",
+    "KBFGSStructure",
     "KFACCorrectedStructure",
     "KPSVDDeflationStructure",
     "KPSVDLanczosStructure",
@@ -61,8 +71,10 @@ __all__ = [
     "KroneckerStructure",
     "Link",
     "MatrixNormalGaussian",
+    "PSGDStructure",
     "Prior",
     "Structure",
+    "StructuredInverseFreeStructure",
     "SymmetricChainStructure",
     "TEKFACStructure",
     "TKFACStructure",

@@ -122,12 +122,15 @@ def _factored(blocks: Sequence[WhiteBlock]) -> list[MatrixNormalGaussian]:
 
 
 def _factored_roots(blocks: Sequence[WhiteBlock]) -> tuple[list[Tensor], list[Tensor]]:
-    rows, columns = [], []
-    for block in blocks:
-        pi, A, G = _pi(block.A, block.G)
-        rows.append(linalg.add_to_diagonal(G, block.gamma.sqrt() / pi))
-        columns.append(linalg.add_to_diagonal(A, block.gamma.sqrt() * pi))
+    rows, columns = zip(*map(factored_sides, blocks), strict=True) if blocks else ((), ())
     return _inverse_roots(rows, blocks), _inverse_roots(columns, blocks)
+
+
+def factored_sides(block: WhiteBlock) -> tuple[Tensor, Tensor]:
+    """The damped factors ``G + √γ/π I`` and ``A + π√γ I`` of a block, in white coordinates."""
+    pi, A, G = _pi(block.A, block.G)
+    root = block.gamma.sqrt()
+    return linalg.add_to_diagonal(G, root / pi), linalg.add_to_diagonal(A, root * pi)
 
 
 def _optimal(blocks: Sequence[WhiteBlock]) -> list[MatrixNormalGaussian]:
