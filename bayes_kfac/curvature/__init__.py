@@ -8,6 +8,7 @@ from bayes_kfac.curvature.modules import CompositeAdapter, ModuleAdapter, regist
 from bayes_kfac.curvature.pullback import COPIES, PullBack
 from bayes_kfac.curvature.recorder import Recorder
 from bayes_kfac.curvature.rows import Rows, SparseRows
+from bayes_kfac.curvature.sketches import Columns, FrequentDirections, LatestColumns, LeadingColumns, principal
 from bayes_kfac.curvature.statistics import NO_FRAME, SHARING_KINDS, Frame, Statistics, added, kronecker_factors
 from bayes_kfac.curvature.summary import Summary, SummaryRow, summarize
 
@@ -17,9 +18,13 @@ __all__ = [
     "NO_FRAME",
     "OTHERS",
     "SHARING_KINDS",
+    "Columns",
     "CompositeAdapter",
     "Frame",
+    "FrequentDirections",
+    "LatestColumns",
     "Layer",
+    "LeadingColumns",
     "Meter",
     "ModuleAdapter",
     "PullBack",
@@ -35,6 +40,7 @@ __all__ = [
     "find_layers",
     "kronecker_factors",
     "output_gradients",
+    "principal",
     "register",
     "register_like",
     "summarize",

@@ -5,7 +5,8 @@ exponential moving average is the same recursion on both, so that it is debiased
 average is the batch's. Sums are in float32 whatever the model's dtype (float64 where the model is).
 
 Some sums are taken in coordinates that come from earlier statistics, such as the eigenvectors of Kronecker factors.
-These coordinates are the statistics' frame; sums add where they are of one frame.
+These coordinates are the statistics' frame; sums add where they are of one frame. Sums of outer products that are too
+large to be written out are kept as their columns.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bayes_kfac.curvature.rows import Rows, SparseRows
+from bayes_kfac.curvature.sketches import Columns
 
 SHARING_KINDS = ("expand", "reduce")
 
@@ -32,23 +34,30 @@ class Statistics:
 
     Attributes:
         sums: Tensors by name.
-        counts: How many terms each sum has, by the same names.
+        counts: How many terms each sum has, by the same names, and those of ``columns``.
         frame: What the sums were taken in, tensors by name; empty for coordinates as they are.
+        columns: Sums of outer products as their columns, by names of their own.
     """
 
     sums: Mapping[str, Tensor]
     counts: Mapping[str, float]
     frame: Frame = field(default_factory=dict)
+    columns: Mapping[str, Columns] = field(default_factory=dict)
 
     def mean(self, name: str) -> Tensor:
         """The average of one statistic; zero where nothing was counted."""
         return self.sums[name] / (self.counts[name] or 1.0)
+
+    def mean_columns(self, name: str) -> Columns:
+        """The average of one sum of outer products; zero where nothing was counted."""
+        return self.columns[name] * (1 / (self.counts[name] or 1.0))
 
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics(
             {name: value + other.sums[name] for name, value in self.sums.items()},
             {name: value + other.counts[name] for name, value in self.counts.items()},
             self.frame,
+            {name: value + other.columns[name] for name, value in self.columns.items()},
         )
 
     def __mul__(self, factor: float) -> Statistics:
@@ -56,6 +65,7 @@ class Statistics:
             {name: value * factor for name, value in self.sums.items()},
             {name: value * factor for name, value in self.counts.items()},
             self.frame,
+            {name: value * factor for name, value in self.columns.items()},
         )
 
     def moving_average(self, batch: Statistics, decay: float) -> Statistics:
@@ -68,6 +78,7 @@ class Statistics:
             {name: function(value) for name, value in self.sums.items()},
             self.counts,
             {name: function(value) for name, value in self.frame.items()},
+            {name: value.map(function) for name, value in self.columns.items()},
         )
 
     def lean(self, other: Statistics, weight: float) -> Statistics:
@@ -76,11 +87,21 @@ class Statistics:
             name: value * (1 - weight) + other.mean(name) * (weight * self.counts[name])
             for name, value in self.sums.items()
         }
-        return Statistics(sums, self.counts, self.frame)
+        columns = {
+            name: value * (1 - weight) + other.mean_columns(name) * (weight * self.counts[name])
+            for name, value in self.columns.items()
+        }
+        return Statistics(sums, self.counts, self.frame, columns)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors of its sums."""
+        return [*self.sums.values(), *(tensor for own in self.columns.values() for tensor in own.tensors.values())]
 
     def non_finite(self) -> list[str]:
         """The names of the sums that hold NaN or infinity."""
-        return [name for name, value in self.sums.items() if not bool(torch.isfinite(value).all())]
+        spoiled = [name for name, value in self.sums.items() if not bool(torch.isfinite(value).all())]
+        return spoiled + [name for name, value in self.columns.items() if not value.is_finite()]
 
 
 def added(total: Mapping[str, Statistics], more: Mapping[str, Statistics]) -> dict[str, Statistics]:

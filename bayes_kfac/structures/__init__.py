@@ -20,6 +20,8 @@ from bayes_kfac.structures.dense import DenseGaussian, DenseStructure
 from bayes_kfac.structures.diagonal import DiagonalGaussian, DiagonalStructure
 from bayes_kfac.structures.kron import KroneckerStructure
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
+from bayes_kfac.structures.low_rank import MFacStructure, SlangStructure, SmwStructure, TongaStructure
+from bayes_kfac.structures.low_rank_gaussian import LowRankGaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
 from bayes_kfac.structures.whitened import Whitened
 
@@ -35,9 +37,14 @@ __all__ = [
     "Information",
     "KroneckerEigenGaussian",
     "KroneckerStructure",
+    "LowRankGaussian",
+    "MFacStructure",
     "MatrixNormalGaussian",
     "Prior",
+    "SlangStructure",
+    "SmwStructure",
     "Structure",
+    "TongaStructure",
     "Whitened",
     "available",
     "build",

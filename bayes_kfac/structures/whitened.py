@@ -104,7 +104,7 @@ class WhitenedRows(Whitened):
         if self._prefers_kernel(self._columns**2):
             left = self._by_kernel()
             return torch.einsum("c...nuo,d...nuo->ncd", left, self.gradients.expand_as(left))
-        parts = (part.jacobians() for part in self._parts())
+        parts = (part.jacobians() for part in self.parts())
         return torch.cat([jacobians @ jacobians.mT for jacobians in parts])
 
     def variance(self) -> Tensor:  # noqa: D102
@@ -120,7 +120,7 @@ class WhitenedRows(Whitened):
             return torch.einsum("c...no,...no->nc", squares, scale)
         if self._prefers_kernel(self._columns):
             return torch.einsum("c...nuo,c...nuo->nc", self._by_kernel(), self.gradients)
-        return torch.cat([part.jacobians().square().sum(-1) for part in self._parts()])
+        return torch.cat([part.jacobians().square().sum(-1) for part in self.parts()])
 
     def between(self, other: Whitened) -> Tensor:  # noqa: D102
         assert isinstance(other, WhitenedRows)
@@ -132,8 +132,8 @@ class WhitenedRows(Whitened):
             return torch.cat([part._between_by_pairs(other) for part in self._pieces(size)])
         return torch.cat(
             [
-                torch.cat([torch.einsum("nck,mdk->nmcd", mine, theirs.jacobians()) for theirs in other._parts()], dim=1)
-                for mine in (part.jacobians() for part in self._parts())
+                torch.cat([torch.einsum("nck,mdk->nmcd", mine, theirs.jacobians()) for theirs in other.parts()], dim=1)
+                for mine in (part.jacobians() for part in self.parts())
             ]
         )
 
@@ -208,7 +208,7 @@ class WhitenedRows(Whitened):
         kernel = words.gram(self.weights.new_ones(words.size))
         return self.weights.mT[indices.squeeze(-1)], kernel, self.gradients.repeat_interleave(count, dim=-2)
 
-    def _parts(self) -> Iterator[WhitenedRows]:
+    def parts(self) -> Iterator[WhitenedRows]:
         """The same in pieces of the batch whose Jacobians are of bounded size."""
         return self._pieces(self._columns * self.gradients.shape[-1] * self.inputs.shape[-1])
 
