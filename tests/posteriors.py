@@ -21,6 +21,7 @@ from tests.helpers import in_block, parameter_jacobians, randn
 
 __all__ = [
     "DAMPING_KINDS",
+    "ESTIMATES",
     "FAMILIES",
     "FAMILY_NAMES",
     "STRUCTURES",
@@ -42,8 +43,13 @@ FAMILIES = [
     ("kron", "exact"),
     ("kron", "factored"),
     ("kron", "optimal"),
+    ("smw", "exact"),
 ]
 FAMILY_NAMES = sorted({name for name, _ in FAMILIES})
+
+#: Structures that have one column for a whole batch: of parts of it there is another estimate, and only what it
+#: estimates adds up.
+ESTIMATES = {"mfac"}
 
 #: Every structure with every damping that makes a difference to it.
 STRUCTURES = sorted(

@@ -110,12 +110,13 @@ class TongaStructure(LowRankStructure):
         formula="F ≈ U Uᵀ, the leading eigenvectors of E[vec J vec Jᵀ]",
         captures="The directions that the data determine best, with all their correlations within a layer; of all "
         "others nothing: there the posterior is the prior.",
-        use="Where few directions matter, in layers whose sides are too large for Kronecker factors.",
+        use="Natural gradients where few directions matter. As a posterior mind the rank: directions that are left out "
+        "have the prior's variance, and the evidence is for broader priors than the data are.",
         cost="Statistics (n + k)² in·out; refresh k² in·out; a sample or a solve k in·out; memory k in·out.",
         source="Le Roux, Manzagol & Bengio 2007 (TONGA).",
     )
 
-    def __init__(self, rank: int = 16, *, damping: str = "exact", sharing: str = "expand") -> None:
+    def __init__(self, rank: int = 32, *, damping: str = "exact", sharing: str = "expand") -> None:
         super().__init__(check_count("rank", rank), damping=damping, sharing=sharing)
 
     @property
@@ -149,6 +150,9 @@ class SlangStructure(TongaStructure):
         cost="Statistics (n + k)² in·out; refresh k² in·out; a sample or a solve k in·out; memory k in·out.",
         source="Mishkin, Kunstner, Nielsen, Schmidt & Khan 2018 (SLANG).",
     )
+
+    def __init__(self, rank: int = 16, *, damping: str = "exact", sharing: str = "expand") -> None:
+        super().__init__(rank, damping=damping, sharing=sharing)
 
     def _statistics(self, jacobians: Tensor, num_examples: float) -> Statistics:
         leading = super()._statistics(jacobians, num_examples)
@@ -245,7 +249,8 @@ class MFacStructure(WindowStructure):
     card = Card(
         formula="F ≈ Σ_b c_b c_bᵀ / Σ_b n_b over the latest batches, c_b the sum of a batch's n_b gradients",
         captures="An estimate without bias of everything within a block, from as many numbers as there are batches.",
-        use="Where not even single examples' gradients of a few batches can be kept; for natural gradients above all.",
+        use="Natural gradients in few columns for many examples. A posterior takes many batches: where no column is, "
+        "it is the prior.",
         cost="Statistics n in·out; refresh k² in·out; a sample or a solve k in·out; memory k in·out.",
         source="Frantar, Kurtic & Alistarh 2021 (M-FAC).",
     )

@@ -178,6 +178,8 @@ def by_layer(values: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> dict[
 
 def dense_fisher(statistics: Statistics) -> Tensor:
     """One example's Fisher of a block as statistics say it, ``[*blocks, out·in, out·in]``."""
+    if "fisher" in statistics.columns:
+        return statistics.mean_columns("fisher").to_dense()
     means = {name: statistics.mean(name) for name in statistics.sums}
     if "fisher" in means:
         fisher = means["fisher"]

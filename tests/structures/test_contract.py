@@ -19,13 +19,11 @@ from bayes_kfac.curvature import SHARING_KINDS, Rows, Statistics
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.structures import BlockGaussian, BlockSpec, Structure, gaussian_from_state, standard_normal
 from tests.helpers import TIGHT, matrices, randn, rng
-from tests.posteriors import STRUCTURES, surveyed
+from tests.posteriors import ESTIMATES, STRUCTURES, surveyed
 from tests.random_rows import dense_rows, tied_rows, words, written_out
 
 #: An iteration ends when all blocks of a call have converged, so that company changes a block by its tolerance.
 COMPANY = {"optimal": {"rtol": 1e-5, "atol": 1e-5}}
-#: A column stands for a whole batch, so that of parts of it there is another estimate: only what it estimates adds up.
-ESTIMATES = {"mfac"}
 BLOCKS = [(), (2,)]
 OUT, IN = 3, 4
 DATA_SCALE, PRIOR_PRECISION = 20.0, 0.7
