@@ -146,7 +146,7 @@ class SlangStructure(TongaStructure):
     card = Card(
         formula="F ≈ U Uᵀ + diag(E[J ∘ J] − diag(U Uᵀ))",
         captures="The size of each weight's gradient, and correlations along the leading eigenvectors.",
-        use="In the place of the diagonal where correlations matter: never further from the Fisher than either part.",
+        use="In the place of the diagonal where correlations matter.",
         cost="Statistics (n + k)² in·out; refresh k² in·out; a sample or a solve k in·out; memory k in·out.",
         source="Mishkin, Kunstner, Nielsen, Schmidt & Khan 2018 (SLANG).",
     )
