@@ -43,6 +43,7 @@ FAMILIES = [
     ("kron", "exact"),
     ("kron", "factored"),
     ("kron", "optimal"),
+    ("sketchy", "exact"),
     ("smw", "exact"),
 ]
 FAMILY_NAMES = sorted({name for name, _ in FAMILIES})

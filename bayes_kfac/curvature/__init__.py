@@ -9,7 +9,15 @@ from bayes_kfac.curvature.pullback import COPIES, PullBack
 from bayes_kfac.curvature.recorder import Recorder
 from bayes_kfac.curvature.rows import Rows, SparseRows
 from bayes_kfac.curvature.sketches import Columns, FrequentDirections, LatestColumns, LeadingColumns, principal
-from bayes_kfac.curvature.statistics import NO_FRAME, SHARING_KINDS, Frame, Statistics, added, kronecker_factors
+from bayes_kfac.curvature.statistics import (
+    NO_FRAME,
+    SHARING_KINDS,
+    Frame,
+    Statistics,
+    added,
+    factor_rows,
+    kronecker_factors,
+)
 from bayes_kfac.curvature.summary import Summary, SummaryRow, summarize
 
 __all__ = [
@@ -36,6 +44,7 @@ __all__ = [
     "SummaryRow",
     "added",
     "check_types",
+    "factor_rows",
     "find_covered",
     "find_layers",
     "kronecker_factors",

@@ -137,10 +137,44 @@ def kronecker_factors(rows: Rows, sharing: str) -> Statistics:
     )
 
 
-def _factors(rows: Rows, sharing: str, *, diagonal_gradients: bool) -> Statistics:
+def factor_rows(rows: Rows, sharing: str) -> dict[str, tuple[Tensor, float]]:
+    """The rows whose outer products sum to the Kronecker factors of :func:`kronecker_factors`, and their counts.
+
+    Args:
+        rows: What a batch shows of the layer; sparse inputs are written out.
+        sharing: ``"expand"`` or ``"reduce"``.
+
+    Returns:
+        By the same names ``[*blocks, rows, in]`` or ``[*blocks, rows, out]``, one example's after the other's, with
+        what the sum is to be divided by.
+    """
+    own = _factor_rows(rows, sharing)
+    if rows.transposed is None:
+        return own
+    tied = _factor_rows(replace(rows.transposed, share=rows.share), sharing)
+    return {**own, **{f"transposed_{name}": value for name, value in tied.items()}}
+
+
+def _factor_rows(rows: Rows, sharing: str) -> dict[str, tuple[Tensor, float]]:
+    rows = _as_shared(rows, sharing)
+    inputs = rows.inputs.dense() if isinstance(rows.inputs, SparseRows) else rows.inputs
+    if rows.mask is not None:
+        inputs = inputs * rows.mask.unsqueeze(-1)
+    gradients = rows.gradients.movedim(0, -2)  # [*blocks, batch, shared, columns, out]
+    return {
+        "input": (inputs.flatten(-3, -2) * rows.share**0.5, rows.num_rows),
+        "gradient": (gradients.flatten(-4, -2), rows.num_examples),
+    }
+
+
+def _as_shared(rows: Rows, sharing: str) -> Rows:
+    """The rows of one kind of use in float32 or wider, pooled over positions where ``sharing`` says so."""
     rows = replace(rows, transposed=None).to(torch.promote_types(rows.gradients.dtype, torch.float32))
-    if sharing == "reduce" and rows.inputs.shape[-2] > 1:
-        rows = rows.pooled()
+    return rows.pooled() if sharing == "reduce" and rows.inputs.shape[-2] > 1 else rows
+
+
+def _factors(rows: Rows, sharing: str, *, diagonal_gradients: bool) -> Statistics:
+    rows = _as_shared(rows, sharing)
     inputs, gradients = rows.inputs, rows.gradients
     by_block = gradients.movedim(0, -4) if gradients.shape[0] > 1 else gradients[0]
     by_block = by_block.flatten(len(inputs.shape) - 3, -2)

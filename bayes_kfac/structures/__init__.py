@@ -21,7 +21,9 @@ from bayes_kfac.structures.diagonal import DiagonalGaussian, DiagonalStructure
 from bayes_kfac.structures.kron import KroneckerStructure
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
 from bayes_kfac.structures.low_rank import MFacStructure, SlangStructure, SmwStructure, TongaStructure
+from bayes_kfac.structures.low_rank_factors import SketchyStructure, SkfacStructure
 from bayes_kfac.structures.low_rank_gaussian import LowRankGaussian
+from bayes_kfac.structures.low_rank_kron import LowRankKroneckerGaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
 from bayes_kfac.structures.whitened import Whitened
 
@@ -38,9 +40,12 @@ __all__ = [
     "KroneckerEigenGaussian",
     "KroneckerStructure",
     "LowRankGaussian",
+    "LowRankKroneckerGaussian",
     "MFacStructure",
     "MatrixNormalGaussian",
     "Prior",
+    "SketchyStructure",
+    "SkfacStructure",
     "SlangStructure",
     "SmwStructure",
     "Structure",

@@ -8,8 +8,7 @@ Sherman, Morrison and Woodbury and its like for the root and the determinant.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from bayes_kfac import linalg
 from bayes_kfac.curvature import SparseRows, principal
 from bayes_kfac.structures.base import BlockGaussian, register_gaussian
-from bayes_kfac.structures.whitened import Whitened, WhitenedRows, same_for_all
+from bayes_kfac.structures.whitened import WhitenedByRoot, WhitenedRows, same_for_all
 
 
 @register_gaussian("low_rank")
@@ -79,7 +78,8 @@ class LowRankGaussian(BlockGaussian):
         return self.diagonal.log().sum((-2, -1)) + self.squares.log1p().sum(-1)
 
     def whitened(self, inputs: Tensor | SparseRows, gradients: Tensor) -> WhitenedByRoot:  # noqa: D102
-        return WhitenedByRoot(WhitenedRows(inputs, same_for_all(gradients), self.diagonal.reciprocal()), self)
+        rows = WhitenedRows(inputs, same_for_all(gradients), self.diagonal.reciprocal())
+        return WhitenedByRoot(rows, self.shape, self.root)
 
     def marginal_variance(self) -> Tensor:  # noqa: D102
         weights = (1 / (1 + self.squares))[..., None, None]
@@ -99,43 +99,3 @@ class LowRankGaussian(BlockGaussian):
         """``V + Σ_k weights_k w_k ⟨w_k, V⟩``."""
         products = torch.einsum("...koi,...oi->...k", self.columns, value)
         return value + torch.einsum("...koi,...k->...oi", self.columns, products * weights)
-
-
-@dataclass(frozen=True)
-class WhitenedByRoot(Whitened):
-    """Jacobians whitened one by one, written out in pieces of bounded size.
-
-    Products that are differences of large numbers, as Woodbury's, could come out negative in float32; these cannot.
-
-    Attributes:
-        rows: The rows, whitened by ``D``.
-        gaussian: The Gaussian.
-    """
-
-    rows: WhitenedRows
-    gaussian: LowRankGaussian
-
-    def covariance(self) -> Tensor:  # noqa: D102
-        return torch.cat([jacobians @ jacobians.mT for jacobians in self._parts()])
-
-    def variance(self) -> Tensor:  # noqa: D102
-        return torch.cat([jacobians.square().sum(-1) for jacobians in self._parts()])
-
-    def jacobians(self) -> Tensor:  # noqa: D102
-        return self._rooted(self.rows)
-
-    def between(self, other: Whitened) -> Tensor:  # noqa: D102
-        assert isinstance(other, WhitenedByRoot)
-        return torch.cat(
-            [
-                torch.cat([torch.einsum("nck,mdk->nmcd", mine, theirs) for theirs in other._parts()], dim=1)
-                for mine in self._parts()
-            ]
-        )
-
-    def _parts(self) -> Iterator[Tensor]:
-        return (self._rooted(part) for part in self.rows.parts())
-
-    def _rooted(self, rows: WhitenedRows) -> Tensor:
-        jacobians = rows.jacobians().unflatten(-1, self.gaussian.shape)
-        return self.gaussian.root(jacobians).flatten(2)

@@ -181,6 +181,7 @@ def dense_fisher(statistics: Statistics) -> Tensor:
     if "fisher" in statistics.columns:
         return statistics.mean_columns("fisher").to_dense()
     means = {name: statistics.mean(name) for name in statistics.sums}
+    means |= {name: statistics.mean_columns(name).to_dense() for name in statistics.columns}
     if "fisher" in means:
         fisher = means["fisher"]
         is_diagonal = (

@@ -81,6 +81,7 @@ ALLOWED = {
     "kron": BY_COLUMN | {name for name in PRIORS if name.startswith("matrix normal")},
     "diagonal": BY_COLUMN | {"rows", "weights", "diagonal"},
     "dense": set(PRIORS),
+    "sketchy": {"number", "tensor", "blocks"},
     "smw": BY_COLUMN | {"rows", "weights", "diagonal", "low rank"},
 }
 ROWS: dict[str, Callable[[], Rows]] = {
@@ -120,14 +121,21 @@ def dense_fisher(structure: Structure, statistics: Statistics) -> Tensor:
         return statistics.mean("fisher").flatten(-3, -2)
     if structure.name == "diagonal":
         return torch.diag_embed(statistics.mean("fisher").flatten(-2))
-    A, G = (linalg.dense(statistics.mean(name)) for name in ("input", "gradient"))
+    A, G = (factor(statistics, name) for name in ("input", "gradient"))
     product = dense_kron(G, A)
-    if "transposed_input" not in statistics.sums:
+    if "transposed_input" not in statistics.counts:
         return product
-    H, B = (linalg.dense(statistics.mean(f"transposed_{name}")) for name in ("input", "gradient"))
+    H, B = (factor(statistics, f"transposed_{name}") for name in ("input", "gradient"))
     whole = (product + dense_kron(H, B)).reshape(OUT, IN, OUT, IN)
     left, right = torch.einsum("aibi->ab", whole), torch.einsum("aiaj->ij", whole)
     return torch.kron(left, right) / torch.trace(right)
+
+
+def factor(statistics: Statistics, name: str) -> Tensor:
+    """The average of one factor, written out."""
+    if name in statistics.columns:
+        return statistics.mean_columns(name).to_dense()
+    return linalg.dense(statistics.mean(name))
 
 
 def build(structure: Structure, rows: str, name: str, **changes: object) -> tuple[BlockSpec, BlockGaussian]:
@@ -239,6 +247,8 @@ def test_a_prior_that_cannot_be_added_exactly_is_refused(name, damping, prior):
         ): r"a posterior with damping='factored' or 'optimal', or Posterior\.nearest_matrix_normal\(\) of it",
         ("kron", False): "one precision for each column of a block, or structure='diagonal'",
         ("diagonal", True): "precisions, or a posterior of structure='diagonal'",
+        ("sketchy", True): "one precision for a block",
+        ("sketchy", False): "one precision for a block",
         ("smw", True): "precisions, or a posterior of structure='diagonal' or of a low-rank structure",
     }[name, gaussian]
     message = f"layer 'encoder.3' is {what}, which structure='{name}' cannot add exactly. Allowed: {remedy}"
@@ -291,6 +301,7 @@ def test_a_spectrum_has_an_eigenvalue_for_each_weight(name, damping, prior, rows
 @pytest.mark.parametrize("shape", [(), (IN,), (1, IN)], ids=["one", "columns", "row of columns"])
 def test_the_information_is_differentiable_in_the_priors_precisions(structure, rows, shape):
     """For the evidence: its derivatives are finite differences'."""
+    shape = shape if "columns" in ALLOWED[structure.name] else ()
     statistics = structure.measure(ROWS[rows]())
 
     def evidence(precision: Tensor) -> Tensor:
