@@ -4,8 +4,10 @@
 latest batches themselves, ``ρ = 0``, so that a damped factor is inverted by a matrix of the batch's size. With as many
 columns as a factor has dimensions both are K-FAC itself.
 
-The prior, a multiple of the identity, enters in the three ways of K-FAC: each of them is a function of the eigenvalues
-of the two factors, ``λ_G`` and ``λ_A``, as ``G``, ``A`` and ``I`` commute.
+The prior enters in the three ways of K-FAC, where it is white: each of them is a function of the eigenvalues of the two
+factors, ``λ_G`` and ``λ_A``, as ``G``, ``A`` and ``I`` commute there. So that ``A`` is of its form there too, a prior
+``S`` with a precision for each column takes ``ρ`` along: what a sketch left out, of which no more than the amount is
+known, is ``ρ dim / tr(S) · S``.
 """
 
 from __future__ import annotations
@@ -79,18 +81,20 @@ class LowRankFactorStructure(Structure):
         return Statistics({}, dict.fromkeys(factors, 1.0), columns=factors)
 
     def information(self, spec: BlockSpec) -> Information:  # noqa: D102
-        (block,) = _products([spec])
-        eigenvalues = block.eigenvalues.double() / _number(spec, self.name)
-        return lambda scale: (block.dimensions * torch.log1p(scale * eigenvalues)).sum()
+        A, G, _ = _white_factors(spec, self.name)
+        (values_A, dimensions_A), (values_G, dimensions_G) = _spectrum(A, spec.name), _spectrum(G, spec.name)
+        eigenvalues, dimensions = _outer(values_G, values_A), _outer(dimensions_G, dimensions_A)
+        return lambda scale: (dimensions * torch.log1p(scale * eigenvalues)).sum()
 
     def gaussians(self, specs: Sequence[BlockSpec]) -> list[BlockGaussian]:  # noqa: D102
+        names = [spec.name for spec in specs]
+        white = [_white_factors(spec, self.name) for spec in specs]
+        sides = (_sides([own[side] for own in white], names) for side in range(2))
         return [
             LowRankKroneckerGaussian(
-                block.G.basis,
-                block.A.basis,
-                spec.data_scale * _DAMPED[self.damping](block, _number(spec, self.name) / spec.data_scale),
+                G.basis, A.basis, spec.data_scale * _DAMPED[self.damping](G, A, 1 / spec.data_scale), root
             )
-            for spec, block in zip(specs, _products(specs), strict=True)
+            for spec, A, G, (_, _, root) in zip(specs, *sides, white, strict=True)
         ]
 
 
@@ -162,6 +166,19 @@ class SkfacStructure(LowRankFactorStructure):
 
 
 @dataclass(frozen=True)
+class _Factor:
+    """``Σ_k c_k c_kᵀ + ρ I``.
+
+    Attributes:
+        columns: ``c``, ``[*blocks, k, 1, size]``.
+        floor: ``ρ``, ``[*blocks]``.
+    """
+
+    columns: Tensor
+    floor: Tensor
+
+
+@dataclass(frozen=True)
 class _Side:
     """A factor by its eigenvectors.
 
@@ -178,52 +195,38 @@ class _Side:
         """How many dimensions each eigenvalue has, ``[*blocks, k + 1]``."""
         return multiplicity(self.basis)
 
-    def trace(self) -> Tensor:
-        """The factor's trace, ``[*blocks, 1]``."""
-        return (self.dimensions * self.values).sum(-1, keepdim=True)
+    def mean(self) -> Tensor:
+        """The mean eigenvalue, ``[*blocks, 1]``."""
+        return (self.dimensions * self.values).sum(-1, keepdim=True) / self.basis.shape[-1]
 
 
-@dataclass(frozen=True)
-class _Product:
-    """``G ⊗ A``."""
-
-    G: _Side
-    A: _Side
-
-    @property
-    def eigenvalues(self) -> Tensor:
-        """``λ_G λ_A``, ``[*blocks, k_G + 1, k_A + 1]``."""
-        return _outer(self.G.values, self.A.values)
-
-    @property
-    def dimensions(self) -> Tensor:
-        """How many dimensions each of them has."""
-        return _outer(self.G.dimensions, self.A.dimensions)
+def _white_factors(spec: BlockSpec, structure: str) -> tuple[_Factor, _Factor, Tensor]:
+    """The factors ``A`` and ``G`` where the prior is white, and a root of the prior's covariance ``[*blocks, 1, in]``."""
+    A, G = _factors(spec.statistics)
+    precision = _by_column(spec, structure, A.columns)
+    # a floor where the prior is white, of the trace that it has where it is not
+    floor = A.floor * A.columns.shape[-1] / precision.sum((-2, -1))
+    root = precision.rsqrt()
+    return _Factor(A.columns * root.unsqueeze(-3), floor), G, root
 
 
-def _products(specs: Sequence[BlockSpec]) -> list[_Product]:
-    """The factors of blocks, in one call for those of equal shape."""
-    names = [spec.name for spec in specs]
-    factors = [_factors(spec.statistics) for spec in specs]
-    A, G = (_sides([pair[side] for pair in factors], names) for side in range(2))
-    return [_Product(own, other) for own, other in zip(G, A, strict=True)]
+def _by_column(spec: BlockSpec, structure: str, like: Tensor) -> Tensor:
+    """The prior's precision of each column of the block, ``[*blocks, 1, in]``."""
+    prior = spec.prior
+    if isinstance(prior, BlockGaussian):
+        raise spec.refuse_prior(structure, "one precision for each column of a block")
+    precision = torch.as_tensor(prior, dtype=like.dtype, device=like.device)
+    if precision.ndim > 1 and not bool((precision == precision[..., :1, :]).all()):
+        raise spec.refuse_prior(structure, "one precision for each column of a block, or structure='diagonal'")
+    by_column = precision[..., :1, :] if precision.ndim > 1 else precision
+    return by_column.expand(*like.shape[:-3], 1, like.shape[-1])
 
 
-def _sides(factors: Sequence[tuple[Tensor, Tensor]], names: Sequence[str]) -> list[_Side]:
-    """Factors of columns and floors by their eigenvectors."""
-    found = linalg.map_by_shape(_orthonormal, [columns for columns, _ in factors], names)
-    floors = [floor.unsqueeze(-1) for _, floor in factors]
-    return [
-        _Side(basis, torch.cat([squares + floor, floor], dim=-1))
-        for (squares, basis), floor in zip(found, floors, strict=True)
-    ]
-
-
-def _factors(statistics: Statistics) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The columns ``[*blocks, k, 1, size]`` and floors of the input and of the gradient factor."""
+def _factors(statistics: Statistics) -> tuple[_Factor, _Factor]:
+    """The input and the gradient factor."""
     A, G = statistics.mean_columns("input"), statistics.mean_columns("gradient")
     if "transposed_input" not in statistics.columns:
-        return (A.columns, A.floor), (G.columns, G.floor)
+        return _Factor(A.columns, A.floor), _Factor(G.columns, G.floor)
     # one product for the sum of two: that of its partial traces, over its trace, as K-FAC takes it
     B, H = statistics.mean_columns("transposed_gradient"), statistics.mean_columns("transposed_input")
     total = A.trace() * G.trace() + B.trace() * H.trace()
@@ -234,9 +237,30 @@ def _factors(statistics: Statistics) -> tuple[tuple[Tensor, Tensor], tuple[Tenso
     )
 
 
-def _weighted_sum(*parts: tuple[Columns, Tensor]) -> tuple[Tensor, Tensor]:
+def _weighted_sum(*parts: tuple[Columns, Tensor]) -> _Factor:
     columns = torch.cat([own.columns * weight.sqrt()[..., None, None, None] for own, weight in parts], dim=-3)
-    return columns, torch.stack([own.floor * weight for own, weight in parts]).sum(0)
+    return _Factor(columns, torch.stack([own.floor * weight for own, weight in parts]).sum(0))
+
+
+def _spectrum(factor: _Factor, name: str) -> tuple[Tensor, Tensor]:
+    """The eigenvalues of a factor and how many dimensions each has, in float64; differentiable, as they alone are."""
+    columns = factor.columns.double().flatten(-2)
+    count, size = columns.shape[-2:]
+    squares, _ = linalg.eigh(columns @ columns.mT if count <= size else columns.mT @ columns, [name])
+    floor = factor.floor.double().unsqueeze(-1)
+    dimensions = squares.new_ones(squares.shape[-1] + 1)
+    dimensions[-1] = size - squares.shape[-1]
+    return torch.cat([squares + floor, floor], dim=-1), dimensions
+
+
+def _sides(factors: Sequence[_Factor], names: Sequence[str]) -> list[_Side]:
+    """Factors by their eigenvectors, in one call for those of equal shape."""
+    found = linalg.map_by_shape(_orthonormal, [factor.columns for factor in factors], names)
+    floors = [factor.floor.unsqueeze(-1) for factor in factors]
+    return [
+        _Side(basis, torch.cat([squares + floor, floor], dim=-1))
+        for (squares, basis), floor in zip(found, floors, strict=True)
+    ]
 
 
 def _orthonormal(columns: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -250,45 +274,33 @@ def _orthonormal(columns: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]
     return (squares * counts).to(columns), basis.to(columns)
 
 
-def _number(spec: BlockSpec, structure: str) -> Tensor:
-    """The prior's precision, of each block ``[*blocks, 1, 1]`` or of all."""
-    like = spec.statistics.columns["input"].values
-    if isinstance(spec.prior, BlockGaussian):
-        raise spec.refuse_prior(structure, "one precision for a block")
-    precision = torch.as_tensor(spec.prior, dtype=like.dtype, device=like.device)
-    if precision.shape[-2:].numel() > 1:
-        raise spec.refuse_prior(structure, "one precision for a block")
-    return precision if precision.ndim > 1 else precision.reshape(1, 1)
-
-
-def _exact(block: _Product, gamma: Tensor) -> Tensor:
+def _exact(G: _Side, A: _Side, gamma: float) -> Tensor:
     """``λ_G λ_A + γ``."""
-    return block.eigenvalues + gamma
+    return _outer(G.values, A.values) + gamma
 
 
-def _factored(block: _Product, gamma: Tensor) -> Tensor:
+def _factored(G: _Side, A: _Side, gamma: float) -> Tensor:
     """``(λ_G + √γ / π) (λ_A + π √γ)`` with ``π`` the root of the ratio of the mean eigenvalues of ``A`` and ``G``."""
-    mean_A, mean_G = block.A.trace() / block.A.basis.shape[-1], block.G.trace() / block.G.basis.shape[-1]
+    mean_A, mean_G = A.mean(), G.mean()
     alive = (mean_A > 0) & (mean_G > 0)  # with one factor at zero the Fisher is too
     pi = torch.where(alive, (mean_A / mean_G).sqrt(), torch.ones_like(mean_A))
-    root = gamma.squeeze(-1).sqrt()
-    return _outer(block.G.values * alive + root / pi, block.A.values * alive + root * pi)
+    return _outer(G.values * alive + gamma**0.5 / pi, A.values * alive + gamma**0.5 * pi)
 
 
-def _optimal(block: _Product, gamma: Tensor) -> Tensor:
+def _optimal(G: _Side, A: _Side, gamma: float) -> Tensor:
     """The inverse of ``u vᵀ``, the matrix normal nearest to ``λ_G λ_A + γ`` in ``KL(q ‖ p)``: see K-FAC's damping."""
-    target = (block.eigenvalues + gamma).double()
-    rows, columns = (side.dimensions.double().unsqueeze(-1) for side in (block.G, block.A))
+    target = _exact(G, A, gamma).double()
+    rows, columns = (side.dimensions.double().unsqueeze(-1) for side in (G, A))
     v = torch.ones_like(columns)
     for _ in range(SWEEPS):
         u = columns.sum(-2, keepdim=True) / (target @ (columns * v))
         before, v = v, rows.sum(-2, keepdim=True) / (target.mT @ (rows * u))
         if bool(((v - before).abs() <= TOLERANCE * v).all()):
             break
-    return (1 / (u * v.mT)).to(block.G.values)
+    return (1 / (u * v.mT)).to(G.values)
 
 
-_DAMPED: dict[str, Callable[[_Product, Tensor], Tensor]] = {
+_DAMPED: dict[str, Callable[[_Side, _Side, float], Tensor]] = {
     "factored": _factored,
     "optimal": _optimal,
     "exact": _exact,

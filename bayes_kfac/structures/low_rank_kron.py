@@ -24,36 +24,46 @@ class LowRankKroneckerGaussian(BlockGaussian):
         basis_row: ``Q_G``, orthonormal rows ``[*blocks, k_G, out]``; rows of zeros are none.
         basis_column: ``Q_A``, orthonormal rows ``[*blocks, k_A, in]``; rows of zeros are none.
         precision: ``Λ``, ``[*blocks, k_G + 1, k_A + 1]``, positive; that of the rests last.
+        scale_column: The size of the coordinates on the input side in which all this is so, ``[*blocks, 1, in]``; ones
+            by default.
     """
 
-    def __init__(self, basis_row: Tensor, basis_column: Tensor, precision: Tensor) -> None:
+    def __init__(
+        self, basis_row: Tensor, basis_column: Tensor, precision: Tensor, scale_column: Tensor | None = None
+    ) -> None:
         self.basis_row = basis_row
         self.basis_column = basis_column
         self.precision = precision
+        self.scale_column = (
+            basis_column.new_ones(*basis_column.shape[:-2], 1, basis_column.shape[-1])
+            if scale_column is None
+            else scale_column
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:  # noqa: D102
         return (*self.precision.shape[:-2], self.basis_row.shape[-1], self.basis_column.shape[-1])
 
     def sample(self, noise: Tensor) -> Tensor:  # noqa: D102
-        return self._scaled(noise, self.precision.rsqrt())
+        return self._scaled(noise, self.precision.rsqrt()) * self.scale_column
 
     def whiten(self, value: Tensor) -> Tensor:  # noqa: D102
-        return self._scaled(value, self.precision.rsqrt())
+        return self._scaled(value * self.scale_column, self.precision.rsqrt())
 
     def multiply(self, value: Tensor) -> Tensor:  # noqa: D102
-        return self._scaled(value, self.precision)
+        return self._scaled(value / self.scale_column, self.precision) / self.scale_column
 
     def logdet(self) -> Tensor:  # noqa: D102
         rows, columns = multiplicity(self.basis_row), multiplicity(self.basis_column)
-        return (rows.unsqueeze(-1) * columns.unsqueeze(-2) * self.precision.log()).sum((-2, -1))
+        white = (rows.unsqueeze(-1) * columns.unsqueeze(-2) * self.precision.log()).sum((-2, -1))
+        return white - 2 * self.shape[-2] * self.scale_column.log().sum((-2, -1))
 
     def whitened(self, inputs: Tensor | SparseRows, gradients: Tensor) -> WhitenedByRoot:  # noqa: D102
         return WhitenedByRoot(WhitenedRows(inputs, same_for_all(gradients)), self.shape, self.whiten)
 
     def marginal_variance(self) -> Tensor:  # noqa: D102
         row, column = _shares(self.basis_row), _shares(self.basis_column)
-        return row.mT @ self.precision.reciprocal() @ column
+        return row.mT @ self.precision.reciprocal() @ column * self.scale_column.square()
 
     def to_dense(self) -> Tensor:  # noqa: D102
         size = self.shape[-2] * self.shape[-1]
@@ -63,7 +73,12 @@ class LowRankKroneckerGaussian(BlockGaussian):
 
     @property
     def state(self) -> dict[str, Tensor]:  # noqa: D102
-        return {"basis_row": self.basis_row, "basis_column": self.basis_column, "precision": self.precision}
+        return {
+            "basis_row": self.basis_row,
+            "basis_column": self.basis_column,
+            "precision": self.precision,
+            "scale_column": self.scale_column,
+        }
 
     def _scaled(self, value: Tensor, scale: Tensor) -> Tensor:
         """Each part of a value times its own factor of ``[*blocks, k_G + 1, k_A + 1]``."""

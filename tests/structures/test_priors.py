@@ -81,7 +81,7 @@ ALLOWED = {
     "kron": BY_COLUMN | {name for name in PRIORS if name.startswith("matrix normal")},
     "diagonal": BY_COLUMN | {"rows", "weights", "diagonal"},
     "dense": set(PRIORS),
-    "sketchy": {"number", "tensor", "blocks"},
+    "sketchy": BY_COLUMN,
     "smw": BY_COLUMN | {"rows", "weights", "diagonal", "low rank"},
 }
 ROWS: dict[str, Callable[[], Rows]] = {
@@ -247,8 +247,8 @@ def test_a_prior_that_cannot_be_added_exactly_is_refused(name, damping, prior):
         ): r"a posterior with damping='factored' or 'optimal', or Posterior\.nearest_matrix_normal\(\) of it",
         ("kron", False): "one precision for each column of a block, or structure='diagonal'",
         ("diagonal", True): "precisions, or a posterior of structure='diagonal'",
-        ("sketchy", True): "one precision for a block",
-        ("sketchy", False): "one precision for a block",
+        ("sketchy", True): "one precision for each column of a block",
+        ("sketchy", False): "one precision for each column of a block, or structure='diagonal'",
         ("smw", True): "precisions, or a posterior of structure='diagonal' or of a low-rank structure",
     }[name, gaussian]
     message = f"layer 'encoder.3' is {what}, which structure='{name}' cannot add exactly. Allowed: {remedy}"
@@ -301,7 +301,6 @@ def test_a_spectrum_has_an_eigenvalue_for_each_weight(name, damping, prior, rows
 @pytest.mark.parametrize("shape", [(), (IN,), (1, IN)], ids=["one", "columns", "row of columns"])
 def test_the_information_is_differentiable_in_the_priors_precisions(structure, rows, shape):
     """For the evidence: its derivatives are finite differences'."""
-    shape = shape if "columns" in ALLOWED[structure.name] else ()
     statistics = structure.measure(ROWS[rows]())
 
     def evidence(precision: Tensor) -> Tensor:
