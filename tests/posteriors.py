@@ -20,6 +20,7 @@ from bayes_kfac.structures import DAMPING_KINDS, BlockSpec, Structure
 from tests.helpers import in_block, parameter_jacobians, randn
 
 __all__ = [
+    "BY_COLUMN",
     "DAMPING_KINDS",
     "ESTIMATES",
     "FAMILIES",
@@ -51,6 +52,9 @@ FAMILY_NAMES = sorted({name for name, _ in FAMILIES})
 #: Structures that have one column for a whole batch: of parts of it there is another estimate, and only what it
 #: estimates adds up.
 ESTIMATES = {"mfac"}
+
+#: Families that take a precision for each column of a block, and not for each weight.
+BY_COLUMN = {"kron", "sketchy"}
 
 #: Every structure with every damping that makes a difference to it.
 STRUCTURES = sorted(

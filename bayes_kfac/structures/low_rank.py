@@ -4,8 +4,8 @@
 ``smw``: the gradients of single examples. ``mfac``: gradients of whole batches, in a sliding window.
 
 In the papers of ``slang`` and ``mfac`` the columns are of all weights together; here, as everywhere in this library,
-each layer has its own. The columns come from each example's own Jacobian, so that every kind of block is treated
-alike, and the prior enters exactly, whatever ``damping`` says.
+each layer has its own. The columns come from each example's own Jacobian, and the prior enters exactly, whatever
+``damping`` says.
 """
 
 from __future__ import annotations
@@ -37,9 +37,6 @@ class LowRankStructure(Structure):
         super().__init__(damping=damping, sharing=sharing)
         self.damping = "exact"
         self.limit = limit
-
-    def for_block(self, own: str | None) -> Structure:  # noqa: D102
-        return self
 
     def measure(self, rows: Rows, frame: Frame = NO_FRAME) -> Statistics:  # noqa: D102
         jacobians = rows.to(torch.promote_types(rows.gradients.dtype, torch.float32)).jacobians()
@@ -237,8 +234,8 @@ class MFacStructure(WindowStructure):
 
     A column is the sum of a batch's Jacobians with random signs, ``c = Σ_n ε_n J_n``: ``E[c cᵀ] = Σ_n J_n J_nᵀ``
     whatever the Jacobians are of. Gradients of targets that are sampled from the model have mean zero and need no
-    signs: that is the paper's. The signs come from the Jacobians' own bits, so that the same data give the same column,
-    whatever else is random.
+    signs: that is the paper's. The signs are a hash of the Jacobians themselves, so that the same data give the same
+    column, whatever else is random.
 
     Args:
         window: How many batches.
@@ -259,8 +256,7 @@ class MFacStructure(WindowStructure):
         super().__init__(window, damping=damping, sharing=sharing)
 
     def _columns(self, jacobians: Tensor) -> Tensor:
-        signs = _signs(jacobians.sum((-2, -1)))[..., None, None]
-        return (signs * jacobians).sum((-4, -3)).unsqueeze(-3)
+        return (_signs(jacobians)[..., None, None] * jacobians).sum((-4, -3)).unsqueeze(-3)
 
 
 def _identity(kind: type[Columns], shape: tuple[int, ...], limit: int, like: Tensor) -> Statistics:
@@ -268,12 +264,18 @@ def _identity(kind: type[Columns], shape: tuple[int, ...], limit: int, like: Ten
     return Statistics({}, {"fisher": 1.0}, columns={"fisher": kind.identity(shape, limit, like)})
 
 
-def _signs(values: Tensor) -> Tensor:
-    """Signs that depend on the leading bits of numbers, and on nothing else."""
-    bits = values.float().view(torch.int32).long() >> 11  # twelve of the mantissa: the others are a matter of rounding
-    bits = (bits ^ (bits >> 15)) * 0x9E3779B1 & 0xFFFFFFFF  # two rounds of a multiplicative hash
-    bits = (bits ^ (bits >> 13)) * 0x85EBCA6B & 0xFFFFFFFF
-    return 1 - 2 * (bits >> 31).to(values.dtype)
+def _signs(jacobians: Tensor) -> Tensor:
+    """Signs that depend on what Jacobians ``[..., out, in]`` are, to about a tenth, and on nothing else."""
+    # by a hash of a few of their products with fixed directions, which rounding changes once in a million times
+    values = jacobians.flatten(-2).float()
+    angles = torch.arange(1, values.shape[-1] + 1, dtype=torch.float32, device=values.device)
+    bits = torch.zeros(values.shape[:-1], dtype=torch.int64, device=values.device)
+    for frequency in (1.0, 1.7, 2.3, 2.9):
+        products = values @ (frequency * angles).sin()
+        coarse = products.view(torch.int32).long() >> 21  # the sign, the exponent, and two bits more
+        bits = ((bits ^ coarse) * 0x9E3779B1) & 0xFFFFFFFF  # a multiplicative hash
+        bits = bits ^ (bits >> 15)
+    return 1 - 2 * ((bits >> 7) & 1).to(jacobians.dtype)
 
 
 def _log_det(columns: Tensor, diagonal: Tensor, name: str) -> Tensor:

@@ -89,7 +89,7 @@ class LowRankFactorStructure(Structure):
     def gaussians(self, specs: Sequence[BlockSpec]) -> list[BlockGaussian]:  # noqa: D102
         names = [spec.name for spec in specs]
         white = [_white_factors(spec, self.name) for spec in specs]
-        sides = (_sides([own[side] for own in white], names) for side in range(2))
+        sides = _sides([A for A, _, _ in white], names), _sides([G for _, G, _ in white], names)
         return [
             LowRankKroneckerGaussian(
                 G.basis, A.basis, spec.data_scale * _DAMPED[self.damping](G, A, 1 / spec.data_scale), root
@@ -201,7 +201,7 @@ class _Side:
 
 
 def _white_factors(spec: BlockSpec, structure: str) -> tuple[_Factor, _Factor, Tensor]:
-    """The factors ``A`` and ``G`` where the prior is white, and a root of the prior's covariance ``[*blocks, 1, in]``."""
+    """The factors ``A`` and ``G`` where the prior is white, and a root of its covariance, ``[*blocks, 1, in]``."""
     A, G = _factors(spec.statistics)
     precision = _by_column(spec, structure, A.columns)
     # a floor where the prior is white, of the trace that it has where it is not

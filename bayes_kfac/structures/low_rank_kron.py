@@ -34,11 +34,8 @@ class LowRankKroneckerGaussian(BlockGaussian):
         self.basis_row = basis_row
         self.basis_column = basis_column
         self.precision = precision
-        self.scale_column = (
-            basis_column.new_ones(*basis_column.shape[:-2], 1, basis_column.shape[-1])
-            if scale_column is None
-            else scale_column
-        )
+        ones = basis_column.new_ones(*basis_column.shape[:-2], 1, basis_column.shape[-1])
+        self.scale_column = ones if scale_column is None else scale_column
 
     @property
     def shape(self) -> tuple[int, ...]:  # noqa: D102
