@@ -300,7 +300,8 @@ def test_training_with_reductions_goes_on_bit_for_bit(structure, tmp_path):
     whole = trainer()
     train(whole, range(7))
     torch.save({"model": whole.model.state_dict(), "optimizer": whole.state_dict()}, tmp_path / "checkpoint.pt")
-    for state in whole.blocks.values():
+    for name in ("0", "3"):
+        state = whole.blocks[name]
         assert 0 < state.statistics.columns["fisher"].values.shape[-3] <= structure.limit
     train(whole, range(7, 10))
     resumed, saved = trainer(), torch.load(tmp_path / "checkpoint.pt", weights_only=True)
