@@ -201,6 +201,31 @@ def test_what_a_sketch_left_out_goes_along_with_a_prior_by_column():
     assert_close(built(structure, ROWS["plain"](), S).to_dense(), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("limit", [1, 2])
+def test_of_tied_weights_the_sketches_floors_weigh_as_their_columns(limit):
+    """``G ⊗ A + H ⊗ B`` as K-FAC has it, the product of its partial traces over its trace."""
+    structure = SketchyStructure(limit, damping="exact")
+    statistics = structure.measure(ROWS["tied"]())
+    A, G, B, H = (
+        statistics.mean_columns(name).to_dense()
+        for name in ("input", "gradient", "transposed_gradient", "transposed_input")
+    )
+    whole = (torch.kron(G, A) + torch.kron(H, B)).reshape(OUT, IN, OUT, IN)
+    left, right = torch.einsum("aibi->ab", whole), torch.einsum("aiaj->ij", whole)
+    expected = SCALE * torch.kron(left, right) / left.trace() + 0.7 * torch.eye(OUT * IN).double()
+    assert_close(built(structure, ROWS["tied"]()).to_dense(), expected, **CLOSE)
+
+
+def test_rows_that_repeat_are_one_direction():
+    """What rounding leaves of the others has no direction of its own."""
+    row = dense_rows(1, (), 1, 1, in_=IN, out=OUT)
+    rows = Rows(row.inputs.expand(3, 1, IN), row.gradients.expand(1, 3, 1, OUT))
+    gaussian = built(SkfacStructure(damping="exact"), rows)
+    for basis in (gaussian.basis_row, gaussian.basis_column):
+        assert_close(torch.linalg.matrix_norm(basis) ** 2, torch.tensor(1.0, dtype=torch.float64), **TIGHT)
+    assert_close(gaussian.logdet(), torch.linalg.slogdet(gaussian.to_dense()).logabsdet, **TIGHT)
+
+
 def test_priors_of_single_weights_and_of_gaussians_are_refused(kind):
     earlier = built(kind(), ROWS["plain"]())
     for prior in (0.2 + randn(OUT, IN, seed=3).square(), earlier):
