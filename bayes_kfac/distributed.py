@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, distributed
 
-from bayes_kfac.curvature import Statistics
+from bayes_kfac.curvature import Columns, Statistics
 
 
 def sum_over_processes(statistics: Mapping[str, Statistics]) -> dict[str, Statistics]:
@@ -46,14 +46,41 @@ def _is_shared() -> bool:
 
 
 def _summed(statistics: Statistics) -> Statistics:
-    names = sorted(statistics.sums)
-    device = statistics.sums[names[0]].device
+    names = sorted(statistics.counts)
+    device = statistics.tensors[0].device
     counts = _sum(torch.tensor([statistics.counts[name] for name in names], dtype=torch.float64, device=device))
     return Statistics(
-        {name: _sum(statistics.sums[name]) for name in names},
+        {name: _sum(value) for name, value in sorted(statistics.sums.items())},
         dict(zip(names, counts.tolist(), strict=True)),
         statistics.frame,
+        {name: _merged(value) for name, value in sorted(statistics.columns.items())},
     )
+
+
+def _merged(columns: Columns) -> Columns:
+    """The sum of everyone's columns, in the order of the processes, so that all have the same bits."""
+    gathered = {name: _gathered(tensor) for name, tensor in columns.tensors.items()}
+    parts = [
+        columns.holding({name: tensors[rank] for name, tensors in gathered.items()})
+        for rank in range(distributed.get_world_size())
+    ]
+    return columns.merged(parts)
+
+
+def _gathered(tensor: Tensor) -> list[Tensor]:
+    """The tensors of all processes, which may differ in shape, though not in their number of dimensions."""
+    processes = distributed.get_world_size()
+    shape = torch.tensor(tensor.shape, dtype=torch.int64, device=tensor.device)
+    shapes = [torch.empty_like(shape) for _ in range(processes)]
+    if tensor.ndim:
+        distributed.all_gather(shapes, shape)
+    sizes = [torch.Size(other.tolist()) for other in shapes]
+    longest = max(size.numel() for size in sizes)
+    flat = tensor.new_zeros(longest)
+    flat[: tensor.numel()] = tensor.flatten()
+    received = [torch.empty_like(flat) for _ in range(processes)]
+    distributed.all_gather(received, flat)
+    return [own[: size.numel()].reshape(size) for own, size in zip(received, sizes, strict=True)]
 
 
 def _sum(value: Tensor) -> Tensor:

@@ -20,7 +20,9 @@ from bayes_kfac.structures import DAMPING_KINDS, BlockSpec, Structure
 from tests.helpers import in_block, parameter_jacobians, randn
 
 __all__ = [
+    "BY_COLUMN",
     "DAMPING_KINDS",
+    "ESTIMATES",
     "FAMILIES",
     "FAMILY_NAMES",
     "STRUCTURES",
@@ -43,8 +45,17 @@ FAMILIES = [
     ("kron", "factored"),
     ("kron", "optimal"),
     ("unit_wise", "exact"),
+    ("sketchy", "exact"),
+    ("smw", "exact"),
 ]
 FAMILY_NAMES = sorted({name for name, _ in FAMILIES})
+
+#: Structures that have one column for a whole batch: of parts of it there is another estimate, and only what it
+#: estimates adds up.
+ESTIMATES = {"mfac"}
+
+#: Families that take a precision for each column of a block, and not for each weight.
+BY_COLUMN = {"kron", "sketchy"}
 
 #: Every structure with every damping that makes a difference to it.
 STRUCTURES = sorted(

@@ -20,7 +20,8 @@ from torch.testing import assert_close
 
 import bayes_kfac as bk
 from bayes_kfac.errors import NonFiniteError
-from tests.helpers import randn, rng, seeded
+from bayes_kfac.structures import SlangStructure, Structure
+from tests.helpers import matrices, randn, rng, seeded
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()), reason="needs torch's gloo"
@@ -51,31 +52,35 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return randn(EXAMPLES, 3, seed=step), randn(EXAMPLES, 2, seed=50 + step)
 
 
-def make(model: nn.Module, seed: int = 7) -> bk.NoisyKFAC:
+def make(model: nn.Module, seed: int = 7, structure: Structure | str = "kron") -> bk.NoisyNaturalGradient:
     likelihood = bk.likelihoods.Gaussian("learned").double()
     options = {"fisher": "exact", "statistics_every": 2, "inverse_every": 2, "others": "deterministic"}
-    return bk.NoisyKFAC(model, likelihood, num_data=40, lr=0.05, generator=rng(seed), **options)
+    return bk.NoisyNaturalGradient(
+        model, likelihood, num_data=40, lr=0.05, generator=rng(seed), structure=structure, **options
+    )
 
 
 def results_of(optimizer: bk.NoisyKFAC) -> Results:
     named = [*optimizer.model.named_parameters(), *optimizer.likelihood.named_parameters(prefix="likelihood")]
     results = {f"mean/{name}": value.detach().clone() for name, value in named}
     for name, state in optimizer.blocks.items():
-        for key, value in state.statistics.sums.items():
+        for key, value in matrices(state.statistics).items():
             results[f"sum/{name}/{key}"] = value
             results[f"count/{name}/{key}"] = torch.tensor(state.statistics.counts[key], dtype=torch.float64)
     for name, block in optimizer.posterior().blocks.items():
-        results |= {f"posterior/{name}/{key}": value for key, value in block.state.items()}
+        results[f"posterior/{name}"] = block.to_dense()
     return results
 
 
 # What each process does
 
 
-def run(rank: int, loop: Callable[..., None], *, seed: int = 7, **options: Any) -> Results:
+def run(
+    rank: int, loop: Callable[..., None], *, seed: int = 7, structure: Structure | str = "kron", **options: Any
+) -> Results:
     """Three steps; ``loop`` gets the wrapped model, the optimizer, and this process's half of the batch."""
     model = DistributedDataParallel(Net(), **options)
-    optimizer = make(model, seed)
+    optimizer = make(model, seed, structure)
     for step in range(STEPS):
         x, y = (tensor[rank * HALF : (rank + 1) * HALF] for tensor in batch(step))
         optimizer.zero_grad()
@@ -179,6 +184,9 @@ def work(rank: int, folder: str) -> None:
         "accumulated without sync": run(rank, accumulated_without_sync),
         "masked": run(rank, half_masked(rank)),
         "one branch": run(rank, one_branch(rank), find_unused_parameters=True),
+        "columns": run(rank, plain, structure="smw"),
+        "columns of one branch": run(rank, one_branch(rank), find_unused_parameters=True, structure="smw"),
+        "leading columns": run(rank, plain, structure=SlangStructure(2)),
         "not a number in one": not_a_number_in_one(rank),
         "fit": fitted(rank),
     }
@@ -197,8 +205,8 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Result
 # What one process gives
 
 
-def alone(loss: Callable[[bk.NoisyKFAC, Tensor, Tensor], Tensor]) -> Results:
-    optimizer = make(Net())
+def alone(loss: Callable[[bk.NoisyKFAC, Tensor, Tensor], Tensor], structure: str = "kron") -> Results:
+    optimizer = make(Net(), structure=structure)
     for step in range(STEPS):
         optimizer.zero_grad()
         with optimizer.sampled_params():
@@ -257,11 +265,25 @@ def test_a_process_without_any_label_takes_part_and_weighs_nothing_in_the_fisher
     assert_all_equal(processes, "masked", expected)
 
 
-def test_a_layer_that_runs_in_one_process_only_is_measured_there(processes):
+@pytest.mark.parametrize(("scenario", "structure"), [("one branch", "kron"), ("columns of one branch", "smw")])
+def test_a_layer_that_runs_in_one_process_only_is_measured_there(processes, scenario, structure):
+    """Columns too, of which the other process has none."""
+
     def loss(optimizer: bk.NoisyKFAC, x: Tensor, y: Tensor) -> Tensor:
         parts = (slice(0, HALF), True), (slice(HALF, EXAMPLES), False)
         return sum(optimizer.likelihood(optimizer.model(x[part], branch), y[part]) for part, branch in parts) / 2
 
-    expected = alone(loss)
-    assert expected["count/branch/gradient"] == expected["count/body/gradient"] / 2
-    assert_all_equal(processes, "one branch", expected)
+    expected = alone(loss, structure)
+    key = "fisher" if structure == "smw" else "gradient"
+    assert expected[f"count/branch/{key}"] == expected[f"count/body/{key}"] / 2
+    assert_all_equal(processes, scenario, expected)
+
+
+def test_columns_of_both_processes_are_those_of_the_whole_batch(processes):
+    expected = alone(lambda optimizer, x, y: optimizer.likelihood(optimizer.model(x), y), "smw")
+    assert_all_equal(processes, "columns", expected)
+
+
+def test_columns_that_are_reduced_are_the_same_bits_in_both_processes(processes):
+    first, second = (results["leading columns"] for results in processes)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())

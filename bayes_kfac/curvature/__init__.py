@@ -8,7 +8,16 @@ from bayes_kfac.curvature.modules import CompositeAdapter, ModuleAdapter, regist
 from bayes_kfac.curvature.pullback import COPIES, PullBack
 from bayes_kfac.curvature.recorder import Recorder
 from bayes_kfac.curvature.rows import Rows, SparseRows
-from bayes_kfac.curvature.statistics import NO_FRAME, SHARING_KINDS, Frame, Statistics, added, kronecker_factors
+from bayes_kfac.curvature.sketches import Columns, FrequentDirections, LatestColumns, LeadingColumns, principal
+from bayes_kfac.curvature.statistics import (
+    NO_FRAME,
+    SHARING_KINDS,
+    Frame,
+    Statistics,
+    added,
+    factor_rows,
+    kronecker_factors,
+)
 from bayes_kfac.curvature.summary import Summary, SummaryRow, summarize
 
 __all__ = [
@@ -17,9 +26,13 @@ __all__ = [
     "NO_FRAME",
     "OTHERS",
     "SHARING_KINDS",
+    "Columns",
     "CompositeAdapter",
     "Frame",
+    "FrequentDirections",
+    "LatestColumns",
     "Layer",
+    "LeadingColumns",
     "Meter",
     "ModuleAdapter",
     "PullBack",
@@ -31,10 +44,12 @@ __all__ = [
     "SummaryRow",
     "added",
     "check_types",
+    "factor_rows",
     "find_covered",
     "find_layers",
     "kronecker_factors",
     "output_gradients",
+    "principal",
     "register",
     "register_like",
     "summarize",

@@ -5,7 +5,8 @@ exponential moving average is the same recursion on both, so that it is debiased
 average is the batch's. Sums are in float32 whatever the model's dtype (float64 where the model is).
 
 Some sums are taken in coordinates that come from earlier statistics, such as the eigenvectors of Kronecker factors.
-These coordinates are the statistics' frame; sums add where they are of one frame.
+These coordinates are the statistics' frame; sums add where they are of one frame. Sums of outer products that are too
+large to be written out are kept as their columns.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bayes_kfac.curvature.rows import Rows, SparseRows
+from bayes_kfac.curvature.sketches import Columns
 
 SHARING_KINDS = ("expand", "reduce")
 
@@ -32,23 +34,30 @@ class Statistics:
 
     Attributes:
         sums: Tensors by name.
-        counts: How many terms each sum has, by the same names.
+        counts: How many terms each sum has, by the same names, and those of ``columns``.
         frame: What the sums were taken in, tensors by name; empty for coordinates as they are.
+        columns: Sums of outer products as their columns, by names of their own.
     """
 
     sums: Mapping[str, Tensor]
     counts: Mapping[str, float]
     frame: Frame = field(default_factory=dict)
+    columns: Mapping[str, Columns] = field(default_factory=dict)
 
     def mean(self, name: str) -> Tensor:
         """The average of one statistic; zero where nothing was counted."""
         return self.sums[name] / (self.counts[name] or 1.0)
+
+    def mean_columns(self, name: str) -> Columns:
+        """The average of one sum of outer products; zero where nothing was counted."""
+        return self.columns[name] * (1 / (self.counts[name] or 1.0))
 
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics(
             {name: value + other.sums[name] for name, value in self.sums.items()},
             {name: value + other.counts[name] for name, value in self.counts.items()},
             self.frame,
+            {name: value + other.columns[name] for name, value in self.columns.items()},
         )
 
     def __mul__(self, factor: float) -> Statistics:
@@ -56,6 +65,7 @@ class Statistics:
             {name: value * factor for name, value in self.sums.items()},
             {name: value * factor for name, value in self.counts.items()},
             self.frame,
+            {name: value * factor for name, value in self.columns.items()},
         )
 
     def moving_average(self, batch: Statistics, decay: float) -> Statistics:
@@ -68,6 +78,7 @@ class Statistics:
             {name: function(value) for name, value in self.sums.items()},
             self.counts,
             {name: function(value) for name, value in self.frame.items()},
+            {name: value.map(function) for name, value in self.columns.items()},
         )
 
     def lean(self, other: Statistics, weight: float) -> Statistics:
@@ -76,11 +87,21 @@ class Statistics:
             name: value * (1 - weight) + other.mean(name) * (weight * self.counts[name])
             for name, value in self.sums.items()
         }
-        return Statistics(sums, self.counts, self.frame)
+        columns = {
+            name: value * (1 - weight) + other.mean_columns(name) * (weight * self.counts[name])
+            for name, value in self.columns.items()
+        }
+        return Statistics(sums, self.counts, self.frame, columns)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors of its sums."""
+        return [*self.sums.values(), *(tensor for own in self.columns.values() for tensor in own.tensors.values())]
 
     def non_finite(self) -> list[str]:
         """The names of the sums that hold NaN or infinity."""
-        return [name for name, value in self.sums.items() if not bool(torch.isfinite(value).all())]
+        spoiled = [name for name, value in self.sums.items() if not bool(torch.isfinite(value).all())]
+        return spoiled + [name for name, value in self.columns.items() if not value.is_finite()]
 
 
 def added(total: Mapping[str, Statistics], more: Mapping[str, Statistics]) -> dict[str, Statistics]:
@@ -116,10 +137,44 @@ def kronecker_factors(rows: Rows, sharing: str) -> Statistics:
     )
 
 
-def _factors(rows: Rows, sharing: str, *, diagonal_gradients: bool) -> Statistics:
+def factor_rows(rows: Rows, sharing: str) -> dict[str, tuple[Tensor, float]]:
+    """The rows whose outer products sum to the Kronecker factors of :func:`kronecker_factors`, and their counts.
+
+    Args:
+        rows: What a batch shows of the layer; sparse inputs are written out.
+        sharing: ``"expand"`` or ``"reduce"``.
+
+    Returns:
+        By the same names ``[*blocks, rows, in]`` or ``[*blocks, rows, out]``, one example's after the other's, with
+        what the sum is to be divided by.
+    """
+    own = _factor_rows(rows, sharing)
+    if rows.transposed is None:
+        return own
+    tied = _factor_rows(replace(rows.transposed, share=rows.share), sharing)
+    return {**own, **{f"transposed_{name}": value for name, value in tied.items()}}
+
+
+def _factor_rows(rows: Rows, sharing: str) -> dict[str, tuple[Tensor, float]]:
+    rows = _as_shared(rows, sharing)
+    inputs = rows.inputs.dense() if isinstance(rows.inputs, SparseRows) else rows.inputs
+    if rows.mask is not None:
+        inputs = inputs * rows.mask.unsqueeze(-1)
+    gradients = rows.gradients.movedim(0, -2)  # [*blocks, batch, shared, columns, out]
+    return {
+        "input": (inputs.flatten(-3, -2) * rows.share**0.5, rows.num_rows),
+        "gradient": (gradients.flatten(-4, -2), rows.num_examples),
+    }
+
+
+def _as_shared(rows: Rows, sharing: str) -> Rows:
+    """The rows of one kind of use in float32 or wider, pooled over positions where ``sharing`` says so."""
     rows = replace(rows, transposed=None).to(torch.promote_types(rows.gradients.dtype, torch.float32))
-    if sharing == "reduce" and rows.inputs.shape[-2] > 1:
-        rows = rows.pooled()
+    return rows.pooled() if sharing == "reduce" and rows.inputs.shape[-2] > 1 else rows
+
+
+def _factors(rows: Rows, sharing: str, *, diagonal_gradients: bool) -> Statistics:
+    rows = _as_shared(rows, sharing)
     inputs, gradients = rows.inputs, rows.gradients
     by_block = gradients.movedim(0, -4) if gradients.shape[0] > 1 else gradients[0]
     by_block = by_block.flatten(len(inputs.shape) - 3, -2)

@@ -36,6 +36,10 @@ from bayes_kfac.structures.kpsvd import (
 from bayes_kfac.structures.kron import KroneckerStructure
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
 from bayes_kfac.structures.link import Link
+from bayes_kfac.structures.low_rank import MFacStructure, SlangStructure, SmwStructure, TongaStructure
+from bayes_kfac.structures.low_rank_factors import SketchyStructure, SkfacStructure
+from bayes_kfac.structures.low_rank_gaussian import LowRankGaussian
+from bayes_kfac.structures.low_rank_kron import LowRankKroneckerGaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
 from bayes_kfac.structures.psgd import PSGDStructure
 from bayes_kfac.structures.rnn_chain import EndlessChainStructure, SymmetricChainStructure
@@ -70,14 +74,22 @@ __all__ = [
     "KroneckerEigenGaussian",
     "KroneckerStructure",
     "Link",
+    "LowRankGaussian",
+    "LowRankKroneckerGaussian",
+    "MFacStructure",
     "MatrixNormalGaussian",
     "PSGDStructure",
     "Prior",
+    "SketchyStructure",
+    "SkfacStructure",
+    "SlangStructure",
+    "SmwStructure",
     "Structure",
     "StructuredInverseFreeStructure",
     "SymmetricChainStructure",
     "TEKFACStructure",
     "TKFACStructure",
+    "TongaStructure",
     "TridiagonalStructure",
     "TwoKroneckerGaussian",
     "UnitWiseGaussian",

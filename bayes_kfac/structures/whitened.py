@@ -11,7 +11,7 @@ The second form needs no Jacobian. It is taken where positions are few, the firs
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -109,7 +109,7 @@ class WhitenedRows(Whitened):
         if self._prefers_kernel(self._columns**2):
             left = self._by_kernel()
             return torch.einsum("c...nuo,d...nuo->ncd", left, self.gradients.expand_as(left))
-        parts = (part.jacobians() for part in self._parts())
+        parts = (part.jacobians() for part in self.parts())
         return torch.cat([jacobians @ jacobians.mT for jacobians in parts])
 
     def variance(self) -> Tensor:  # noqa: D102
@@ -125,7 +125,7 @@ class WhitenedRows(Whitened):
             return torch.einsum("c...no,...no->nc", squares, scale)
         if self._prefers_kernel(self._columns):
             return torch.einsum("c...nuo,c...nuo->nc", self._by_kernel(), self.gradients)
-        return torch.cat([part.jacobians().square().sum(-1) for part in self._parts()])
+        return torch.cat([part.jacobians().square().sum(-1) for part in self.parts()])
 
     def between(self, other: Whitened) -> Tensor:  # noqa: D102
         assert isinstance(other, WhitenedRows)
@@ -137,8 +137,8 @@ class WhitenedRows(Whitened):
             return torch.cat([part._between_by_pairs(other) for part in self._pieces(size)])
         return torch.cat(
             [
-                torch.cat([torch.einsum("nck,mdk->nmcd", mine, theirs.jacobians()) for theirs in other._parts()], dim=1)
-                for mine in (part.jacobians() for part in self._parts())
+                torch.cat([torch.einsum("nck,mdk->nmcd", mine, theirs.jacobians()) for theirs in other.parts()], dim=1)
+                for mine in (part.jacobians() for part in self.parts())
             ]
         )
 
@@ -213,7 +213,7 @@ class WhitenedRows(Whitened):
         kernel = words.gram(self.weights.new_ones(words.size))
         return self.weights.mT[indices.squeeze(-1)], kernel, self.gradients.repeat_interleave(count, dim=-2)
 
-    def _parts(self) -> Iterator[WhitenedRows]:
+    def parts(self) -> Iterator[WhitenedRows]:
         """The same in pieces of the batch whose Jacobians are of bounded size."""
         return self._pieces(self._columns * self.gradients.shape[-1] * self.inputs.shape[-1])
 
@@ -227,6 +227,48 @@ class WhitenedRows(Whitened):
             if gradients.shape[-3] > 1:
                 gradients = gradients[..., piece, :, :]
             yield replace(self, inputs=self.inputs[..., piece, :, :], gradients=gradients)
+
+
+@dataclass(frozen=True)
+class WhitenedByRoot(Whitened):
+    """Jacobians whitened one by one, written out in pieces of bounded size.
+
+    Of a Gaussian with few columns, whose covariance is a difference: products with it could come out negative in
+    float32, those of whitened Jacobians cannot.
+
+    Attributes:
+        rows: Rows of Jacobians that are not white yet.
+        shape: The block's shape, ``(*blocks, out, in)``.
+        root: What makes Jacobians white, ``[..., *blocks, out, in]``.
+    """
+
+    rows: WhitenedRows
+    shape: tuple[int, ...]
+    root: Callable[[Tensor], Tensor]
+
+    def covariance(self) -> Tensor:  # noqa: D102
+        return torch.cat([jacobians @ jacobians.mT for jacobians in self._parts()])
+
+    def variance(self) -> Tensor:  # noqa: D102
+        return torch.cat([jacobians.square().sum(-1) for jacobians in self._parts()])
+
+    def jacobians(self) -> Tensor:  # noqa: D102
+        return self._rooted(self.rows)
+
+    def between(self, other: Whitened) -> Tensor:  # noqa: D102
+        assert isinstance(other, WhitenedByRoot)
+        return torch.cat(
+            [
+                torch.cat([torch.einsum("nck,mdk->nmcd", mine, theirs) for theirs in other._parts()], dim=1)
+                for mine in self._parts()
+            ]
+        )
+
+    def _parts(self) -> Iterator[Tensor]:
+        return (self._rooted(part) for part in self.rows.parts())
+
+    def _rooted(self, rows: WhitenedRows) -> Tensor:
+        return self.root(rows.jacobians().unflatten(-1, self.shape)).flatten(2)
 
 
 def product_rows(

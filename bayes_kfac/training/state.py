@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bayes_kfac.curvature import NO_FRAME, Layer, Statistics
+from bayes_kfac.curvature.sketches import columns_from_dump
 from bayes_kfac.errors import ArgumentError, UsageError
 from bayes_kfac.structures import BlockGaussian, gaussian_from_state
 
@@ -41,7 +42,7 @@ class BlockState:
 
     def like(self, tensor: Tensor) -> BlockState:
         """The same state on a tensor's device, in its dtype or float32 if that is wider; itself if it is already."""
-        held = [*(self.statistics.sums if self.statistics else {}).values()]
+        held = self.statistics.tensors if self.statistics else []
         held += [*(self.posterior.state if self.posterior else {}).values()]
         dtype = torch.promote_types(tensor.dtype, torch.float32)
         if all(own.dtype == dtype and own.device == tensor.device for own in held[:1]):
@@ -156,14 +157,25 @@ def restore_block(entry: Mapping[str, Any], device: Any, age: int = 0) -> BlockS
 def _dump_statistics(statistics: Statistics | None) -> dict[str, Any] | None:
     if statistics is None:
         return None
-    return {"sums": dict(statistics.sums), "counts": dict(statistics.counts), "frame": dict(statistics.frame)}
+    return {
+        "sums": dict(statistics.sums),
+        "counts": dict(statistics.counts),
+        "frame": dict(statistics.frame),
+        "columns": {name: own.dump() for name, own in statistics.columns.items()},
+    }
 
 
 def _restore_statistics(entry: Mapping[str, Any] | None, device: Any) -> Statistics | None:
     if entry is None:
         return None
-    # checkpoints of before there were frames have none
-    statistics = Statistics(dict(entry["sums"]), dict(entry["counts"]), dict(entry.get("frame", NO_FRAME)))
+    # checkpoints of before there were frames and columns have none
+    frame, columns = entry.get("frame", NO_FRAME), entry.get("columns", {})
+    statistics = Statistics(
+        dict(entry["sums"]),
+        dict(entry["counts"]),
+        dict(frame),
+        {name: columns_from_dump(own) for name, own in columns.items()},
+    )
     return statistics.map(lambda value: value.to(device))
 
 

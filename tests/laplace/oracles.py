@@ -178,11 +178,14 @@ def by_layer(values: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> dict[
 
 def dense_fisher(statistics: Statistics, structure: str | None = None) -> Tensor:
     """One example's Fisher of a block as statistics say it, ``[*blocks, out·in, out·in]``."""
+    if "fisher" in statistics.columns:
+        return statistics.mean_columns("fisher").to_dense()
     means = {name: statistics.mean(name) for name in statistics.sums}
     if structure == "unit_wise":
         units = means["fisher"]
         blocks = torch.stack([torch.block_diag(*each) for each in units.reshape(-1, *units.shape[-3:])])
         return blocks.reshape(*units.shape[:-3], *blocks.shape[1:])
+    means |= {name: statistics.mean_columns(name).to_dense() for name in statistics.columns}
     if "fisher" in means:
         fisher = means["fisher"]
         is_diagonal = (

@@ -14,7 +14,7 @@ import bayes_kfac as bk
 from bayes_kfac.errors import ArgumentError, UnsupportedModelError
 from tests.helpers import TIGHT, in_block, parameter_jacobians, randn, rng, seeded
 from tests.laplace.oracles import LIKELIHOODS, NETS, NOISE_SCALE, Twice, X, Y, batches, fit_net, fitted, gaussian
-from tests.posteriors import FAMILY_NAMES, dense_output_covariance
+from tests.posteriors import BY_COLUMN, FAMILY_NAMES, dense_output_covariance
 
 
 class Deep(nn.Module):
@@ -241,7 +241,7 @@ def test_the_last_layer_needs_no_graph_of_the_trunk(kind: str, structure: str) -
     reference(X)
     phi = torch.cat([features[0], torch.ones(11, 1, dtype=torch.float64)], 1)
     F = case.fisher(output)
-    if structure == "kron":
+    if structure in BY_COLUMN:
         fisher = 11 * torch.kron(F.mean(0), phi.T @ phi / 11)
     else:
         fisher = torch.einsum("ncd,ni,nj->cidj", F, phi, phi).reshape(18, 18)

@@ -18,8 +18,8 @@ from bayes_kfac import structures
 from bayes_kfac.curvature import SHARING_KINDS, Rows, Statistics
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.structures import BlockGaussian, BlockSpec, Structure, gaussian_from_state, standard_normal
-from tests.helpers import TIGHT, randn, rng
-from tests.posteriors import STRUCTURES, surveyed
+from tests.helpers import TIGHT, matrices, randn, rng
+from tests.posteriors import ESTIMATES, STRUCTURES, surveyed
 from tests.random_rows import dense_rows, tied_rows, words, written_out
 
 #: An iteration ends when all blocks of a call have converged, so that company changes a block by its tolerance.
@@ -303,13 +303,13 @@ def test_one_side_without_statistics_gives_a_finite_gaussian(structure, blocks, 
 def test_building_does_not_change_the_statistics(structure, blocks):
     """A damping that is added in place to a running average would grow with every refresh."""
     spec = spec_for(structure, blocks)
-    before = {name: value.clone() for name, value in spec.statistics.sums.items()}
+    before = {name: value.clone() for name, value in matrices(spec.statistics).items()}
     (first,) = structure.gaussians([spec])
     (again,) = structure.gaussians([spec])
     assert torch.equal(first.to_dense(), again.to_dense())
     structure.gaussians([replace(spec, previous=first)])
     for name, value in before.items():
-        assert torch.equal(spec.statistics.sums[name], value)
+        assert torch.equal(matrices(spec.statistics)[name], value)
 
 
 def test_building_does_not_change_the_previous_gaussian(structure, blocks):
@@ -383,8 +383,9 @@ def test_the_identity_has_the_names_and_shapes_of_what_is_measured(structure, si
     identity = structure.identity(shape, rows.gradients, sparse_sides=sparse_sides, tied="tied" in sides)
     measured = surveyed(structure, rows)
     assert {n: v.shape for n, v in identity.sums.items()} == {n: v.shape for n, v in measured.sums.items()}
+    assert {n: v.shape for n, v in matrices(identity).items()} == {n: v.shape for n, v in matrices(measured).items()}
     assert identity.counts.keys() == measured.counts.keys()
-    assert {value.dtype for value in identity.sums.values()} == {torch.float64}
+    assert {tensor.dtype for tensor in identity.tensors} == {torch.float64}
     (gaussian,) = structure.gaussians([BlockSpec("layer", identity, DATA_SCALE, PRIOR_PRECISION)])
     dense = gaussian.to_dense()
     assert_close(dense, dense[:1, :1] * torch.eye(len(dense), dtype=torch.float64), **TIGHT)
@@ -402,8 +403,10 @@ def test_measuring_gives_statistics_that_add(structure, blocks, sharing):
     total, expected = parts[0] + parts[1], structure.measure(whole, frame)
     assert isinstance(total, Statistics)
     assert dict(total.counts) == dict(expected.counts)
-    for name, value in expected.sums.items():
-        assert_close(total.sums[name], value, **TIGHT)
+    if structure.name in ESTIMATES:
+        return
+    for name, value in matrices(expected).items():
+        assert_close(matrices(total)[name], value, **TIGHT)
 
 
 def test_single_precision_statistics_give_a_single_precision_gaussian(structure, blocks):
@@ -444,7 +447,9 @@ def test_renewing_a_frame_keeps_names_shapes_and_counts(structure, blocks):
     after = structure.reframed(before, "layer")
     again = structure.measure(rows, after.frame)
     for statistics in (after, again):
-        assert {n: v.shape for n, v in statistics.sums.items()} == {n: v.shape for n, v in before.sums.items()}
+        assert {n: v.shape for n, v in matrices(statistics).items()} == {
+            n: v.shape for n, v in matrices(before).items()
+        }
         assert dict(statistics.counts) == dict(before.counts)
         assert {n: v.shape for n, v in statistics.frame.items()} == {n: v.shape for n, v in after.frame.items()}
 

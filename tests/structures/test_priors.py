@@ -20,6 +20,7 @@ from bayes_kfac.structures import (
     DenseGaussian,
     DiagonalGaussian,
     KroneckerEigenGaussian,
+    LowRankGaussian,
     MatrixNormalGaussian,
     Prior,
     Structure,
@@ -73,6 +74,9 @@ PRIORS: dict[str, Callable[[tuple[int, ...]], Prior]] = {
     "eigen": lambda blocks: KroneckerEigenGaussian(
         randn(*blocks, OUT, OUT, seed=7), randn(*blocks, IN, IN, seed=8), positive(*blocks, OUT, IN)
     ),
+    "low rank": lambda blocks: LowRankGaussian.of(
+        [randn(*blocks, 2, OUT, IN, seed=9)], [positive(*blocks, OUT, IN)], ["prior"]
+    )[0],
 }
 BY_COLUMN = {"number", "tensor", "columns", "columns of a block", "blocks", "equal rows"}
 ALLOWED = {
@@ -80,6 +84,8 @@ ALLOWED = {
     "diagonal": BY_COLUMN | {"rows", "weights", "diagonal"},
     "dense": set(PRIORS),
     "unit_wise": BY_COLUMN | {"rows", "weights", "diagonal", "unit-wise"},
+    "sketchy": BY_COLUMN,
+    "smw": BY_COLUMN | {"rows", "weights", "diagonal", "low rank"},
 }
 ROWS: dict[str, Callable[[], Rows]] = {
     "plain": lambda: dense_rows(2, (), 10, 2, in_=IN, out=OUT),
@@ -92,6 +98,8 @@ ROWS: dict[str, Callable[[], Rows]] = {
 #: Every structure with every damping and every prior that it takes, and those that it does not.
 TAKEN = [(*names, prior) for names in FAMILIES for prior in PRIORS if prior in ALLOWED[names[0]]]
 REFUSED = [(*names, prior) for names in FAMILIES for prior in PRIORS if prior not in ALLOWED[names[0]]]
+#: Those that have the eigenvalues at hand.
+SPECTRAL = {"dense", "diagonal", "kron"}
 EXACT = [case for case in TAKEN if case[1] == "exact"]
 with_cases = pytest.mark.parametrize(("name", "damping", "prior"), TAKEN)
 
@@ -110,6 +118,8 @@ def dense_prior(prior: Prior, blocks: tuple[int, ...]) -> Tensor:
 
 def dense_fisher(structure: Structure, statistics: Statistics) -> Tensor:
     """One example's Fisher as the structure takes it, ``[*blocks, out·in, out·in]``."""
+    if structure.name == "smw":
+        return statistics.mean_columns("fisher").to_dense()
     if structure.name == "dense":
         return statistics.mean("fisher").flatten(-3, -2)
     if structure.name == "unit_wise":
@@ -118,14 +128,21 @@ def dense_fisher(structure: Structure, statistics: Statistics) -> Tensor:
         return torch.stack(each).reshape(*fisher.shape[:-3], *each[0].shape)
     if structure.name == "diagonal":
         return torch.diag_embed(statistics.mean("fisher").flatten(-2))
-    A, G = (linalg.dense(statistics.mean(name)) for name in ("input", "gradient"))
+    A, G = (factor(statistics, name) for name in ("input", "gradient"))
     product = dense_kron(G, A)
-    if "transposed_input" not in statistics.sums:
+    if "transposed_input" not in statistics.counts:
         return product
-    H, B = (linalg.dense(statistics.mean(f"transposed_{name}")) for name in ("input", "gradient"))
+    H, B = (factor(statistics, f"transposed_{name}") for name in ("input", "gradient"))
     whole = (product + dense_kron(H, B)).reshape(OUT, IN, OUT, IN)
     left, right = torch.einsum("aibi->ab", whole), torch.einsum("aiaj->ij", whole)
     return torch.kron(left, right) / torch.trace(right)
+
+
+def factor(statistics: Statistics, name: str) -> Tensor:
+    """The average of one factor, written out."""
+    if name in statistics.columns:
+        return statistics.mean_columns(name).to_dense()
+    return linalg.dense(statistics.mean(name))
 
 
 def build(structure: Structure, rows: str, name: str, **changes: object) -> tuple[BlockSpec, BlockGaussian]:
@@ -219,13 +236,13 @@ def test_a_prior_is_not_changed_by_what_is_built_on_it(name, damping, prior, row
     _, gaussian = build(structure, rows, prior, prior=made)
     spec = BlockSpec("layer", structure.measure(ROWS[rows]()), SCALE, made)
     structure.gaussians([replace(spec, previous=gaussian)])
-    structure.spectrum(spec)
+    structure.information(spec)(torch.tensor(SCALE, dtype=torch.float64))
     assert torch.equal(dense_prior(made, blocks), before)
 
 
 @pytest.mark.parametrize(("name", "damping", "prior"), REFUSED)
 def test_a_prior_that_cannot_be_added_exactly_is_refused(name, damping, prior):
-    """By the layer's name, with what it is, and what could be; by the Gaussian and by its spectrum alike."""
+    """By the layer's name, with what it is, and what could be; by the Gaussian and by its information alike."""
     structure = get(name, damping)
     spec = BlockSpec("encoder.3", structure.measure(ROWS["plain"]()), SCALE, PRIORS[prior](()))
     gaussian = isinstance(spec.prior, BlockGaussian)
@@ -238,9 +255,12 @@ def test_a_prior_that_cannot_be_added_exactly_is_refused(name, damping, prior):
         ("kron", False): "one precision for each column of a block, or structure='diagonal'",
         ("diagonal", True): "precisions, or a posterior of structure='diagonal'",
         ("unit_wise", True): "precisions, or a posterior of structure='unit_wise' or 'diagonal'",
+        ("sketchy", True): "one precision for each column of a block",
+        ("sketchy", False): "one precision for each column of a block, or structure='diagonal'",
+        ("smw", True): "precisions, or a posterior of structure='diagonal' or of a low-rank structure",
     }[name, gaussian]
     message = f"layer 'encoder.3' is {what}, which structure='{name}' cannot add exactly. Allowed: {remedy}"
-    for attempt in (lambda: structure.gaussians([spec]), lambda: structure.spectrum(spec)):
+    for attempt in (lambda: structure.gaussians([spec]), lambda: structure.information(spec)):
         with pytest.raises(ArgumentError, match=message):
             attempt()
 
@@ -255,13 +275,27 @@ def test_kl_with_precisions_of_single_weights(structure, prior):
     assert_close(gaussian.kl(mean, made), torch.distributions.kl_divergence(q, p), **CLOSE)
 
 
-# The spectrum
+# The information
 
 
 @pytest.mark.parametrize("rows", ROWS)
 @with_cases
-def test_the_spectrum_gives_the_log_determinant_at_every_scale(name, damping, prior, rows):
-    """``log det P = log det P₀ + Σ log(1 + data_scale · λ)``, exactly, whatever ``damping`` says."""
+def test_the_information_gives_the_log_determinant_at_every_scale(name, damping, prior, rows):
+    """``log det P = log det P₀ + log det(I + data_scale · F̃)``, exactly, whatever ``damping`` says."""
+    structure = get(name, damping)
+    spec, gaussian = build(structure, rows, prior)
+    blocks = gaussian.shape[:-2]
+    information = structure.information(spec)
+    fisher, prior_precision = dense_fisher(structure, spec.statistics), dense_prior(spec.prior, blocks)
+    for scale in (0.1, SCALE, 1000.0):
+        expected = torch.linalg.slogdet(scale * fisher + prior_precision).logabsdet
+        found = information(torch.tensor(scale, dtype=torch.float64))
+        assert_close(torch.linalg.slogdet(prior_precision).logabsdet.sum() + found, expected.sum(), **CLOSE)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("name", "damping", "prior"), [case for case in TAKEN if case[0] in SPECTRAL])
+def test_a_spectrum_has_an_eigenvalue_for_each_weight(name, damping, prior, rows):
     structure = get(name, damping)
     spec, gaussian = build(structure, rows, prior)
     blocks = gaussian.shape[:-2]
@@ -269,37 +303,36 @@ def test_the_spectrum_gives_the_log_determinant_at_every_scale(name, damping, pr
     assert spectrum.shape[: len(blocks)] == blocks
     assert spectrum[(0,) * len(blocks)].numel() == OUT * IN
     assert bool((spectrum >= 0).all())
-    fisher, prior_precision = dense_fisher(structure, spec.statistics), dense_prior(spec.prior, blocks)
-    for scale in (0.1, SCALE, 1000.0):
-        expected = torch.linalg.slogdet(scale * fisher + prior_precision).logabsdet
-        found = torch.log1p(scale * spectrum).flatten(len(blocks)).sum(-1)
-        assert_close(torch.linalg.slogdet(prior_precision).logabsdet + found, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("shape", [(), (IN,), (1, IN)], ids=["one", "columns", "row of columns"])
-def test_the_spectrum_is_differentiable_in_the_priors_precisions(structure, rows, shape):
+def test_the_information_is_differentiable_in_the_priors_precisions(structure, rows, shape):
     """For the evidence: its derivatives are finite differences'."""
     statistics = structure.measure(ROWS[rows]())
 
     def evidence(precision: Tensor) -> Tensor:
-        spectrum = structure.spectrum(BlockSpec("layer", statistics, SCALE, precision))
-        return torch.log1p(SCALE * spectrum).sum()
+        return structure.information(BlockSpec("layer", statistics, SCALE, precision))(
+            torch.tensor(SCALE, dtype=torch.float64)
+        )
 
     assert torch.autograd.gradcheck(evidence, positive(*shape).requires_grad_())
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_the_spectrum_scales_inversely_with_the_prior(structure, rows):
+def test_the_information_is_of_the_datas_scale_over_the_priors(structure, rows):
     measured = structure.measure(ROWS[rows]())
-    one, ten = (structure.spectrum(BlockSpec("layer", measured, SCALE, prior)) for prior in (0.3, 3.0))
-    assert_close(one, 10 * ten, **CLOSE)
+    one, ten = (structure.information(BlockSpec("layer", measured, SCALE, prior)) for prior in (0.3, 3.0))
+    scale = torch.tensor(SCALE, dtype=torch.float64)
+    assert_close(one(scale), ten(10 * scale), **CLOSE)
 
 
-def test_a_spectrum_of_nothing_is_zero(structure):
+def test_the_information_of_nothing_is_zero(structure):
     rows = ROWS["stacked"]()
     statistics = structure.measure(Rows(rows.inputs * 0, rows.gradients * 0))
-    assert not structure.spectrum(BlockSpec("layer", statistics, SCALE, 0.7)).any()
+    assert not structure.information(BlockSpec("layer", statistics, SCALE, 0.7))(
+        torch.tensor(SCALE, dtype=torch.float64)
+    )
 
 
 def test_a_chain_of_tasks_adds_up():

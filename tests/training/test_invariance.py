@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import bayes_kfac as bk
-from tests.helpers import randn, rng, seeded
+from tests.helpers import matrices, randn, rng, seeded
 from tests.posteriors import FAMILY_NAMES
 
 STEPS, EXAMPLES = 2, 6
@@ -194,11 +194,11 @@ def run(
         optimizer.zero_grad()
     results: dict[str, Any] = {f"mean/{name}": value.detach() for name, value in net.named_parameters()}
     for name, state in optimizer.blocks.items():
-        for key, value in state.statistics.sums.items():
+        for key, value in matrices(state.statistics).items():
             results[f"sum/{name}/{key}"] = value
             results[f"count/{name}/{key}"] = torch.tensor(state.statistics.counts[key], dtype=torch.float64)
     for name, block in optimizer.posterior().blocks.items():
-        results.update({f"posterior/{name}/{key}": value for key, value in block.state.items()})
+        results[f"posterior/{name}"] = block.to_dense()
     return results
 
 
