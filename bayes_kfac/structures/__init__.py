@@ -11,6 +11,7 @@ from bayes_kfac.structures.base import (
     available,
     gaussian_from_state,
     get,
+    preconditioners,
     register,
     register_gaussian,
     standard_normal,
@@ -19,6 +20,7 @@ from bayes_kfac.structures.chain import ChainGaussian
 from bayes_kfac.structures.dense import DenseGaussian, DenseStructure
 from bayes_kfac.structures.diagonal import DiagonalGaussian, DiagonalStructure
 from bayes_kfac.structures.ekfac import EKFACStructure, TEKFACStructure
+from bayes_kfac.structures.eva import EvaStructure
 from bayes_kfac.structures.foof import FOOFStructure
 from bayes_kfac.structures.inverse_free import (
     InverseFreeKFACStructure,
@@ -43,6 +45,7 @@ from bayes_kfac.structures.low_rank_kron import LowRankKroneckerGaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
 from bayes_kfac.structures.psgd import PSGDStructure
 from bayes_kfac.structures.rnn_chain import EndlessChainStructure, SymmetricChainStructure
+from bayes_kfac.structures.shampoo import ShampooStructure
 from bayes_kfac.structures.tkfac import TKFACStructure
 from bayes_kfac.structures.tridiagonal import TridiagonalStructure
 from bayes_kfac.structures.two_kronecker import TwoKroneckerGaussian
@@ -61,6 +64,7 @@ __all__ = [
     "DiagonalStructure",
     "EKFACStructure",
     "EndlessChainStructure",
+    "EvaStructure",
     "FOOFStructure",
     "Information",
     "InverseFreeKFACStructure",
@@ -80,6 +84,7 @@ __all__ = [
     "MatrixNormalGaussian",
     "PSGDStructure",
     "Prior",
+    "ShampooStructure",
     "SketchyStructure",
     "SkfacStructure",
     "SlangStructure",
@@ -101,6 +106,7 @@ __all__ = [
     "gaussian_from_state",
     "get",
     "measure",
+    "preconditioners",
     "register",
     "register_gaussian",
     "standard_normal",

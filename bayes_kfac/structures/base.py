@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor
 
-from bayes_kfac.curvature import NO_FRAME, SHARING_KINDS, Frame, Layer, Rows, Statistics
+from bayes_kfac.curvature import FISHER_KINDS, NO_FRAME, SHARING_KINDS, Frame, Layer, Rows, Statistics
 from bayes_kfac.errors import ArgumentError, check_choice
 from bayes_kfac.structures.gaussian import BlockGaussian, gaussian_from_state, register_gaussian, standard_normal
 from bayes_kfac.structures.link import Link
@@ -122,6 +122,8 @@ class Structure(ABC):
     passes: ClassVar[int] = 1
     #: Why a structure is a preconditioner only, and its Gaussian no posterior, with what to take in its place.
     refusal: ClassVar[str] = ""
+    #: The kinds of Fisher that it can be measured with.
+    fishers: ClassVar[tuple[str, ...]] = FISHER_KINDS
     #: The layer that the block is linked to, where a structure correlates layers: see :meth:`for_layers`.
     linked_to: str | None = None
 
@@ -140,6 +142,19 @@ class Structure(ABC):
                 f"structure={self.name!r} is a preconditioner and no posterior: {self.refusal} Train with "
                 "NaturalGradient, or choose another structure."
             )
+
+    def check_fisher(self, fisher: str) -> None:
+        """Refuse a kind of Fisher that the structure is not for.
+
+        Args:
+            fisher: The kind.
+
+        Raises:
+            ArgumentError: If it is.
+        """
+        if check_choice("fisher", fisher, FISHER_KINDS) not in self.fishers:
+            allowed = ", ".join(map(repr, self.fishers))
+            raise ArgumentError(f"fisher={fisher!r} does not go with structure={self.name!r}. Allowed: {allowed}.")
 
     @property
     def options(self) -> dict[str, Any]:

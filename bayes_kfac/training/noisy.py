@@ -136,6 +136,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         self.generator = generator
         self.structure = structures.get(structure, damping=damping, sharing=sharing)
         self._check_structure()
+        self.structure.check_fisher(fisher)
         self._others = others
         self._params = None if params is None else list(params)
         self.steps = 0
