@@ -120,6 +120,16 @@ def test_a_product_of_factors_is_that_of_their_matrices_in_this_order(size, stac
     assert_close(linalg.dense(result), linalg.dense(left) @ linalg.dense(right), **TIGHT)
 
 
+@given(size=SIZES, stack=STACKS, seed=FACTOR_SEEDS, forms=st.sampled_from(["dd", "d-", "-d", "--"]))
+def test_a_quotient_of_factors_times_its_divisor_is_the_dividend(size, stack, seed, forms):
+    left, right = factors(size, forms, *stack, seed=seed)
+    eye = torch.eye(size, dtype=torch.float64)
+    left = left.tril(-1) + (0.5 + left.abs()) * eye if forms[0] == "d" else 0.5 + left.abs()
+    result = linalg.quotient(left, right)
+    assert linalg.is_diagonal(result) == (forms == "--")
+    assert_close(linalg.dense(linalg.product(left, result)), linalg.dense(right), rtol=1e-9, atol=1e-9)
+
+
 @given(
     size=SIZES,
     stack=STACKS,

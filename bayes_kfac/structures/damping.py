@@ -136,7 +136,7 @@ def factored_sides(block: WhiteBlock) -> tuple[Tensor, Tensor]:
 def _optimal(blocks: Sequence[WhiteBlock]) -> list[MatrixNormalGaussian]:
     previous = [block.spec.previous for block in blocks]
     earlier = [
-        linalg.left_solve(block.column_root, linalg.dense(old.scale_tril_column))
+        linalg.quotient(block.column_root, old.scale_tril_column)
         for block, old in zip(blocks, previous, strict=True)
         if isinstance(old, MatrixNormalGaussian)
     ]

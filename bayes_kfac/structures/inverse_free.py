@@ -41,7 +41,7 @@ class InverseFreeStructure(KroneckerStructure):
         captures="What kron with damping='optimal' does: the matrix normal nearest in KL(q ‖ p) to K-FAC's posterior.",
         use="On accelerators in low precision, or where Cholesky factorisations fail or are slow: products alone, and "
         "factors that rounding made indefinite are survived.",
-        cost="Statistics n (in² + out²); a sweep about ten products of in³ + out³; sample in·out (in + out); memory "
+        cost="Statistics n (in² + out²); a sweep six products of in³ and of out³; sample in·out (in + out); memory "
         "in² + out².",
         source="Lin et al. 2023 (INGD); Lin, Dangel, Eschenhagen et al. 2024 (SINGD).",
     )

@@ -227,6 +227,14 @@ def test_a_previous_gaussian_of_another_kind_is_no_start():
     )
 
 
+def test_a_warm_start_keeps_a_diagonal_side_a_row():
+    """Of 200,000 words the matrix would take 320 GB."""
+    A, G = 1 + randn(1, 200_000, seed=0).square(), random_spd(2, seed=1)
+    gaussian = build("optimal", spec_of(A, G))
+    warm = build("optimal", spec_of(A, G, previous=gaussian))
+    assert_close(warm.marginal_variance(), gaussian.marginal_variance(), **CONVERGED)
+
+
 def test_some_blocks_with_and_some_without_a_previous_gaussian():
     """A layer that joins late starts cold, and takes none of the others' accuracy."""
     A, G = random_factors()
