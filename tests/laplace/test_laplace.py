@@ -38,9 +38,9 @@ from tests.laplace.oracles import (
     mlp,
     prior_forms,
 )
-from tests.posteriors import FAMILIES
+from tests.posteriors import FAMILIES, FAMILY_NAMES
 
-NAMES = bk.structures.available()
+NAMES = FAMILY_NAMES
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
