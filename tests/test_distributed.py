@@ -51,10 +51,10 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return randn(EXAMPLES, 3, seed=step), randn(EXAMPLES, 2, seed=50 + step)
 
 
-def make(model: nn.Module, seed: int = 7) -> bk.NoisyKFAC:
+def make(model: nn.Module, seed: int = 7, structure: str = "kron") -> bk.NoisyKFAC:
     likelihood = bk.likelihoods.Gaussian("learned").double()
     options = {"fisher": "exact", "statistics_every": 2, "inverse_every": 2, "others": "deterministic"}
-    return bk.NoisyKFAC(model, likelihood, num_data=40, lr=0.05, generator=rng(seed), **options)
+    return bk.NoisyKFAC(model, likelihood, num_data=40, lr=0.05, generator=rng(seed), structure=structure, **options)
 
 
 def results_of(optimizer: bk.NoisyKFAC) -> Results:
@@ -64,18 +64,19 @@ def results_of(optimizer: bk.NoisyKFAC) -> Results:
         for key, value in state.statistics.sums.items():
             results[f"sum/{name}/{key}"] = value
             results[f"count/{name}/{key}"] = torch.tensor(state.statistics.counts[key], dtype=torch.float64)
-    for name, block in optimizer.posterior().blocks.items():
-        results |= {f"posterior/{name}/{key}": value for key, value in block.state.items()}
+    blocks = optimizer.posterior().blocks
+    for kind, parts in (("posterior", blocks), ("link", blocks.links)):
+        results |= {f"{kind}/{name}/{key}": value for name, own in parts.items() for key, value in own.state.items()}
     return results
 
 
 # What each process does
 
 
-def run(rank: int, loop: Callable[..., None], *, seed: int = 7, **options: Any) -> Results:
+def run(rank: int, loop: Callable[..., None], *, seed: int = 7, structure: str = "kron", **options: Any) -> Results:
     """Three steps; ``loop`` gets the wrapped model, the optimizer, and this process's half of the batch."""
     model = DistributedDataParallel(Net(), **options)
-    optimizer = make(model, seed)
+    optimizer = make(model, seed, structure)
     for step in range(STEPS):
         x, y = (tensor[rank * HALF : (rank + 1) * HALF] for tensor in batch(step))
         optimizer.zero_grad()
@@ -179,6 +180,7 @@ def work(rank: int, folder: str) -> None:
         "accumulated without sync": run(rank, accumulated_without_sync),
         "masked": run(rank, half_masked(rank)),
         "one branch": run(rank, one_branch(rank), find_unused_parameters=True),
+        "linked": run(rank, one_branch(rank), structure="tridiagonal", find_unused_parameters=True),
         "not a number in one": not_a_number_in_one(rank),
         "fit": fitted(rank),
     }
@@ -197,8 +199,8 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Result
 # What one process gives
 
 
-def alone(loss: Callable[[bk.NoisyKFAC, Tensor, Tensor], Tensor]) -> Results:
-    optimizer = make(Net())
+def alone(loss: Callable[[bk.NoisyKFAC, Tensor, Tensor], Tensor], structure: str = "kron") -> Results:
+    optimizer = make(Net(), structure=structure)
     for step in range(STEPS):
         optimizer.zero_grad()
         with optimizer.sampled_params():
@@ -257,11 +259,15 @@ def test_a_process_without_any_label_takes_part_and_weighs_nothing_in_the_fisher
     assert_all_equal(processes, "masked", expected)
 
 
-def test_a_layer_that_runs_in_one_process_only_is_measured_there(processes):
+@pytest.mark.parametrize(("scenario", "structure"), [("one branch", "kron"), ("linked", "tridiagonal")])
+def test_a_layer_that_runs_in_one_process_only_is_measured_there(processes, scenario, structure):
+    """And with it what links it to another."""
+
     def loss(optimizer: bk.NoisyKFAC, x: Tensor, y: Tensor) -> Tensor:
         parts = (slice(0, HALF), True), (slice(HALF, EXAMPLES), False)
         return sum(optimizer.likelihood(optimizer.model(x[part], branch), y[part]) for part, branch in parts) / 2
 
-    expected = alone(loss)
+    expected = alone(loss, structure)
+    assert (structure == "kron") == ("link/head/row" not in expected)
     assert expected["count/branch/gradient"] == expected["count/body/gradient"] / 2
-    assert_all_equal(processes, "one branch", expected)
+    assert_all_equal(processes, scenario, expected)
