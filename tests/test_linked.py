@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import bayes_kfac as bk
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.prediction import Draws
+from bayes_kfac.training.tuning import tune_prior_precision
 from tests.helpers import in_block, randn, rng, seeded
 from tests.joints import as_vector, dense_covariance
 from tests.posteriors import dense_derivatives, dense_function_samples, dense_mean
@@ -250,8 +251,8 @@ def trainer(model: nn.Module, **options: Any) -> bk.NoisyNaturalGradient:
         model,
         bk.likelihoods.Gaussian(0.5),
         num_data=SIZE,
-        structure="tridiagonal",
         generator=rng(0),
+        structure="tridiagonal",
         **{"lr": 0.02, "statistics_every": 2, "inverse_every": 3, "fisher": "exact", **options},
     )
 
@@ -404,6 +405,33 @@ def test_tuning_while_training():
     )
     assert posterior.blocks.links
     assert all(precision != 1.0 for precision in posterior.prior_precision.values())
+
+
+def test_the_tuned_prior_has_the_greatest_evidence():
+    """At the mean as it is, the evidence of the linked layers is stationary in the precision."""
+    optimizer = trainer(plain())
+    train(optimizer, 6)
+    tune_prior_precision(optimizer)
+    (precision,) = set(optimizer.prior_precision.values())
+    laplace = bk.Laplace.from_trainer(optimizer, [data()], progress=False)
+    value = torch.tensor(precision, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(laplace.log_marginal_likelihood(value), value)
+    assert abs(precision * slope.item()) < 1e-6
+
+
+def test_training_goes_on_in_another_precision():
+    optimizer = trainer(plain())
+    train(optimizer, 4)
+    optimizer.model.float()
+    optimizer.likelihood.float()
+    x, y = (tensor.float() for tensor in data())
+    for _ in range(4):
+        with optimizer.sampled_params():
+            optimizer.zero_grad()
+            optimizer.likelihood(optimizer.model(x), y).backward()
+        optimizer.step()
+        links = optimizer.blocks.links
+        assert {tensor.dtype for link in links.values() for tensor in link.state.values()} == {torch.float32}
 
 
 def test_a_copy_trains_by_itself():

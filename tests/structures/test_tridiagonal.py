@@ -218,6 +218,18 @@ def test_the_correlation_is_what_the_joint_log_determinant_has_beside_the_blocks
         assert (far > -1e-3) == (scale < 1)  # without data nothing is correlated
 
 
+def test_the_correlation_under_the_prior_of_an_earlier_task():
+    model, statistics = mlp(), measured(mlp(), randn(40, 3, seed=1))
+    prior = {
+        name: MatrixNormalGaussian(torch.tril(randn(o, o, seed=3)) + 2 * torch.eye(o), torch.eye(i).double() * 0.7)
+        for name, (o, i) in SHAPES.items()
+    }
+    joint = structures.build(chained(model), specs(statistics, prior))
+    expected = joint.logdet() - joint.as_prior().logdet()
+    correlation = structures.correlation(chained(model), specs(statistics, prior))
+    assert_close(correlation(torch.tensor(DATA_SCALE, dtype=torch.float64)), expected, **CLOSE)
+
+
 def test_the_correlation_is_differentiable_in_scale_and_priors():
     model = mlp()
     statistics = measured(model, randn(40, 3, seed=1))
