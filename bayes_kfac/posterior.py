@@ -50,8 +50,8 @@ class Posterior:
     Args:
         model: The model, whose current weights are the mean; it is kept as the function, not copied.
         likelihood: What its output means; copied.
-        blocks: The zero-mean Gaussian of each layer, by the layer's name; or of all layers together, where they are
-            linked: a block of one that is linked to another is its Gaussian given that one.
+        blocks: The zero-mean Gaussian of each layer, by the layer's name; or of all layers together, where some are
+            linked: a block is then the Gaussian of its layer given the layers before it.
         prior_precision: The prior's precision of each layer, by the same names: a number, or that of each weight in the
             shape of its block.
         provenance: How the posterior was made.

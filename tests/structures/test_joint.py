@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -189,6 +191,17 @@ def test_rows_of_an_output_layer_that_all_examples_share(chain):
     J = jacobians(rows)
     within = sum(own.covariance() for own in chain.whitened(rows).values())
     assert_close(within, J @ dense_covariance(chain) @ J.mT, rtol=1e-9, atol=1e-9)
+
+
+def test_a_block_is_its_layer_given_the_layers_before_it(chain):
+    covariance, start = dense_covariance(chain), 0
+    for block in chain.values():
+        stop = start + math.prod(block.shape)
+        given, own = covariance[:start, :start], covariance[start:stop, start:stop]
+        across = covariance[start:stop, :start]
+        conditional = own - across @ torch.linalg.solve(given, across.mT)
+        assert_close(conditional, torch.linalg.inv(block.to_dense()), rtol=1e-8, atol=1e-8)
+        start = stop
 
 
 # As a mapping
