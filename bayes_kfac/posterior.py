@@ -50,8 +50,8 @@ class Posterior:
     Args:
         model: The model, whose current weights are the mean; it is kept as the function, not copied.
         likelihood: What its output means; copied.
-        blocks: The zero-mean Gaussian of each layer, by the layer's name; or of all layers together, where they are
-            linked: a block of one that is linked to another is its Gaussian given that one.
+        blocks: The zero-mean Gaussian of each layer, by the layer's name; or of all layers together, where some are
+            linked: a block is then the Gaussian of its layer given the layers before it.
         prior_precision: The prior's precision of each layer, by the same names: a number, or that of each weight in the
             shape of its block.
         provenance: How the posterior was made.
@@ -286,7 +286,7 @@ class Posterior:
             for name, layer in self.layers.items()
         }
         gradient = self.blocks.multiply(away)
-        return 0.5 * torch.stack([(away[name] * gradient[name]).sum() for name in away]).sum()
+        return 0.5 * sum(((away[name] * gradient[name]).sum() for name in away), torch.zeros((), device=self.device))
 
     def nearest_matrix_normal(self) -> Posterior:
         """The posterior whose blocks are the matrix normals nearest to this in ``KL(q ‖ p)``, where they are not.
@@ -297,11 +297,7 @@ class Posterior:
         Returns:
             A new posterior.
         """
-        nearest = copy.copy(self)
-        nearest.blocks = self.blocks.as_prior()
-        nearest.provenance = replace(self.provenance, damping="optimal")
-        nearest._linearized = LinearizedModel(nearest.model, nearest.mean, nearest.layers, nearest.blocks)
-        return nearest
+        return self._with(blocks=self.blocks.as_prior(), provenance=replace(self.provenance, damping="optimal"))
 
     def distribution(self, layer: str) -> MatrixNormal:
         """The posterior of one layer's ``[weight, bias]`` as a Pyro distribution over ``(*blocks, out, in)``.
@@ -355,16 +351,19 @@ class Posterior:
         Returns:
             A new posterior.
         """
-        moved = copy.copy(self)
-        moved.model = self.model.to(target)
-        moved.likelihood = copy.deepcopy(self.likelihood).to(target)
-        moved.blocks = self.blocks.to(target)
-        moved.mean = {
+        mean = {
             name: value.to(target) if value.is_floating_point() or not isinstance(target, torch.dtype) else value
             for name, value in self.mean.items()
         }
-        moved._linearized = LinearizedModel(moved.model, moved.mean, moved.layers, moved.blocks)
-        return moved
+        likelihood = copy.deepcopy(self.likelihood).to(target)
+        return self._with(model=self.model.to(target), likelihood=likelihood, blocks=self.blocks.to(target), mean=mean)
+
+    def _with(self, **changed: Any) -> Posterior:
+        """The same posterior with other attributes."""
+        new = copy.copy(self)
+        new.__dict__.update(changed)
+        new._linearized = LinearizedModel(new.model, new.mean, new.layers, new.blocks)
+        return new
 
     # -- files --------------------------------------------------------------------------------------------------------
 

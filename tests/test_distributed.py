@@ -67,8 +67,9 @@ def results_of(optimizer: bk.NoisyKFAC) -> Results:
         for key, value in matrices(state.statistics).items():
             results[f"sum/{name}/{key}"] = value
             results[f"count/{name}/{key}"] = torch.tensor(state.statistics.counts[key], dtype=torch.float64)
-    for name, block in optimizer.posterior().blocks.items():
-        results[f"posterior/{name}"] = block.to_dense()
+    blocks = optimizer.posterior().blocks
+    results |= {f"posterior/{name}": block.to_dense() for name, block in blocks.items()}
+    results |= {f"link/{name}/{key}": value for name, own in blocks.links.items() for key, value in own.state.items()}
     return results
 
 
@@ -187,6 +188,7 @@ def work(rank: int, folder: str) -> None:
         "columns": run(rank, plain, structure="smw"),
         "columns of one branch": run(rank, one_branch(rank), find_unused_parameters=True, structure="smw"),
         "leading columns": run(rank, plain, structure=SlangStructure(2)),
+        "linked": run(rank, one_branch(rank), structure="tridiagonal", find_unused_parameters=True),
         "not a number in one": not_a_number_in_one(rank),
         "fit": fitted(rank),
     }
@@ -265,15 +267,18 @@ def test_a_process_without_any_label_takes_part_and_weighs_nothing_in_the_fisher
     assert_all_equal(processes, "masked", expected)
 
 
-@pytest.mark.parametrize(("scenario", "structure"), [("one branch", "kron"), ("columns of one branch", "smw")])
+@pytest.mark.parametrize(
+    ("scenario", "structure"), [("one branch", "kron"), ("columns of one branch", "smw"), ("linked", "tridiagonal")]
+)
 def test_a_layer_that_runs_in_one_process_only_is_measured_there(processes, scenario, structure):
-    """Columns too, of which the other process has none."""
+    """Columns too, of which the other process has none; and what links it to another layer."""
 
     def loss(optimizer: bk.NoisyKFAC, x: Tensor, y: Tensor) -> Tensor:
         parts = (slice(0, HALF), True), (slice(HALF, EXAMPLES), False)
         return sum(optimizer.likelihood(optimizer.model(x[part], branch), y[part]) for part, branch in parts) / 2
 
     expected = alone(loss, structure)
+    assert (structure == "tridiagonal") == ("link/head/row" in expected)
     key = "fisher" if structure == "smw" else "gradient"
     assert expected[f"count/branch/{key}"] == expected[f"count/body/{key}"] / 2
     assert_all_equal(processes, scenario, expected)

@@ -4,7 +4,7 @@ Its covariance is ``T diag(Λ) Tᵀ``, with a :class:`BlockGaussian` for each ``
 weights are ``w_l = z_l − Σ_k Ψ_kᵀ z_k`` over the links ``Ψ_k`` that lead to layer ``l``, with independent
 ``z_k ~ N(0, Λ_k)`` (Martens & Grosse 2015, §4.3). A link leads to a later layer, so that ``T⁻¹`` is a substitution in
 the order of the layers. Without links the layers are independent and the blocks are their Gaussians; with them, a block
-is its layer's Gaussian given the others that its link leads to.
+is the Gaussian of its layer given the layers before it.
 
 Values are dictionaries by layer; layers that are missing in one are zero there.
 """

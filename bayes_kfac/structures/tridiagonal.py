@@ -45,7 +45,7 @@ ACROSS = " × "
 
 @register_gaussian("conditional")
 class ConditionalGaussian(KroneckerEigenGaussian):
-    """``Λ_l``: a layer of a chain given the next one, in the bases ``R Q`` of its own ``P_ll⁻¹``."""
+    """``Λ_l``: the weights of a layer given the layers before it, in the bases ``R Q`` of ``P_ll⁻¹``."""
 
     def as_prior(self) -> MatrixNormalGaussian:
         """The matrix normal of precision ``P_ll``: of independent ones the nearest to the chain in ``KL(q ‖ p)``."""
@@ -58,7 +58,8 @@ class TridiagonalStructure(KroneckerStructure):
 
     Two layers of this structure that follow each other in the model are linked, unless one of them has a diagonal side,
     tied weights or several blocks. They are correlated by the batches in which both have one position for each example
-    (after pooling, with ``sharing="reduce"``); a layer without such batches is as K-FAC has it.
+    (after pooling, with ``sharing="reduce"``); a layer without such batches is as K-FAC has it. What is kept of the
+    correlation of two layers is 1 but for averages of unlike data: see :attr:`bayes_kfac.structures.Link.kept`.
     """
 
     card = Card(

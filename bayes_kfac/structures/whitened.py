@@ -3,9 +3,10 @@
 A layer's Jacobian is ``J_c = Σ_t g_ct a_tᵀ``. Where the Gaussian is Kronecker-factored, up to weights ``w`` for each
 element, the rows ``a`` and ``g`` are whitened instead of the Jacobian:
 
-    ``⟨J_c, J_d⟩ = Σ_oi w_oi J̃_coi J̃_doi``, or with ``w = 1``, ``Σ_tu (ã_t · ã_u) (g̃_ct · g̃_du)``.
+    ``⟨J_c, J_d⟩ = Σ_oi w_oi J̃_coi J̃_doi = Σ_tu Σ_o (Σ_i w_oi ã_ti ã_ui) g̃_cto g̃_duo``.
 
-The second form needs no Jacobian. It is taken where positions are few, the first where they are many: by count.
+The second form needs no Jacobian; with ``w = 1`` it is ``Σ_tu (ã_t · ã_u) (g̃_ct · g̃_du)``. It is taken where positions
+are few, the first where they are many: by count.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -107,8 +109,10 @@ class WhitenedRows(Whitened):
             weighted = gradients * scale.sqrt()
             return torch.einsum("c...no,d...no->ncd", weighted, weighted)
         if self._prefers_kernel(self._columns**2):
-            left = self._by_kernel()
-            return torch.einsum("c...nuo,d...nuo->ncd", left, self.gradients.expand_as(left))
+            lefts = [(part, part._by_kernel()) for part in self._kernel_parts()]
+            return torch.cat(
+                [torch.einsum("c...nuo,d...nuo->ncd", own, part.gradients.expand_as(own)) for part, own in lefts]
+            )
         parts = (part.jacobians() for part in self.parts())
         return torch.cat([jacobians @ jacobians.mT for jacobians in parts])
 
@@ -124,7 +128,10 @@ class WhitenedRows(Whitened):
                 return torch.einsum("c...o,...no->nc", squares.squeeze(-2), scale)
             return torch.einsum("c...no,...no->nc", squares, scale)
         if self._prefers_kernel(self._columns):
-            return torch.einsum("c...nuo,c...nuo->nc", self._by_kernel(), self.gradients)
+            lefts = [(part, part._by_kernel()) for part in self._kernel_parts()]
+            return torch.cat(
+                [torch.einsum("c...nuo,c...nuo->nc", own, part.gradients.expand_as(own)) for part, own in lefts]
+            )
         return torch.cat([part.jacobians().square().sum(-1) for part in self.parts()])
 
     def between(self, other: Whitened) -> Tensor:  # noqa: D102
@@ -135,6 +142,9 @@ class WhitenedRows(Whitened):
         if self._shared == other._shared == 1 and self._columns > 1 and not self._is_sparse:
             size = other.inputs.shape[-3] * (self.inputs.shape[-1] + self._columns * self.gradients.shape[-1])
             return torch.cat([part._between_by_pairs(other) for part in self._pieces(size)])
+        if self._prefers_pairs(other):
+            pairs = (mine.between(theirs) for mine in self._positions() for theirs in other._positions())
+            return reduce(torch.add, pairs)
         return torch.cat(
             [
                 torch.cat([torch.einsum("nck,mdk->nmcd", mine, theirs.jacobians()) for theirs in other.parts()], dim=1)
@@ -178,20 +188,42 @@ class WhitenedRows(Whitened):
 
     def _prefers_kernel(self, products: int) -> bool:
         """Whether the Gram of positions costs fewer operations than Jacobians, for so many products of columns."""
-        if self.weights is not None:
-            return False
         shared, in_features, out_features = self._shared, self.inputs.shape[-1], self.gradients.shape[-1]
-        kernel_cost = shared**2 * (in_features + self._columns * out_features) + products * shared * out_features
+        kernels = in_features if self.weights is None else in_features * out_features
+        kernel_cost = shared**2 * (kernels + self._columns * out_features) + products * shared * out_features
         jacobian_cost = out_features * in_features * (self._columns * shared + products)
         return self._is_sparse or kernel_cost <= jacobian_cost
 
     def _by_kernel(self) -> Tensor:
-        """``Σ_t (ã_t · ã_u) g̃_ct``, ``[columns, *blocks, batch, shared, out]``."""
+        """``Σ_t (Σ_i w_oi ã_ti ã_ui) g̃_cto``, ``[columns, *blocks, batch, shared, out]``."""
+        if self.weights is not None:
+            assert isinstance(self.inputs, Tensor)
+            pairs = self.inputs.unsqueeze(-2) * self.inputs.unsqueeze(-3)  # [*blocks, batch, shared, shared, in]
+            kernel = (pairs.flatten(-4, -2) @ self.weights.mT).unflatten(-2, pairs.shape[-4:-1])
+            return (self.gradients.unsqueeze(-2) * kernel).sum(-3)
         if isinstance(self.inputs, SparseRows):
             kernel = self.inputs.gram(self.gradients.new_ones(self.inputs.size))
         else:
             kernel = self.inputs @ self.inputs.mT
         return kernel.mT @ self.gradients
+
+    def _kernel_parts(self) -> Iterator[WhitenedRows]:
+        """The same in pieces whose :meth:`_by_kernel` is of bounded size; whole where it is small."""
+        if self.weights is None:
+            return iter([self])
+        in_features, out_features = self.inputs.shape[-1], self.gradients.shape[-1]
+        return self._pieces(self._shared**2 * (in_features + self._columns * out_features))
+
+    def _prefers_pairs(self, other: WhitenedRows) -> bool:
+        """Whether the products of all pairs of positions cost fewer operations than those of all pairs of columns."""
+        pairs = self._shared * other._shared
+        return 1 < pairs < self._columns * other._columns and self.weights is not None and not self._is_sparse
+
+    def _positions(self) -> Iterator[WhitenedRows]:
+        """The rows of each position, whose Jacobians add up to these."""
+        for t in range(self._shared):
+            here = slice(t, t + 1)
+            yield replace(self, inputs=self.inputs[..., here, :], gradients=self.gradients[..., here, :])
 
     @property
     def _is_same_for_all(self) -> bool:

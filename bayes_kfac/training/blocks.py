@@ -64,11 +64,12 @@ class Blocks:
         self.layers = dict(layers)
         self.structures = self.structure.for_layers(layers)
         taken = {name: self.set_aside.pop(_key(layer), BlockState()) for name, layer in layers.items()}
-        self.states = replace(self.states, blocks=taken).updated(
+        self.states = self.states.of(
             {
-                name: replace(state, statistics=self.structures[name].adapted(state.statistics))
+                name: state
+                if state.statistics is None
+                else replace(state, statistics=self.structures[name].adapted(state.statistics))
                 for name, state in taken.items()
-                if state.statistics is not None
             }
         )
 
@@ -176,10 +177,12 @@ class Blocks:
             assert state.momentum is not None
             is_damped = state.preconditioner is not None and self.is_preconditioned(name)
             (damped if is_damped else inner)[name] = state.momentum / state.momentum_weight
+        # linked layers without a gradient have a direction too, and stay where they are
+        by_posterior, by_preconditioner = states.posterior.solve(inner), states.preconditioner.solve(damped)
         scale = self.num_data / self.temperature
-        directions = {name: own * scale for name, own in states.posterior.solve(inner).items()}
-        solved = {**directions, **states.preconditioner.solve(damped)}
-        return states, {name: solved[name] for name in gradients}
+        return states, {
+            name: by_preconditioner[name] if name in damped else by_posterior[name] * scale for name in gradients
+        }
 
     def _with_gradient(self, name: str, state: BlockState, gradient: Tensor) -> BlockState:
         """The state with a gradient in its moving average."""

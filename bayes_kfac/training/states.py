@@ -54,6 +54,14 @@ class States(Mapping[str, BlockState]):
         """The running averages of the layers that have been measured."""
         return {name: state.statistics for name, state in self.items() if state.statistics is not None}
 
+    def of(self, blocks: Mapping[str, BlockState]) -> States:
+        """The states of other blocks, with the links that are between them."""
+        links, preconditioner_links = (
+            {name: link for name, link in own.items() if name in blocks and link.to in blocks}
+            for own in (self.links, self.preconditioner_links)
+        )
+        return States(blocks, links, preconditioner_links)
+
     def updated(self, changed: Mapping[str, BlockState]) -> States:
         """The same with other states of some blocks."""
         return replace(self, blocks={**self.blocks, **changed})

@@ -71,6 +71,6 @@ def _determined(informations: Sequence[Information], scale: float) -> float:
     """``tr[sF̄ (sF̄ + I)⁻¹]``: how ``log det(I + sF̄)`` grows with ``log s``."""
     with torch.enable_grad():
         variable = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
-        total = torch.stack([information(variable) for information in informations]).sum()
+        total = sum((information(variable) for information in informations), torch.zeros_like(variable))
         (slope,) = torch.autograd.grad(total, variable)
     return scale * float(slope)

@@ -26,6 +26,7 @@ import bayes_kfac as bk
 from bayes_kfac.errors import ArgumentError, BayesKfacWarning, TargetError, UnsupportedModelError, UsageError
 from bayes_kfac.likelihoods import Categorical, GammaNoise, Gaussian, Likelihood
 from tests.helpers import TIGHT, randn, rng, seeded
+from tests.joints import dense_covariance
 from tests.laplace.oracles import (
     NETS,
     X,
@@ -483,9 +484,13 @@ def test_the_divergence_from_the_prior_is_that_of_dense_gaussians(name: str, str
     posterior = fit_net(name, structure=structure, prior_precision=prior).posterior()
     priors = dense_priors(prior, posterior.layers)
     expected = torch.zeros(()).double()
-    for layer, block in posterior.blocks.items():
-        mean = posterior.layers[layer].matrix(posterior.mean).flatten(-2)
-        q = MultivariateNormal(mean, precision_matrix=block.to_dense())
+    means = {layer: own.matrix(posterior.mean).flatten(-2) for layer, own in posterior.layers.items()}
+    covariances = {layer: torch.linalg.inv(block.to_dense()) for layer, block in posterior.blocks.items()}
+    if posterior.blocks.links:  # all layers are one block
+        means, priors = {"": torch.cat(list(means.values()))}, {"": torch.block_diag(*priors.values())}
+        covariances = {"": dense_covariance(posterior.blocks)}
+    for layer, mean in means.items():
+        q = MultivariateNormal(mean, covariances[layer])
         p = MultivariateNormal(torch.zeros_like(mean), precision_matrix=priors[layer])
         expected = expected + kl_divergence(q, p).sum()
     assert_close(posterior.kl(), expected, **CLOSE)

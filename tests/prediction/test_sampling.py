@@ -52,7 +52,7 @@ def basis_draws(posterior: Posterior, monkeypatch: pytest.MonkeyPatch, scale: fl
         return torch.cat([noise, -noise])
 
     with monkeypatch.context() as patch:
-        patch.setattr("bayes_kfac.posterior.standard_normal", basis)
+        patch.setattr("bayes_kfac.structures.joint.standard_normal", basis)
         return posterior.sample(2 * total)
 
 
