@@ -431,7 +431,7 @@ def kl_divergence(q: Tensor, p: Tensor) -> float:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_posteriors_are_as_near_to_the_exact_ones_as_kfacs(name):
-    """Also where two products are indefinite and the prior is weak; with no floor the divergence was in the hundreds."""
+    """Also where two products are indefinite and the prior is weak; without the floor it was in the hundreds."""
     divergences: dict[str, list[float]] = {name: [], "kron": []}
     for rows in (ROWS[each]() for each in CORRELATED):
         for prior in (0.1, 10.0):
