@@ -108,6 +108,16 @@ def test_memory_is_bounded_by_the_budget(monkeypatch):
     assert sum(largest) == 100 * 3 * 12 * 8
 
 
+def test_an_example_that_is_too_large_is_taken_column_by_column(monkeypatch):
+    largest = []
+    original = Rows.jacobians
+    monkeypatch.setattr(Rows, "jacobians", lambda rows: (largest.append(original(rows).numel()), original(rows))[1])
+    monkeypatch.setattr(module, "CPU_JACOBIAN_BYTES", 1)
+    rows = dense_rows(3, batch=2, shared=40, in_=4, out=3)
+    partial_products(rows, *sides(rows))
+    assert largest == [12] * 6
+
+
 @given(words=sparse_rows())
 def test_sparse_rows_are_their_rows_written_out(words):
     """On the diagonal of the input side, words occurring several times in an example."""
