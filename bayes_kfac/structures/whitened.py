@@ -215,9 +215,12 @@ class WhitenedRows(Whitened):
         return self._pieces(self._shared**2 * (in_features + self._columns * out_features))
 
     def _prefers_pairs(self, other: WhitenedRows) -> bool:
-        """Whether the products of all pairs of positions cost fewer operations than those of all pairs of columns."""
-        pairs = self._shared * other._shared
-        return 1 < pairs < self._columns * other._columns and self.weights is not None and not self._is_sparse
+        """Whether products of all pairs of positions cost fewer operations than Jacobians, where there are weights."""
+        in_features, pairs = self.inputs.shape[-1], self._shared * other._shared
+        products = self._columns * other._columns
+        formed = self._columns * self._shared + other._columns * other._shared
+        is_cheaper = pairs * (in_features + products) <= in_features * (formed + products)
+        return pairs > 1 and is_cheaper and self.weights is not None and not self._is_sparse
 
     def _positions(self) -> Iterator[WhitenedRows]:
         """The rows of each position, whose Jacobians add up to these."""

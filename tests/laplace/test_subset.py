@@ -246,7 +246,7 @@ def test_the_last_layer_needs_no_graph_of_the_trunk(kind: str, structure: str) -
     else:
         fisher = torch.einsum("ncd,ni,nj->cidj", F, phi, phi).reshape(18, 18)
         unit = torch.ones(1, 1) if structure == "diagonal" else torch.ones(6, 6)  # weights whose covariance is kept
-        fisher = fisher if structure == "dense" else fisher * torch.kron(torch.eye(18 // len(unit)), unit)
+        fisher = fisher if structure in {"dense", "smw"} else fisher * torch.kron(torch.eye(18 // len(unit)), unit)
     block = laplace.posterior().blocks["head"]
     assert_close(block.to_dense(), fisher + 2.0 * torch.eye(18, dtype=torch.float64), **TIGHT)
     assert torch.isfinite(laplace.posterior().predict(X, link="probit").probs).all()
