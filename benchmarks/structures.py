@@ -35,7 +35,7 @@ from uci import HERE, load_splits
 import bayes_kfac as bk
 from bayes_kfac import structures
 from bayes_kfac.curvature import Recorder, Rows, find_layers, output_gradients
-from bayes_kfac.structures import DAMPING_KINDS, BlockSpec
+from bayes_kfac.structures import DAMPING_KINDS, BlockSpec, JointGaussian
 
 RESULTS = HERE / "results" / "structures"
 PRIOR_PRECISION = 1.0
@@ -192,7 +192,7 @@ def beside_the_fisher(mode: Mode, structure: str, damping: str) -> dict[str, flo
     loader = DataLoader(TensorDataset(x, y), batch_size=250)
     laplace = bk.Laplace(mode.model, mode.likelihood, structure=structure, damping=damping)
     seconds = measure.seconds(lambda: laplace.fit(loader, progress=False), 1)[0]
-    covariance = dense_covariance(laplace.posterior(), mode.sizes)
+    covariance = dense(laplace.posterior(), mode.sizes, JointGaussian.solve)
     precision = len(x) * mode.fisher + PRIOR_PRECISION * torch.eye(len(mode.fisher), dtype=torch.float64)
     small = bk.Laplace(
         mode.model,
@@ -202,8 +202,9 @@ def beside_the_fisher(mode: Mode, structure: str, damping: str) -> dict[str, flo
         prior_precision=float(NO_PRIOR * len(x) * mode.fisher.trace() / len(mode.fisher)),
     ).fit(loader, progress=False)
     wrong, right = 0.0, 0.0
-    for block, exact in zip(small.posterior().blocks.values(), mode.blocks(mode.fisher), strict=True):
-        wrong += float((block.to_dense() / len(x) - exact).square().sum())
+    fisher = dense(small.posterior(), mode.sizes, JointGaussian.multiply) / len(x)
+    for own, exact in zip(mode.blocks(fisher), mode.blocks(mode.fisher), strict=True):
+        wrong += float((own - exact).square().sum())
         right += float(exact.square().sum())
     by_block = [
         divergence(own, exact) for own, exact in zip(mode.blocks(covariance), mode.blocks(precision), strict=True)
@@ -217,14 +218,16 @@ def beside_the_fisher(mode: Mode, structure: str, damping: str) -> dict[str, flo
     }
 
 
-def dense_covariance(posterior: bk.Posterior, sizes: dict[str, int]) -> Tensor:
-    """Of all layers, by their maps of basis vectors."""
-    roots = []
-    for block, size in zip(posterior.blocks.values(), sizes.values(), strict=True):
-        basis = torch.eye(size, dtype=torch.float64).reshape(size, *block.shape)
-        roots.append(block.sample(basis).flatten(1).T)
-    root = torch.block_diag(*roots)
-    return root @ root.T
+def dense(posterior: bk.Posterior, sizes: dict[str, int], function: Callable[..., dict[str, Tensor]]) -> Tensor:
+    """A linear map over all layers together as a matrix, by what it makes of basis vectors."""
+    whole = torch.eye(sum(sizes.values()), dtype=torch.float64)
+    parts = {
+        name: columns.reshape(len(whole), *block.shape)
+        for (name, block), columns in zip(
+            posterior.blocks.items(), whole.split(list(sizes.values()), dim=-1), strict=True
+        )
+    }
+    return torch.cat([own.flatten(1) for own in function(posterior.blocks, parts).values()], dim=-1).T
 
 
 def divergence(covariance: Tensor, precision: Tensor) -> float:
