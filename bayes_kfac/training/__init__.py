@@ -2,8 +2,9 @@
 
 from bayes_kfac.training.adaptive import AdaptiveNaturalGradient
 from bayes_kfac.training.fit import FitState, fit
+from bayes_kfac.training.named import NoisyAdam, NoisyEKFAC, NoisyKFAC
 from bayes_kfac.training.natural import NaturalGradient
-from bayes_kfac.training.noisy import NoisyAdam, NoisyEKFAC, NoisyKFAC, NoisyNaturalGradient
+from bayes_kfac.training.noisy import NoisyNaturalGradient
 
 __all__ = [
     "AdaptiveNaturalGradient",

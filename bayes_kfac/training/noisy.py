@@ -25,7 +25,6 @@ from bayes_kfac.curvature import (
     Statistics,
     Summary,
     check_types,
-    find_covered,
     summarize,
     unwrapped,
 )
@@ -39,6 +38,7 @@ from bayes_kfac.training.blocks import Blocks
 from bayes_kfac.training.checks import check_finite, check_outside, check_ready
 from bayes_kfac.training.deterministic import PointEstimates
 from bayes_kfac.training.groups import block_groups, default_group
+from bayes_kfac.training.roster import Roster
 from bayes_kfac.training.sampler import Sampler
 from bayes_kfac.training.schedules import Schedule, as_schedule
 from bayes_kfac.training.state import BlockState, dump_state, restore_block
@@ -137,13 +137,12 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         self.structure = structures.get(structure, damping=damping, sharing=sharing)
         self._check_structure()
         self.structure.check_fisher(fisher)
-        self._others = others
-        self._params = None if params is None else list(params)
         self.steps = 0
         self._blocks = self._blocks_type(
             self.structure, self._group, num_data=num_data, temperature=self.temperature, warmup=warmup
         )
-        self._trainable, layers = self._trainable_now(), self._sort()
+        self._roster = Roster(self.model, params, others)
+        layers = self._roster.sort()
         defaults = {
             "lr": lr,
             "prior_precision": prior_precision,
@@ -172,6 +171,11 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
 
     def _check_structure(self) -> None:
         self.structure.check_posterior()
+
+    @property
+    def reasons(self) -> Mapping[str, str]:
+        """Why parameters have no block, by parameter."""
+        return self._roster.reasons
 
     @property
     def layers(self) -> Mapping[str, Layer]:
@@ -432,7 +436,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
 
     @property
     def _full_precision(self) -> AbstractContextManager[None]:
-        return linalg.full_precision(self._trainable[0].device)
+        return linalg.full_precision(self._roster.trainable[0].device)
 
     @property
     def _has_new_layers(self) -> bool:
@@ -443,15 +447,6 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         blocks = [parameter for layer in self.layers.values() for parameter in layer.parameters.values()]
         return blocks + list(self._point_estimates.parameters.values())
 
-    def _trainable_now(self) -> list[nn.Parameter]:
-        """What is to be trained as things stand."""
-        candidates = self.model.parameters() if self._params is None else self._params
-        return [parameter for parameter in candidates if parameter.requires_grad]
-
-    def _sort(self) -> dict[str, Layer]:
-        layers, self.reasons = find_covered(self.model, self._trainable_now(), self._others)
-        return layers
-
     def _take_up(self, layers: Mapping[str, Layer]) -> None:
         group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
         self._group_index = {name: group_of[layer.like] for name, layer in layers.items()}
@@ -459,12 +454,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
 
     def _follow_model(self) -> None:
         """Take note of what was frozen, unfrozen or moved since the last step."""
-        trainable = self._trainable_now()
-        if len(trainable) != len(self._trainable) or any(
-            new is not old for new, old in zip(trainable, self._trainable, strict=True)
-        ):
-            layers = self._sort()
-            self._trainable = trainable
+        if self._roster.has_changed():
+            layers = self._roster.sort()
             known = {parameter for group in self.param_groups for parameter in group["params"]}
             new = [p for layer in layers.values() for p in layer.parameters.values() if p not in known]
             default_group(self.param_groups)["params"].extend(new)
@@ -473,27 +464,3 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             self._sampler.watch(layers, self._parameters())
         self._blocks.follow_devices()
         self._point_estimates.follow_model()
-
-
-class NoisyKFAC(NoisyNaturalGradient):
-    """Noisy K-FAC (Zhang et al. 2018): :class:`NoisyNaturalGradient` with the Kronecker-factored Fisher."""
-
-
-class NoisyEKFAC(NoisyNaturalGradient):
-    """Noisy EK-FAC (Bae et al. 2018): :class:`NoisyNaturalGradient` with ``structure="ekfac"``.
-
-    The paper's code starts the eigenvalues anew from K-FAC's at each change of basis; here they keep what was measured.
-    """
-
-    def __init__(self, model: nn.Module, likelihood: Likelihood, **options: Any) -> None:
-        super().__init__(model, likelihood, structure="ekfac", **options)
-
-
-class NoisyAdam(NoisyNaturalGradient):
-    """Noisy Adam (Zhang et al. 2018): :class:`NoisyNaturalGradient` with ``structure="diagonal"``.
-
-    The diagonal preconditions as it is, without Adam's root, as in the paper.
-    """
-
-    def __init__(self, model: nn.Module, likelihood: Likelihood, **options: Any) -> None:
-        super().__init__(model, likelihood, structure="diagonal", **options)

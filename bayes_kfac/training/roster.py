@@ -1,0 +1,45 @@
+"""What is trained: the parameters that are not frozen as things stand, sorted into layers and the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from bayes_kfac.curvature import Layer, find_covered
+
+
+class Roster:
+    """The parameters of a model that are trained, which may be frozen and unfrozen on the way.
+
+    Args:
+        model: The model.
+        params: Which of its parameters to train; ``None`` for all.
+        others: What to do with parameters that no block covers.
+
+    Attributes:
+        trainable: The parameters that are trained, as of the last :meth:`sort`.
+        reasons: Why parameters have no block, by name.
+    """
+
+    def __init__(self, model: nn.Module, params: Iterable[nn.Parameter] | None, others: str) -> None:
+        self._model = model
+        self._params = None if params is None else list(params)
+        self._others = others
+        self.trainable: list[nn.Parameter] = []
+        self.reasons: Mapping[str, str] = {}
+
+    def has_changed(self) -> bool:
+        """Whether others are trainable by now than at the last :meth:`sort`."""
+        now = self._now()
+        return len(now) != len(self.trainable) or any(a is not b for a, b in zip(now, self.trainable, strict=True))
+
+    def sort(self) -> dict[str, Layer]:
+        """The layers of what is trainable now, by name."""
+        layers, reasons = find_covered(self._model, self._now(), self._others)
+        self.trainable, self.reasons = self._now(), reasons
+        return layers
+
+    def _now(self) -> list[nn.Parameter]:
+        candidates = self._model.parameters() if self._params is None else self._params
+        return [parameter for parameter in candidates if parameter.requires_grad]
