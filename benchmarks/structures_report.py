@@ -65,7 +65,7 @@ def cards() -> str:
     """What each structure is."""
     cost = rows_of("cost")
     page = ""
-    for name in structures.available():
+    for name in (*structures.available(), *structures.preconditioners()):
         card = structures.get(name, damping="exact", sharing="expand").card
         page += f"### `{name}`\n\n`{card.formula}`\n\n{card.captures}\n\n*When:* {card.use}\n\n*Cost:* {card.cost}"
         measured = [row for key, row in cost.items() if key.split("/")[0] == name]
@@ -73,6 +73,8 @@ def cards() -> str:
             exponents = measured[0]["exponents"]
             words = ", ".join(f"{key} {exponents[key]:.1f}" for key in ("statistics", "refresh", "sample", "bytes"))
             page += f" Measured exponents of a square layer's width (batch {COST_BATCH}): {words}."
+        refusal = structures.get(name, damping="exact", sharing="expand").refusal
+        page += f"\n\n*No posterior:* {refusal}" if refusal else ""
         page += f"\n\n*Source:* {card.source}\n\n"
     return page
 

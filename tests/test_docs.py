@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from bayes_kfac import structures
+
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "docs/quickstart.md", "docs/laplace.md", "docs/loops.md", "docs/modules.md"]
+PAGES = ["README.md", "docs/quickstart.md", "docs/laplace.md", "docs/loops.md", "docs/modules.md", "docs/optimizers.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -23,6 +25,12 @@ def test_python_blocks_run_one_after_another(page, tmp_path, monkeypatch, capsys
         exec(compile(block, page, "exec"), namespace)
     assert capsys.readouterr().out
     assert (tmp_path / "posterior.safetensors").exists() == any(".save(" in block for block in blocks)
+
+
+def test_the_page_of_structures_has_all_of_them():
+    page = (ROOT / "docs" / "structures.md").read_text()
+    for name in (*structures.available(), *structures.preconditioners()):
+        assert f"### `{name}`" in page, "run benchmarks/report.py"
 
 
 def test_links_between_pages_lead_somewhere():
