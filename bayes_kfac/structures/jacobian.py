@@ -74,21 +74,33 @@ def squares(rows: Rows) -> Tensor:
     return in_pieces(lambda part: part.jacobians().square().sum(0).sum(-3), rows)
 
 
-def pieces(rows: Rows) -> Iterator[Rows]:
-    """The same rows in pieces of the batch whose Jacobians take bounded memory."""
+def pieces(rows: Rows, elements: int | None = None) -> Iterator[Rows]:
+    """The same rows in pieces of bounded memory: some examples at a time, or single columns of one.
+
+    Args:
+        rows: The rows.
+        elements: What an example of a block takes; by default its Jacobians.
+
+    Yields:
+        The pieces.
+    """
     columns, *blocks, batch, _, out_features = rows.gradients.shape
-    size = columns * torch.Size(blocks).numel() * out_features * rows.inputs.shape[-1] * rows.gradients.element_size()
-    step = max(1, whitened.jacobian_bytes(rows.gradients.device) // max(size, 1))
+    elements = columns * out_features * rows.inputs.shape[-1] if elements is None else elements
+    size = max(1, elements * torch.Size(blocks).numel() * rows.gradients.element_size())
+    budget = whitened.jacobian_bytes(rows.gradients.device)
+    step = max(1, budget // size)
+    width = columns if size <= budget else max(1, columns * budget // size)
     for start in range(0, max(batch, 1), step):
-        yield _piece(rows, slice(start, start + step))
+        for first in range(0, columns, width):
+            yield _piece(rows, slice(start, start + step), slice(first, first + width))
 
 
-def _piece(rows: Rows, examples: slice) -> Rows:
+def _piece(rows: Rows, examples: slice, columns: slice) -> Rows:
     return replace(
         rows,
         inputs=rows.inputs[..., examples, :, :],
-        gradients=rows.gradients[..., examples, :, :],
-        transposed=None if rows.transposed is None else _piece(rows.transposed, examples),
+        gradients=rows.gradients[columns, ..., examples, :, :],
+        transposed=None if rows.transposed is None else _piece(rows.transposed, examples, columns),
         mask=None if rows.mask is None else rows.mask[examples],
     )
 

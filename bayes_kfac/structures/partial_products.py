@@ -12,15 +12,12 @@ need no Jacobian; which, is a matter of counts. On a side where inputs are spars
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from bayes_kfac import linalg
 from bayes_kfac.curvature import Rows, SparseRows
-from bayes_kfac.structures.whitened import ACCELERATOR_JACOBIAN_BYTES, CPU_JACOBIAN_BYTES
+from bayes_kfac.structures.jacobian import pieces, word_columns
 
 
 def partial_products(rows: Rows, row_side: Tensor, column_side: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +37,7 @@ def partial_products(rows: Rows, row_side: Tensor, column_side: Tensor) -> tuple
     columns, shared, out_features = rows.gradients.shape[0], *rows.gradients.shape[-2:]
     in_features, count = rows.inputs.shape[-1], row_side.shape[-3]
     if isinstance(rows.inputs, SparseRows) and rows.transposed is None:
-        return _of_words(rows, rows.inputs, *sides)
+        return _of_words(rows.inputs, rows.gradients, *sides)
     # operations for one example
     by_position = 2 * count * shared * (columns * out_features**2 + in_features**2)
     by_position += 2 * count * shared**2 * (columns * out_features + in_features)
@@ -49,7 +46,7 @@ def partial_products(rows: Rows, row_side: Tensor, column_side: Tensor) -> tuple
         function, size = _by_positions, columns * shared * count * (shared + out_features + in_features)
     else:
         function, size = _by_jacobians, 2 * columns * out_features * in_features
-    for piece in _pieces(rows, size):
+    for piece in pieces(rows, size):
         more_by_row, more_by_column = function(piece, *sides)
         by_row, by_column = by_row + more_by_row, by_column + more_by_column
     return by_row, by_column
@@ -100,43 +97,11 @@ def _by_jacobians(rows: Rows, row_side: Tensor, column_side: Tensor) -> tuple[Te
     return torch.stack(by_row, -3), torch.stack(by_column, -3)
 
 
-def _of_words(rows: Rows, inputs: SparseRows, row_side: Tensor, column_side: Tensor) -> tuple[Tensor, Tensor]:
-    """By columns of Jacobians that are not zero: each example's words, of whatever positions, and their gradients."""
-    examples = torch.arange(len(inputs.indices), device=inputs.indices.device)[:, None, None]
-    words, position = (inputs.indices + examples * inputs.size).unique(return_inverse=True)
-    gradients = rows.gradients.unsqueeze(-2) * inputs.weights.unsqueeze(-1)  # [columns, batch, shared, count, out]
-    J = gradients.new_zeros(len(gradients), len(words), gradients.shape[-1])
-    J = J.index_add(1, position.flatten(), gradients.flatten(1, 3))
-    index = words % inputs.size
-    weighted = J.unsqueeze(1) * column_side[:, 0, index].unsqueeze(-1)  # [columns, k, words, out]
-    by_row = (weighted.mT @ J.unsqueeze(1)).sum(0)
-    quadratic = (linalg.right_product(J.unsqueeze(1), row_side) * J.unsqueeze(1)).sum((0, -1))
-    return by_row, torch.zeros_like(column_side).index_add(-1, index, quadratic.unsqueeze(-2))
-
-
-def _pieces(rows: Rows, elements: int) -> Iterator[Rows]:
-    """The rows in pieces of bounded size, where an example of a block takes so many elements."""
-    gradients, transposed = rows.gradients, rows.transposed
-    size = elements * gradients.element_size() * gradients.shape[1:-3].numel()
-    budget = CPU_JACOBIAN_BYTES if gradients.device.type == "cpu" else ACCELERATOR_JACOBIAN_BYTES
-    step = max(1, budget // max(size, 1))
-    # an example that is too large by itself is taken column by column
-    parts = -(-size // budget) if step == 1 else 1
-    width = max(1, gradients.shape[0] // parts)
-    for start in range(0, rows.inputs.shape[-3], step):
-        piece = slice(start, start + step)
-        own = replace(rows, inputs=rows.inputs[..., piece, :, :], mask=None)
-        for first in range(0, gradients.shape[0], width):
-            column = slice(first, first + width)
-            part = replace(own, gradients=gradients[column, ..., piece, :, :])
-            if transposed is not None:
-                part = replace(
-                    part,
-                    transposed=replace(
-                        transposed,
-                        inputs=transposed.inputs[..., piece, :, :],
-                        gradients=transposed.gradients[column, ..., piece, :, :],
-                        mask=None,
-                    ),
-                )
-            yield part
+def _of_words(inputs: SparseRows, gradients: Tensor, row_side: Tensor, column_side: Tensor) -> tuple[Tensor, Tensor]:
+    """By the columns of Jacobians that are not zero."""
+    words, J = word_columns(inputs, gradients)
+    J = J.movedim(0, 1).unsqueeze(1)  # [columns, 1, words, out]
+    weighted = J * column_side[:, 0, words].unsqueeze(-1)
+    by_row = (weighted.mT @ J).sum(0)
+    quadratic = (linalg.right_product(J, row_side) * J).sum((0, -1))
+    return by_row, torch.zeros_like(column_side).index_add(-1, words, quadratic.unsqueeze(-2))

@@ -36,9 +36,12 @@ def test_a_piece_has_its_part_of_the_mask(monkeypatch):
     assert torch.equal(torch.cat([part.mask for part in pieces(rows)]), mask)
 
 
-def test_an_example_that_is_larger_than_the_bound_is_a_piece_of_its_own(monkeypatch):
+def test_an_example_that_is_larger_than_the_bound_is_taken_column_by_column(monkeypatch):
     monkeypatch.setattr(whitened, "CPU_JACOBIAN_BYTES", 1)
-    assert len(list(pieces(KINDS["one position"]()))) == 6
+    rows = KINDS["one position"]()
+    found = list(pieces(rows))
+    assert [part.gradients.shape[::3] for part in found] == [(1, rows.gradients.shape[3])] * 6 * len(rows.gradients)
+    assert_close(sum(part.jacobians().square().sum() for part in found), rows.jacobians().square().sum(), **TIGHT)
 
 
 @given(rows=sparse_rows())

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from bayes_kfac import linalg
 from bayes_kfac.curvature import Rows, SparseRows
 from bayes_kfac.structures import partial_products as module
+from bayes_kfac.structures import whitened
 from bayes_kfac.structures.partial_products import partial_products
 from tests.helpers import TIGHT, randn
 from tests.random_rows import dense_rows, sparse_rows, tied_rows, words
@@ -90,7 +91,7 @@ def test_the_way_is_chosen_by_the_number_of_operations(monkeypatch):
 @pytest.mark.parametrize("budget", [1, 200, 1000])
 def test_pieces_of_examples_and_columns_add_up(rows, budget, monkeypatch):
     """Bounded memory: down to one column of one example at a time."""
-    monkeypatch.setattr(module, "CPU_JACOBIAN_BYTES", budget)
+    monkeypatch.setattr(whitened, "CPU_JACOBIAN_BYTES", budget)
     V, R = sides(rows)
     for actual, one in zip(partial_products(rows, V, R), expected(rows, V, R), strict=True):
         assert_close(actual, one, **TIGHT)
@@ -101,7 +102,7 @@ def test_memory_is_bounded_by_the_budget(monkeypatch):
     largest = []
     original = Rows.jacobians
     monkeypatch.setattr(Rows, "jacobians", lambda rows: (largest.append(original(rows).numel() * 8), original(rows))[1])
-    monkeypatch.setattr(module, "CPU_JACOBIAN_BYTES", 4000)
+    monkeypatch.setattr(whitened, "CPU_JACOBIAN_BYTES", 4000)
     rows = dense_rows(3, batch=100, shared=40, in_=4, out=3)
     partial_products(rows, *sides(rows))
     assert max(largest) <= 4000
@@ -112,7 +113,7 @@ def test_an_example_that_is_too_large_is_taken_column_by_column(monkeypatch):
     largest = []
     original = Rows.jacobians
     monkeypatch.setattr(Rows, "jacobians", lambda rows: (largest.append(original(rows).numel()), original(rows))[1])
-    monkeypatch.setattr(module, "CPU_JACOBIAN_BYTES", 1)
+    monkeypatch.setattr(whitened, "CPU_JACOBIAN_BYTES", 1)
     rows = dense_rows(3, batch=2, shared=40, in_=4, out=3)
     partial_products(rows, *sides(rows))
     assert largest == [12] * 6
