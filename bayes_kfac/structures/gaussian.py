@@ -102,6 +102,11 @@ class BlockGaussian(ABC):
         """Triangular factors ``L_U`` and ``L_V`` of the covariance ``U ⊗ V``, where it is of this form."""
         return None
 
+    @property
+    def note(self) -> str:
+        """What a summary should say of this very Gaussian; empty where there is nothing to say."""
+        return ""
+
     def to_power(self, exponent: float) -> BlockGaussian:
         """The Gaussian of precision ``P^p``; kinds that have none in closed form raise ``ArgumentError``."""
         raise ArgumentError(f"power={exponent!r} is not allowed: a {self.kind} Gaussian has no powers. Allowed: 1.")

@@ -144,9 +144,10 @@ class JointGaussian(Mapping[str, BlockGaussian]):
         return name in self.links or any(link.to == name for link in self.links.values())
 
     def labels(self, structures: Mapping[str, Structure]) -> dict[str, str]:
-        """The structure of each layer in words, and what it is linked to, for summaries."""
+        """The structure of each layer in words, what it is linked to, and what is to be known of it, for summaries."""
         to = {name: f" → {link.to}" for name, link in self.links.items()}
-        return {name: own.label + to.get(name, "") for name, own in structures.items()}
+        notes = {name: f" ({block.note})" for name, block in self.items() if block.note}
+        return {name: own.label + to.get(name, "") + notes.get(name, "") for name, own in structures.items()}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> JointGaussian:
         """The Gaussian with a function applied to every tensor of its state."""

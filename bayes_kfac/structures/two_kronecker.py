@@ -50,6 +50,11 @@ class TwoKroneckerGaussian(KroneckerEigenGaussian):
         return {**super().state, "num_clamped": self.num_clamped}
 
     @property
+    def note(self) -> str:  # noqa: D102
+        raised = int(self.num_clamped.sum())
+        return f"{raised} of {self.precision.numel()} directions raised" if raised else ""
+
+    @property
     def first(self) -> MatrixNormalGaussian:
         """The matrix normal whose precision is the first of the two products."""
         return MatrixNormalGaussian(linalg.triangular_root(self.basis_row), linalg.triangular_root(self.basis_column))

@@ -584,7 +584,7 @@ def test_a_laplace_fit_goes_by_the_fisher_of_all_data(name):
     assert laplace._check_fitted().measurement.num_examples == 120
 
 
-def test_a_posteriors_count_of_clamped_directions_is_in_its_file(tmp_path):
+def test_a_posteriors_count_of_clamped_directions_is_in_its_summary_and_file(tmp_path):
     x = randn(60, 3, seed=0)
     model = seeded(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
     laplace = bk.Laplace(model, bk.likelihoods.Gaussian(0.1), structure="kpsvd_lanczos", prior_precision=1e-3)
@@ -592,8 +592,12 @@ def test_a_posteriors_count_of_clamped_directions_is_in_its_file(tmp_path):
     posterior = laplace.posterior()
     posterior.save(tmp_path / "p.safetensors")
     again = bk.Posterior.load(tmp_path / "p.safetensors", model)
-    counts = [float(p.blocks["0"].state["num_clamped"]) for p in (posterior, again)]
-    assert counts[0] == counts[1] >= 0
+    counts = [{name: int(b.state["num_clamped"]) for name, b in p.blocks.items()} for p in (posterior, again)]
+    assert counts[0] == counts[1]
+    assert max(counts[0].values()) > 0
+    for name, count in counts[0].items():
+        size = posterior.blocks[name].precision.numel()
+        assert (f"{count} of {size} directions raised" in str(posterior.summary())) == (count > 0)
 
 
 def test_kpsvd_structures_are_of_one_family():
