@@ -44,6 +44,14 @@ The same on a CNN of 730 weights for 2000 images of MNIST, 1600 steps; means ove
 """,
 }
 
+TIME = """## Along time
+
+`python benchmarks/rnn.py`: the next character of Tiny Shakespeare. `kron` is K-FAC with independent time, the two
+chains are options 1 and 2 of Martens, Ba & Johnson (2018), all as noisy trainers at temperature .1; Adam beside them.
+Losses in nats a character.
+
+"""
+
 COLUMNS = {
     "frobenius": ("Frobenius error", "{:.3f}"),
     "kl_blocks": ("KL, blocks", "{:.0f}"),
@@ -118,6 +126,56 @@ def plot() -> None:
     plt.close(figure)
 
 
+def along_time() -> dict[str, Any]:
+    """The committed runs of ``rnn.py``, by model; none where it was not run."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results" / "rnn").glob("*.json"))}
+
+
+def time_table() -> str:
+    """What each trainer of a recurrent network came to."""
+    found = along_time()
+    if not found:
+        return ""
+    text = TIME
+    for model, result in found.items():
+        settings = result["settings"]
+        lines = [
+            f"{model.upper()} of {settings['hidden']} units, pieces of {settings['length']} characters in batches of "
+            f"{settings['batch']}, seed {settings['seed']}:\n",
+            "| trainer | steps | training text | held-out text | ms a step |",
+            "|---|---|---|---|---|",
+        ]
+        for method, run in result["runs"].items():
+            last = run[-1]
+            pace = 1e3 * last["seconds"] / last["step"]
+            lines.append(f"| {method} | {last['step']} | {last['train']:.3f} | {last['test']:.3f} | {pace:.0f} |")
+        text += "\n".join(lines) + "\n\n"
+    return text + "![Nats a character against steps and seconds](images/rnn.png)\n\n"
+
+
+def plot_time() -> None:
+    """Held-out losses against steps and seconds."""
+    found = along_time()
+    if not found:
+        return
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(len(found), 2, figsize=(10, 4 * len(found)), layout="constrained", squeeze=False)
+    for row, (model, result) in zip(axes, found.items(), strict=True):
+        for axis, against in zip(row, ("step", "seconds"), strict=True):
+            for method, run in result["runs"].items():
+                axis.plot([at[against] for at in run], [at["test"] for at in run], label=method)
+            axis.set_xlabel(f"{against}s".replace("ss", "s"))
+            axis.set_ylabel("nats a character, held-out text")
+            axis.set_title(model.upper())
+        row[0].legend(fontsize=8)
+    figure.savefig(PLOT.with_name("rnn.png"), dpi=110)
+    plt.close(figure)
+
+
 def page() -> str:
     """The whole page."""
     picture = "![Divergence against bound](images/structures.png)\n\n" if rows_of("energy") else ""
@@ -129,6 +187,7 @@ def page() -> str:
         + table("energy")
         + table("mnist")
         + picture
+        + time_table()
         + (notes.read_text() if notes.exists() else "")
     )
 
@@ -136,4 +195,5 @@ def page() -> str:
 def write() -> None:
     """Write the picture and the page."""
     plot()
+    plot_time()
     PAGE.write_text(page())
