@@ -296,21 +296,20 @@ def tensors_of(state: Any) -> list[Tensor]:
 
 # -- their cost --------------------------------------------------------------------------------------------------------
 
-WIDTHS = (32, 64, 128, 256)
-#: Where even 64 × 64 weights are too many.
-SMALL_WIDTHS = (4, 8, 16, 32)
+WIDTHS = (64, 128, 256, 512, 1024)
+#: Where the matrices are those of all weights, or of each output's.
+SMALL_WIDTHS = {"dense": (4, 8, 16, 32, 48), "unit_wise": (16, 32, 64, 128, 256)}
 COST_BATCH = 64
 #: Bytes of a Gaussian above which larger widths are left out.
 MOST_BYTES = 1 << 28
 
 
 def cost(structure: str, damping: str, repeats: int = 5) -> dict[str, Any]:
-    """Seconds and bytes of a square layer at several widths, and the exponents over the upper half."""
+    """Seconds and bytes of a square layer at several widths, and the exponents over the three largest."""
     torch.set_num_threads(1)
     own = structures.get(structure, damping=damping, sharing="expand")
-    widths = SMALL_WIDTHS if structure == "dense" else WIDTHS
     rows: dict[int, dict[str, float]] = {}
-    for width in widths:
+    for width in SMALL_WIDTHS.get(structure, WIDTHS):
         torch.manual_seed(0)
         seen = Rows(torch.randn(COST_BATCH, 1, width), torch.randn(1, COST_BATCH, 1, width) / width**0.5)
         statistics = own.reframed(own.measure(seen), "layer")
@@ -334,7 +333,7 @@ def cost(structure: str, damping: str, repeats: int = 5) -> dict[str, Any]:
         rows[width]["bytes"] = sum(tensor.numel() * tensor.element_size() for tensor in held)
         if rows[width]["bytes"] > MOST_BYTES:
             break
-    upper = list(rows.items())[len(rows) // 2 - 1 :]
+    upper = list(rows.items())[-3:]
     at = np.log([width for width, _ in upper])
     exponents = {key: float(np.polyfit(at, np.log([row[key] for _, row in upper]), 1)[0]) for key in upper[0][1]}
     return {"widths": {str(width): row for width, row in rows.items()}, "exponents": exponents}
