@@ -116,12 +116,14 @@ def _chain(pull_back: PullBack, output: GradientEdge) -> list[Call]:
     Raises:
         UnsupportedModelError: If there is a way past one of them, or examples meet.
     """
+    knows = bool(pull_back.output.isfinite().all())  # NaN of one example is in the gradients of all
+    meeting = pull_back.layers if pull_back.coupled else pull_back.meeting if knows else ()
     for name, layer in pull_back.layers.items():
         if layer.adapter.structure is not None:
             raise UnsupportedModelError(_refusal(name, "is no linear map"))
         if len(layer.uses) > 1:
             raise UnsupportedModelError(_refusal(name, "is used by several modules"))
-        if pull_back.coupled or name in pull_back.meeting:
+        if name in meeting:
             raise UnsupportedModelError(_refusal(name, "is where examples meet"))
     chain: list[Call] = []
     ways: Iterable[tuple[Any, int]] = [(output.node, output.output_nr)]
