@@ -89,7 +89,7 @@ def _step(
         if pulled is None:
             return None
         rows = Rows(*call.use.adapter.rows(call.captured, pulled))
-        if rows.inputs.ndim > 3 or rows.inputs.shape[:2] != (len(weighs), 1):
+        if rows.inputs.shape[:-1] != (len(weighs), 1):
             raise UnsupportedModelError(
                 _refusal(call.layer, "has several positions, or not one matrix for all that it does")
             )

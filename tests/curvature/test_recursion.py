@@ -171,6 +171,17 @@ def test_low_precision_and_scalar_outputs():
         assert_close(G.double(), exact[name][1], rtol=0.1, atol=0.02)
 
 
+def test_an_autocast_region_changes_nothing():
+    """The meter measures while the caller's region is open: moments and roots are not in 16 bits."""
+    with torch.autocast("cpu", torch.bfloat16):
+        passed = pull_back(mlp().float(), X.float())
+        columns = Categorical().fisher_root(passed.output.detach())
+        inside = recursive_rows(passed, columns)
+    for name, rows in recursive_rows(passed, columns).items():
+        assert rows.gradients.dtype == torch.float32
+        assert torch.equal(inside[name].gradients, rows.gradients)
+
+
 # What is no chain
 
 
