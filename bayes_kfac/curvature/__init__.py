@@ -1,12 +1,13 @@
 """Curvature: from a batch to running statistics of each layer. Knows no prior and no posterior."""
 
-from bayes_kfac.curvature.fisher import FISHER_KINDS, output_gradients
+from bayes_kfac.curvature.fisher import EXAMPLEWISE_KINDS, FISHER_KINDS, output_gradients
 from bayes_kfac.curvature.layers import Layer, find_layers
 from bayes_kfac.curvature.meter import Meter
 from bayes_kfac.curvature.models import OTHERS, check_types, find_covered, unwrapped
 from bayes_kfac.curvature.modules import CompositeAdapter, ModuleAdapter, register, register_like
 from bayes_kfac.curvature.pullback import COPIES, PullBack
 from bayes_kfac.curvature.recorder import Recorder
+from bayes_kfac.curvature.recursion import recursive_rows
 from bayes_kfac.curvature.rows import Rows, SparseRows
 from bayes_kfac.curvature.sketches import Columns, FrequentDirections, LatestColumns, LeadingColumns, principal
 from bayes_kfac.curvature.statistics import (
@@ -22,6 +23,7 @@ from bayes_kfac.curvature.summary import Summary, SummaryRow, summarize
 
 __all__ = [
     "COPIES",
+    "EXAMPLEWISE_KINDS",
     "FISHER_KINDS",
     "NO_FRAME",
     "OTHERS",
@@ -50,6 +52,7 @@ __all__ = [
     "kronecker_factors",
     "output_gradients",
     "principal",
+    "recursive_rows",
     "register",
     "register_like",
     "summarize",

@@ -2,8 +2,12 @@
 
 ``output_gradients`` gives ``u`` of shape ``[columns, batch, ...]`` with ``Σ_c u_c u_cᵀ = F_output`` of each example:
 exactly (``"exact"``, the generalised Gauss-Newton), in expectation over targets sampled from the model (``"mc"``), or
-from the given targets (``"empirical"``, which is not the Fisher; Kunstner et al. 2019). Gradients are of one example's
-negative log-likelihood, never of the batch mean.
+from the given targets (``"empirical"``, which is not the Fisher; Kunstner et al. 2019). ``"recursive"`` takes the exact
+ones, and pulls them back by :mod:`bayes_kfac.curvature.recursion`. Gradients are of one example's negative
+log-likelihood, never of the batch mean.
+
+With Kronecker factors these are methods with names of their own: ``"mc"`` is K-FAC, ``"exact"`` is KFLR (all columns of
+the output's Hessian pulled back, ``G = E[H_l]``) and ``"recursive"`` is KFRA (Botev, Ritter & Barber 2017).
 """
 
 from __future__ import annotations
@@ -15,7 +19,9 @@ from bayes_kfac.batches import widened
 from bayes_kfac.errors import UsageError, check_choice
 from bayes_kfac.likelihoods import Likelihood
 
-FISHER_KINDS = ("mc", "exact", "empirical")
+#: Kinds that pull each example's own gradients back.
+EXAMPLEWISE_KINDS: tuple[str, ...] = ("mc", "exact", "empirical")
+FISHER_KINDS: tuple[str, ...] = (*EXAMPLEWISE_KINDS, "recursive")
 
 
 def output_gradients(
@@ -33,7 +39,7 @@ def output_gradients(
     Args:
         likelihood: What the output means.
         output: The model's output, ``[batch, ...]``.
-        fisher: ``"mc"``, ``"exact"`` or ``"empirical"``.
+        fisher: ``"mc"``, ``"exact"``, ``"empirical"`` or ``"recursive"``.
         target: The targets; needed for ``"empirical"`` only.
         mask: Which elements of the output weigh, ``[batch, *leading dimensions]``; the others have no gradient.
         num_samples: How many targets to sample for ``"mc"``.
@@ -47,7 +53,7 @@ def output_gradients(
     """
     check_choice("fisher", fisher, FISHER_KINDS)
     output = output.detach()
-    if fisher == "exact":
+    if fisher in ("exact", "recursive"):
         gradients = likelihood.fisher_root(output)
     elif fisher == "mc":
         gradients = likelihood.sample_gradient(output, num_samples, generator) / num_samples**0.5

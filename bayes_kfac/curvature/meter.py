@@ -29,8 +29,9 @@ from bayes_kfac.batches import count_examples, output_tensor
 from bayes_kfac.curvature.fisher import FISHER_KINDS, output_gradients
 from bayes_kfac.curvature.layers import Layer
 from bayes_kfac.curvature.modules import couples_examples
-from bayes_kfac.curvature.pullback import Call
+from bayes_kfac.curvature.pullback import Call, PullBack
 from bayes_kfac.curvature.recorder import Recorder
+from bayes_kfac.curvature.recursion import recursive_rows
 from bayes_kfac.curvature.rows import Rows
 from bayes_kfac.curvature.statistics import Statistics, added
 from bayes_kfac.errors import ArgumentError, UnsupportedModelError, UsageError, check_choice
@@ -65,7 +66,7 @@ class Meter:
         likelihood: What the output means.
         layers: The layers to measure, by name.
         measure: Turns the rows of the layers that a forward pass used into statistics of each.
-        fisher: ``"mc"``, ``"exact"`` or ``"empirical"``.
+        fisher: ``"mc"``, ``"exact"``, ``"empirical"`` or ``"recursive"``.
         num_data: The size of the data set, for checking.
         generator: The source of randomness for ``"mc"``.
     """
@@ -161,15 +162,25 @@ class Meter:
         )
         self._is_measuring = True
         try:
-            recorded = pull_back.rows(gradients, mask)
-            if not self._is_checked:
-                pull_back.check_complete(gradients[0], recorded)
-                self._is_checked = True
+            recorded = self._rows(pull_back, gradients, mask)
         finally:
             self._is_measuring = False
         with linalg.full_precision(output.device):  # products in 16 bits are not positive definite
             passed.statistics = self._measure(recorded)
         passed.shape = tuple(output.shape)
+
+    def _rows(self, pull_back: PullBack, gradients: Tensor, mask: Tensor | None) -> dict[str, Rows]:
+        """The rows of a forward pass; at the first one, it is checked that they account for the gradient."""
+        if self.fisher == "recursive":
+            if not self._is_checked:
+                pull_back.check_complete(gradients[0], pull_back.rows(gradients[:1], mask))
+            recorded = recursive_rows(pull_back, gradients, mask)
+        else:
+            recorded = pull_back.rows(gradients, mask)
+            if not self._is_checked:
+                pull_back.check_complete(gradients[0], recorded)
+        self._is_checked = True
+        return recorded
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         self.recorder.clear()

@@ -160,10 +160,11 @@ class PullBack:
         if not _fits(rows, len(self.output)):
             return False
         # sums of squares over all rows have the same expectation for independent gradients, wherever the rows belong
-        return self.independent or self.coupled or call.layer not in self._spread
+        return self.independent or self.coupled or call.layer not in self.meeting
 
     @cached_property
-    def _spread(self) -> Set[str]:
+    def meeting(self) -> Set[str]:
+        """The layers in which the gradient of one example's output reaches the rows of another."""
         return self.probe() if self.spread is None else self.spread
 
     @torch.no_grad()
@@ -270,11 +271,28 @@ class PullBack:
                 )
 
     def _pull_back(self, edges: Sequence[Any], output_gradients: Tensor) -> Sequence[Tensor | None]:
-        """Gradients ``[columns, ...]`` at each edge; at the output's own, the gradients as they are."""
         own = torch.autograd.graph.get_gradient_edge(self.output)
-        others = [edge for edge in edges if edge != own]
-        pulled = iter(_pull_back(self.output, others, output_gradients, create_graph=self.create_graph))
-        return [output_gradients if edge == own else next(pulled) for edge in edges]
+        return gradients_at(edges, own, output_gradients, create_graph=self.create_graph)
+
+
+def gradients_at(
+    edges: Sequence[Any], source: GradientEdge, gradients: Tensor, *, create_graph: bool = False
+) -> Sequence[Tensor | None]:
+    """Pull gradients at one place of the autograd graph back to others; the graph is kept.
+
+    Args:
+        edges: The places.
+        source: Where the gradients are.
+        gradients: ``[columns, ...]``.
+        create_graph: Whether what is returned is to be differentiable.
+
+    Returns:
+        Gradients ``[columns, ...]`` at each edge, ``None`` where the source does not depend on it; at the source's own,
+        the gradients as they are.
+    """
+    others = [edge for edge in edges if edge != source]
+    pulled = iter(_pull_back(source, others, gradients, create_graph=create_graph))
+    return [gradients if edge == source else next(pulled) for edge in edges]
 
 
 def _versions(captured: Any) -> tuple[int, ...]:
@@ -283,21 +301,21 @@ def _versions(captured: Any) -> tuple[int, ...]:
 
 
 def _pull_back(
-    output: Tensor, edges: Sequence[Any], output_gradients: Tensor, *, create_graph: bool
+    source: GradientEdge, edges: Sequence[Any], gradients: Tensor, *, create_graph: bool
 ) -> Sequence[Tensor | None]:
     """Gradients ``[columns, ...]`` at each edge; one batched backward pass for all columns where that is possible."""
     if not edges:
         return []
     options = {"retain_graph": True, "allow_unused": True, "create_graph": create_graph}
     try:
-        if output_gradients.shape[0] > 1 and not (create_graph and _has_node(output, GROUP_NORM)):
+        if gradients.shape[0] > 1 and not (create_graph and _has_node(source, GROUP_NORM)):
             try:
-                return torch.autograd.grad(output, edges, output_gradients, is_grads_batched=True, **options)
+                return torch.autograd.grad(source, edges, gradients, is_grads_batched=True, **options)
             except RuntimeError:
                 # some formulas do not batch (images in channels_last, functions of the user's own): column by column
                 # below, where any other error is raised again
                 pass
-        each = [torch.autograd.grad(output, edges, gradient, **options) for gradient in output_gradients]
+        each = [torch.autograd.grad(source, edges, gradient, **options) for gradient in gradients]
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise
@@ -310,9 +328,10 @@ def _pull_back(
     return [None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True)]
 
 
-def _has_node(output: Tensor, name: str) -> bool:
-    """Whether the graph of an output has a node whose name starts like this."""
-    seen, waiting = set(), [output.grad_fn]
+def _has_node(source: GradientEdge, name: str) -> bool:
+    """Whether the graph behind an edge has a node whose name starts like this."""
+    seen: set[Any] = set()
+    waiting: list[Any] = [source.node]
     while waiting:
         node = waiting.pop()
         if node is not None and node not in seen:

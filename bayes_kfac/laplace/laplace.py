@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from bayes_kfac import structures
 from bayes_kfac.curvature import (
-    FISHER_KINDS,
     Frame,
     Recorder,
     Statistics,
@@ -57,7 +56,8 @@ class Laplace:
         subset: Which parameters have a posterior: ``"all"``, ``"last_layer"``, ``"requires_grad"``, a list of names of
             parameters or modules, or a function of a parameter's name and the parameter. The others stay at the mode.
         damping: How the prior enters a block: ``"exact"``, ``"factored"`` or ``"optimal"``.
-        fisher: ``"exact"`` (the generalised Gauss-Newton), ``"mc"`` or ``"empirical"``.
+        fisher: ``"exact"`` (the generalised Gauss-Newton), ``"mc"``, ``"empirical"``, or ``"recursive"`` (KFRA, of
+            chains of layers; it averages over each batch, and depends on how the data are cut into batches).
         sharing: How positions that share weights are summed: ``"expand"`` or ``"reduce"``.
         prior_precision: The precision ``δ`` of the prior ``N(0, I/δ)``, 1 by default; or numbers by the names of layers
             or parameters.
@@ -99,7 +99,8 @@ class Laplace:
         self.likelihood = copy.deepcopy(likelihood)
         self.structure = structures.get(structure, damping=damping, sharing=sharing)
         self.structure.check_posterior()
-        self.fisher = check_choice("fisher", fisher, FISHER_KINDS)
+        self.structure.check_fisher(fisher)
+        self.fisher = fisher
         self.temperature = check_positive("temperature", temperature)
         self.num_data = None if num_data is None else check_count("num_data", num_data)
         self.memory_budget = check_count("memory_budget", memory_budget)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bayes_kfac import linalg
 from bayes_kfac.batches import Batch, count_examples, unpack, widened
-from bayes_kfac.curvature import Frame, PullBack, Recorder, Statistics, added, output_gradients
+from bayes_kfac.curvature import Frame, PullBack, Recorder, Statistics, added, output_gradients, recursive_rows
 from bayes_kfac.errors import ArgumentError, NonFiniteError, UsageError
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.prediction.forward import watched
@@ -71,7 +71,7 @@ class Surveyor:
         likelihood: What its output means.
         recorder: Watches the layers.
         structures: What to measure of each of them.
-        fisher: ``"exact"``, ``"mc"`` or ``"empirical"``.
+        fisher: ``"exact"``, ``"mc"``, ``"empirical"`` or ``"recursive"``.
         generator: The source of randomness for ``"mc"``.
         memory_budget: Bytes that output gradients may take up while they are pulled back.
         is_checked: Whether it is known that the layers account for the gradient.
@@ -158,6 +158,8 @@ class Surveyor:
         if not self.is_checked:
             pull_back.check()
             self.is_checked = True
+        if self.fisher == "recursive":  # it takes a few columns at a time by itself
+            return measure(self.structures, recursive_rows(pull_back, columns, mask), frames)
         total: dict[str, Statistics] = {}
         for part in columns.split(pull_back.columns_within(self.memory_budget)):
             share = len(part) / len(columns)

@@ -26,7 +26,16 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor
 
-from bayes_kfac.curvature import FISHER_KINDS, NO_FRAME, SHARING_KINDS, Frame, Layer, Rows, Statistics
+from bayes_kfac.curvature import (
+    EXAMPLEWISE_KINDS,
+    FISHER_KINDS,
+    NO_FRAME,
+    SHARING_KINDS,
+    Frame,
+    Layer,
+    Rows,
+    Statistics,
+)
 from bayes_kfac.errors import ArgumentError, check_choice
 from bayes_kfac.structures.gaussian import BlockGaussian, gaussian_from_state, register_gaussian, standard_normal
 from bayes_kfac.structures.link import Link
@@ -122,8 +131,9 @@ class Structure(ABC):
     passes: ClassVar[int] = 1
     #: Why a structure is a preconditioner only, and its Gaussian no posterior, with what to take in its place.
     refusal: ClassVar[str] = ""
-    #: The kinds of Fisher that it can be measured with.
-    fishers: ClassVar[tuple[str, ...]] = FISHER_KINDS
+    #: The kinds of Fisher that it can be measured with; ``"recursive"`` takes one that reads no more of the gradients
+    #: than their second moment.
+    fishers: ClassVar[tuple[str, ...]] = EXAMPLEWISE_KINDS
     #: The layer that the block is linked to, where a structure correlates layers: see :meth:`for_layers`.
     linked_to: str | None = None
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bayes_kfac import linalg
-from bayes_kfac.curvature import NO_FRAME, Frame, Rows, SparseRows, Statistics, kronecker_factors
+from bayes_kfac.curvature import EXAMPLEWISE_KINDS, NO_FRAME, Frame, Rows, SparseRows, Statistics, kronecker_factors
 from bayes_kfac.structures.base import BlockGaussian, BlockSpec, Card, register
 from bayes_kfac.structures.damping import damped
 from bayes_kfac.structures.kron import KroneckerStructure
@@ -49,6 +49,7 @@ class KPSVDStructure(KroneckerStructure):
     )
     # on small random and trained layers the Frobenius error then exceeds the least one by 0.1 % at most
     passes = 4
+    fishers = EXAMPLEWISE_KINDS
     #: How many matrices of each side a frame has.
     basis: ClassVar[int] = 1
 

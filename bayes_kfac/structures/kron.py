@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bayes_kfac import linalg
-from bayes_kfac.curvature import NO_FRAME, Frame, Rows, Statistics, kronecker_factors
+from bayes_kfac.curvature import FISHER_KINDS, NO_FRAME, Frame, Rows, Statistics, kronecker_factors
 from bayes_kfac.structures.base import BlockGaussian, BlockSpec, Card, Structure, register
 from bayes_kfac.structures.damping import WhiteBlock, damped
 
@@ -29,6 +29,7 @@ class KroneckerStructure(Structure):
         cost="Statistics n (in² + out²); refresh in³ + out³; sample or solve in·out (in + out); memory in² + out².",
         source="Martens & Grosse 2015; as a posterior, Zhang et al. 2018.",
     )
+    fishers = FISHER_KINDS
 
     def measure(self, rows: Rows, frame: Frame = NO_FRAME) -> Statistics:  # noqa: D102
         return kronecker_factors(rows, self.sharing)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bayes_kfac import linalg
 from bayes_kfac.curvature import (
+    FISHER_KINDS,
     NO_FRAME,
     Columns,
     Frame,
@@ -116,6 +117,7 @@ class SketchyStructure(LowRankFactorStructure):
         cost="Statistics (n + k)² (in + out); refresh k² (in + out); sample or solve k in·out; memory k (in + out).",
         source="Feinberg, Chen, Sun, Anil & Hazan 2023 (Sketchy).",
     )
+    fishers = FISHER_KINDS
     sketch = FrequentDirections
 
     def __init__(self, rank: int = 64, *, damping: str = "factored", sharing: str = "expand") -> None:

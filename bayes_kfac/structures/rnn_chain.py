@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from bayes_kfac import linalg
-from bayes_kfac.curvature import NO_FRAME, Frame, Rows, SparseRows, Statistics
+from bayes_kfac.curvature import EXAMPLEWISE_KINDS, NO_FRAME, Frame, Rows, SparseRows, Statistics
 from bayes_kfac.errors import BayesKfacWarning
 from bayes_kfac.structures.base import BlockGaussian, BlockSpec, Card, Information, register
 from bayes_kfac.structures.chain import ChainGaussian, chain_gain, log_det_stein
@@ -49,6 +49,8 @@ IMPOSSIBLE = 2.0
 
 class ChainStructure(KroneckerStructure):
     """What both options share: the lagged statistics, and the uncorrelated block that they correct."""
+
+    fishers = EXAMPLEWISE_KINDS
 
     def __init__(self, *, damping: str = "factored", sharing: str = "expand") -> None:
         super().__init__(damping=damping, sharing=sharing)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bayes_kfac import linalg
-from bayes_kfac.curvature import NO_FRAME, Frame, Rows, SparseRows, Statistics
+from bayes_kfac.curvature import EXAMPLEWISE_KINDS, NO_FRAME, Frame, Rows, SparseRows, Statistics
 from bayes_kfac.structures.base import Card, register
 from bayes_kfac.structures.jacobian import pieces, word_columns
 from bayes_kfac.structures.kron import KroneckerStructure
@@ -34,6 +34,7 @@ class TKFACStructure(KroneckerStructure):
         "n in·out (in + out + T), whichever is less. All else as K-FAC.",
         source="Gao et al. 2021; Ren & Goldfarb 2021 (TNT).",
     )
+    fishers = EXAMPLEWISE_KINDS
 
     def measure(self, rows: Rows, frame: Frame = NO_FRAME) -> Statistics:  # noqa: D102
         input_sum, gradient_sum = _partial_traces(rows.to(torch.promote_types(rows.gradients.dtype, torch.float32)))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bayes_kfac import linalg
-from bayes_kfac.curvature import NO_FRAME, Frame, Layer, Rows, Statistics, kronecker_factors
+from bayes_kfac.curvature import EXAMPLEWISE_KINDS, NO_FRAME, Frame, Layer, Rows, Statistics, kronecker_factors
 from bayes_kfac.structures.base import (
     BlockGaussian,
     BlockSpec,
@@ -71,6 +71,7 @@ class TridiagonalStructure(KroneckerStructure):
         "side; two products with Ψ for each sample; memory in·in' + out·out'.",
         source="Martens & Grosse 2015, §4.3.",
     )
+    fishers = EXAMPLEWISE_KINDS
 
     def __init__(self, *, damping: str = "factored", sharing: str = "expand") -> None:
         super().__init__(damping=damping, sharing=sharing)

@@ -62,7 +62,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         structure: The family of the posterior's blocks: one of ``bayes_kfac.structures.available()``, or a structure
             with options of its own.
         damping: How the prior enters a block: ``"factored"``, ``"optimal"`` or ``"exact"``.
-        fisher: ``"mc"``, ``"exact"`` or ``"empirical"``.
+        fisher: ``"mc"``, ``"exact"``, ``"empirical"``, or ``"recursive"`` (KFRA, of chains of layers).
         sharing: How positions that share weights are summed: ``"expand"`` or ``"reduce"``.
         prior_precision: The precision ``δ`` of the prior ``N(0, I/δ)``.
         temperature: The weight ``τ`` of the KL term; 1 is Bayes.

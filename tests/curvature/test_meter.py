@@ -13,12 +13,21 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from bayes_kfac import structures
-from bayes_kfac.curvature import FISHER_KINDS, Meter, Rows, Statistics, find_layers, output_gradients
+from bayes_kfac.curvature import (
+    EXAMPLEWISE_KINDS,
+    FISHER_KINDS,
+    Meter,
+    Rows,
+    Statistics,
+    find_layers,
+    output_gradients,
+    recursive_rows,
+)
 from bayes_kfac.curvature.pullback import Call, PullBack
 from bayes_kfac.curvature.statistics import kronecker_factors
 from bayes_kfac.errors import ArgumentError, UnsupportedModelError
 from bayes_kfac.likelihoods import Categorical
-from tests.helpers import assert_same_statistics, randn, record, rng, seeded
+from tests.helpers import assert_same_statistics, pull_back, randn, rng, seeded
 
 CLASSES = 3
 
@@ -80,7 +89,9 @@ def expected(fisher: str, inputs: Tensor = INPUTS, targets: Tensor = TARGETS) ->
     """The statistics of one batch, measured by hand."""
     model = seeded(Plain())
     gradients = output_gradients(likelihood, model(inputs), fisher, target=targets, generator=rng(0))
-    return {name: kronecker_factors(rows, "expand") for name, rows in record(model, inputs, gradients).items()}
+    passed = pull_back(model, inputs)
+    rows = recursive_rows(passed, gradients) if fisher == "recursive" else passed.rows(gradients)
+    return {name: kronecker_factors(own, "expand") for name, own in rows.items()}
 
 
 def assert_same(actual: dict[str, Statistics], wanted: dict[str, Statistics]) -> None:
@@ -354,7 +365,7 @@ class Bare(nn.Module):
         return x @ self.matrix.mT
 
 
-@pytest.mark.parametrize("fisher", FISHER_KINDS)
+@pytest.mark.parametrize("fisher", EXAMPLEWISE_KINDS)
 def test_a_model_of_bare_parameters_is_measured(fisher):
     model = seeded(Bare())
     layers = find_layers(model)[0]
