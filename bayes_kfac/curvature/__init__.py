@@ -4,7 +4,7 @@ from bayes_kfac.curvature.fisher import FISHER_KINDS, output_gradients
 from bayes_kfac.curvature.layers import Layer, find_layers
 from bayes_kfac.curvature.meter import Meter
 from bayes_kfac.curvature.models import OTHERS, check_types, find_covered, unwrapped
-from bayes_kfac.curvature.modules import CompositeAdapter, ModuleAdapter, register, register_like
+from bayes_kfac.curvature.modules import CompositeAdapter, Modes, ModuleAdapter, register, register_like
 from bayes_kfac.curvature.pullback import COPIES, PullBack
 from bayes_kfac.curvature.recorder import Recorder
 from bayes_kfac.curvature.rows import Rows, SparseRows
@@ -34,6 +34,7 @@ __all__ = [
     "Layer",
     "LeadingColumns",
     "Meter",
+    "Modes",
     "ModuleAdapter",
     "PullBack",
     "Recorder",

@@ -46,7 +46,9 @@ from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
 from bayes_kfac.structures.psgd import PSGDStructure
 from bayes_kfac.structures.rnn_chain import EndlessChainStructure, SymmetricChainStructure
 from bayes_kfac.structures.shampoo import ShampooStructure
+from bayes_kfac.structures.tensor_normal import TensorEigenGaussian, TensorNormalGaussian
 from bayes_kfac.structures.tkfac import TKFACStructure
+from bayes_kfac.structures.tnt import TensorNormalStructure
 from bayes_kfac.structures.tridiagonal import TridiagonalStructure
 from bayes_kfac.structures.two_kronecker import TwoKroneckerGaussian
 from bayes_kfac.structures.unit_wise import UnitWiseGaussian, UnitWiseStructure
@@ -94,6 +96,9 @@ __all__ = [
     "SymmetricChainStructure",
     "TEKFACStructure",
     "TKFACStructure",
+    "TensorEigenGaussian",
+    "TensorNormalGaussian",
+    "TensorNormalStructure",
     "TongaStructure",
     "TridiagonalStructure",
     "TwoKroneckerGaussian",
