@@ -20,6 +20,7 @@ from torch import Tensor
 from bayes_kfac import linalg
 from bayes_kfac.curvature import SparseRows
 from bayes_kfac.structures.base import BlockGaussian, register_gaussian
+from bayes_kfac.structures.kron_eigen import squared_lengths
 from bayes_kfac.structures.whitened import WhitenedRows, same_for_all
 
 ROW, COLUMN = "row", "column"
@@ -128,7 +129,15 @@ class TensorEigenGaussian(TensorNormalGaussian):
         return super().logdet() + self.precision.log().sum((-2, -1))
 
     def to_power(self, exponent: float) -> BlockGaussian:  # noqa: D102
-        return BlockGaussian.to_power(self, exponent)
+        total = self.precision.new_ones(self.shape[:-2])
+        bases = {}
+        for name, basis in self.roots.items():
+            lengths = squared_lengths(basis)
+            if lengths is None:
+                return BlockGaussian.to_power(self, exponent)
+            total = total * lengths
+            bases[name] = basis / lengths.sqrt()[..., None, None]
+        return TensorEigenGaussian((self.precision / total[..., None, None]) ** exponent, **bases)
 
     def to_dense(self) -> Tensor:  # noqa: D102
         inverse = reduce(linalg.kron, (torch.linalg.inv(basis) for basis in self.roots.values()))
