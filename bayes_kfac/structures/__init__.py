@@ -43,6 +43,7 @@ from bayes_kfac.structures.low_rank_factors import SketchyStructure, SkfacStruct
 from bayes_kfac.structures.low_rank_gaussian import LowRankGaussian
 from bayes_kfac.structures.low_rank_kron import LowRankKroneckerGaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
+from bayes_kfac.structures.mkor import MkorStructure
 from bayes_kfac.structures.psgd import PSGDStructure
 from bayes_kfac.structures.rnn_chain import EndlessChainStructure, SymmetricChainStructure
 from bayes_kfac.structures.shampoo import ShampooStructure
@@ -84,6 +85,7 @@ __all__ = [
     "LowRankKroneckerGaussian",
     "MFacStructure",
     "MatrixNormalGaussian",
+    "MkorStructure",
     "PSGDStructure",
     "Prior",
     "ShampooStructure",
