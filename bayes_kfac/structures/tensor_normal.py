@@ -77,6 +77,16 @@ class TensorNormalGaussian(BlockGaussian):
         return inverse.mT @ inverse
 
     @property
+    def matrix_normal_roots(self) -> tuple[Tensor, Tensor] | None:
+        """The products of each side's roots, written out."""
+        one = next(iter(self.roots.values())).new_ones(*self.shape[:-2], 1, 1)
+        row, column = (
+            reduce(linalg.kron, (linalg.triangular_root(root) for root in self._roots_of(side)), one)
+            for side in (ROW, COLUMN)
+        )
+        return row, column
+
+    @property
     def state(self) -> dict[str, Tensor]:  # noqa: D102
         return dict(self.roots)
 
@@ -99,8 +109,11 @@ class TensorNormalGaussian(BlockGaussian):
 
     def _rows(self, side: str, rows: Tensor) -> Tensor:
         """Rows ``[..., *blocks, batch, shared, size]`` of one side, whitened by its modes."""
-        own = [root.mT.unsqueeze(-3) for name, root in self.roots.items() if name.startswith(side)]
+        own = (root.mT.unsqueeze(-3) for root in self._roots_of(side))
         return along(own, rows.flatten(-3, -2)).unflatten(-2, rows.shape[-3:-1])
+
+    def _roots_of(self, side: str) -> list[Tensor]:
+        return [root for name, root in self.roots.items() if name.startswith(side)]
 
 
 @register_gaussian("tensor_eigen")
@@ -142,6 +155,10 @@ class TensorEigenGaussian(TensorNormalGaussian):
     def to_dense(self) -> Tensor:  # noqa: D102
         inverse = reduce(linalg.kron, (torch.linalg.inv(basis) for basis in self.roots.values()))
         return (inverse.mT * self.precision.flatten(-2).unsqueeze(-2)) @ inverse
+
+    @property
+    def matrix_normal_roots(self) -> None:  # noqa: D102
+        return None
 
     @property
     def state(self) -> dict[str, Tensor]:  # noqa: D102

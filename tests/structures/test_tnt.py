@@ -353,6 +353,18 @@ def test_powers_in_an_orthogonal_basis(tensor):
         built(tensor, prior=TensorNormalGaussian(**roots)).to_power(0.5)
 
 
+@with_tensors
+def test_a_tensor_normal_is_a_matrix_normal(tensor):
+    """Of its two sides written out; what is diagonal in a basis is none."""
+    for damping in ("factored", "optimal"):
+        gaussian = built(tensor, damping)
+        roots = gaussian.matrix_normal_roots
+        assert roots is not None
+        assert all(torch.equal(root, root.tril()) for root in roots)
+        assert_close(torch.linalg.inv(linalg.kron(*map(linalg.gram, roots))), gaussian.to_dense(), **TIGHT)
+    assert built(tensor).matrix_normal_roots is None
+
+
 def test_many_modes_keep_their_order():
     """Names are counted, not spelled: ``row_10`` comes after ``row_9``."""
     roots = {f"row_{place}": random_spd(1 + place // 10, seed=place) for place in range(11)}
@@ -473,6 +485,8 @@ def test_linearised_predictions_of_a_laplace_fit_are_the_dense_ones(damping):
     posterior = laplace(damping, prior_precision=1.3).posterior()
     kinds = {name: block.kind for name, block in posterior.blocks.items() if name in MODES}
     assert set(kinds.values()) == {"tensor_eigen" if damping == "exact" else "tensor_normal"}
+    if damping != "exact":
+        assert posterior.distribution("positions").covariance_matrix.shape == (28, 28)
     mean, covariance = dense_output_covariance(posterior, X[:3])
     prediction = posterior.predict(X[:3])
     assert_close(prediction.mean, mean, rtol=1e-9, atol=1e-9)
