@@ -4,7 +4,7 @@ from bayes_kfac.curvature.fisher import EXAMPLEWISE_KINDS, FISHER_KINDS, output_
 from bayes_kfac.curvature.layers import Layer, find_layers
 from bayes_kfac.curvature.meter import Meter
 from bayes_kfac.curvature.models import OTHERS, check_types, find_covered, unwrapped
-from bayes_kfac.curvature.modules import CompositeAdapter, ModuleAdapter, register, register_like
+from bayes_kfac.curvature.modules import CompositeAdapter, Modes, ModuleAdapter, register, register_like
 from bayes_kfac.curvature.pullback import COPIES, PullBack
 from bayes_kfac.curvature.recorder import Recorder
 from bayes_kfac.curvature.recursion import recursive_rows
@@ -36,6 +36,7 @@ __all__ = [
     "Layer",
     "LeadingColumns",
     "Meter",
+    "Modes",
     "ModuleAdapter",
     "PullBack",
     "Recorder",

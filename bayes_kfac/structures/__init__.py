@@ -43,10 +43,13 @@ from bayes_kfac.structures.low_rank_factors import SketchyStructure, SkfacStruct
 from bayes_kfac.structures.low_rank_gaussian import LowRankGaussian
 from bayes_kfac.structures.low_rank_kron import LowRankKroneckerGaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
+from bayes_kfac.structures.mkor import MkorStructure
 from bayes_kfac.structures.psgd import PSGDStructure
 from bayes_kfac.structures.rnn_chain import EndlessChainStructure, SymmetricChainStructure
 from bayes_kfac.structures.shampoo import ShampooStructure
+from bayes_kfac.structures.tensor_normal import TensorEigenGaussian, TensorNormalGaussian
 from bayes_kfac.structures.tkfac import TKFACStructure
+from bayes_kfac.structures.tnt import TensorNormalStructure
 from bayes_kfac.structures.tridiagonal import TridiagonalStructure
 from bayes_kfac.structures.two_kronecker import TwoKroneckerGaussian
 from bayes_kfac.structures.unit_wise import UnitWiseGaussian, UnitWiseStructure
@@ -82,6 +85,7 @@ __all__ = [
     "LowRankKroneckerGaussian",
     "MFacStructure",
     "MatrixNormalGaussian",
+    "MkorStructure",
     "PSGDStructure",
     "Prior",
     "ShampooStructure",
@@ -94,6 +98,9 @@ __all__ = [
     "SymmetricChainStructure",
     "TEKFACStructure",
     "TKFACStructure",
+    "TensorEigenGaussian",
+    "TensorNormalGaussian",
+    "TensorNormalStructure",
     "TongaStructure",
     "TridiagonalStructure",
     "TwoKroneckerGaussian",

@@ -37,17 +37,7 @@ class EvaStructure(Structure):
         self.damping = "exact"
 
     def measure(self, rows: Rows, frame: Frame = NO_FRAME) -> Statistics:  # noqa: D102
-        if rows.transposed is not None:
-            raise UnsupportedModelError(
-                "structure='eva' has one mean input and one mean gradient for a block, and tied weights that are used "
-                "transposed too have two. Untie them, or choose another structure."
-            )
-        rows = rows.to(torch.promote_types(rows.gradients.dtype, torch.float32))
-        gradients = rows.gradients.sum(0).flatten(-3, -2).sum(-2, keepdim=True)
-        return Statistics(
-            {"input": _total(rows.inputs, rows.mask) * rows.share, "gradient": gradients},
-            {"input": rows.num_rows, "gradient": rows.num_examples},
-        )
+        return summed(rows, self.name)
 
     def identity(  # noqa: D102
         self, shape: tuple[int, ...], like: Tensor, *, sparse_sides: frozenset[str] = frozenset(), tied: bool = False
@@ -68,6 +58,32 @@ class EvaStructure(Structure):
             columns.append(mean.unsqueeze(-3))
             diagonals.append(torch.as_tensor(spec.prior, dtype=mean.dtype, device=mean.device).expand_as(mean))
         return list(LowRankGaussian.of(columns, diagonals, [spec.name for spec in specs]))
+
+
+def summed(rows: Rows, structure: str) -> Statistics:
+    """The sums of a batch's inputs, ``[*blocks, 1, in]``, and of its output gradients, ``[*blocks, 1, out]``.
+
+    Args:
+        rows: What the batch shows of the layer.
+        structure: The structure's name, for messages.
+
+    Returns:
+        ``input``, to be divided by positions, and ``gradient``, by examples.
+
+    Raises:
+        UnsupportedModelError: If weights are used transposed too.
+    """
+    if rows.transposed is not None:
+        raise UnsupportedModelError(
+            f"structure={structure!r} has one mean input and one mean gradient for a block, and tied weights that are "
+            "used transposed too have two. Untie them, or choose another structure."
+        )
+    rows = rows.to(torch.promote_types(rows.gradients.dtype, torch.float32))
+    gradients = rows.gradients.sum(0).flatten(-3, -2).sum(-2, keepdim=True)
+    return Statistics(
+        {"input": _total(rows.inputs, rows.mask) * rows.share, "gradient": gradients},
+        {"input": rows.num_rows, "gradient": rows.num_examples},
+    )
 
 
 def _total(inputs: Tensor | SparseRows, mask: Tensor | None) -> Tensor:

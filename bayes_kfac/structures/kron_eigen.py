@@ -72,7 +72,7 @@ class KroneckerEigenGaussian(BlockGaussian):
         return linalg.right_product(variance, linalg.transpose(self.basis_column.square()))
 
     def to_power(self, exponent: float) -> BlockGaussian:  # noqa: D102
-        row, column = _squared_lengths(self.basis_row), _squared_lengths(self.basis_column)
+        row, column = squared_lengths(self.basis_row), squared_lengths(self.basis_column)
         if row is None or column is None:
             return super().to_power(exponent)
         eigenvalues = self.precision / (row * column)[..., None, None]
@@ -119,7 +119,7 @@ def _solve(basis: Tensor, value: Tensor) -> Tensor:
     return value / basis.mT if linalg.is_diagonal(basis) else torch.linalg.solve(basis, value)
 
 
-def _squared_lengths(basis: Tensor) -> Tensor | None:
+def squared_lengths(basis: Tensor) -> Tensor | None:
     """The squared length of the vectors of a basis, ``[*blocks]``, if they are orthogonal and of one length."""
     squares = linalg.gram(basis)
     lengths = linalg.diagonal(squares).mean(-1)

@@ -31,7 +31,7 @@ def power(matrix: Tensor, exponent: float) -> Tensor:
 
 
 def test_they_are_listed_apart_from_posteriors():
-    assert NAMES == ("eva", "shampoo")
+    assert NAMES == ("eva", "mkor", "shampoo")
     assert not set(NAMES) & set(structures.available())
 
 
@@ -49,6 +49,51 @@ def test_eva_is_the_damped_outer_product_of_means(shared):
 
 
 @pytest.mark.parametrize("shared", [1, 4])
+@pytest.mark.parametrize("blocks", [(), (2,)])
+def test_mkor_is_the_papers_update_of_inverses(shared, blocks):
+    """``G⁻¹ ← (G⁻¹ − (1−β) z zᵀ / (β + (1−β) ḡᵀ z)) / β`` from ``I``, over many batches, on both sides."""
+    structure, decay = structures.get("mkor", damping="factored", sharing="expand"), 0.9
+    identity = structure.identity((*blocks, 2, 3), torch.zeros(1).double())
+    inverse = {side: factor.clone() for side, factor in identity.sums.items()}
+    average = structure.measure(dense_rows(1, blocks, 7, shared)) * 0
+    for step in range(20):
+        rows = dense_rows(1, blocks, 7, shared, seed=2 * step)
+        average = average.moving_average(structure.measure(rows), decay)
+        means = {"input": rows.inputs.mean((-3, -2)), "gradient": rows.gradients[0].sum(-2).mean(-2)}
+        for side, mean in means.items():
+            z = inverse[side] @ mean.unsqueeze(-1)
+            scale = decay + (1 - decay) * (mean.unsqueeze(-2) @ z)
+            inverse[side] = (inverse[side] - (1 - decay) * (z @ z.mT) / scale) / decay
+    A, G = structure.factors(average.lean(identity, decay**20))  # as training's warm-up has it
+    assert_close(torch.linalg.inv(A), inverse["input"], **TIGHT)
+    assert_close(torch.linalg.inv(G), inverse["gradient"], **TIGHT)
+
+
+def test_mkor_is_damped_as_kfac():
+    """``(G + √γ/π I) ⊗ (A + π√γ I)``."""
+    structure, rows = structures.get("mkor", damping="factored", sharing="expand"), dense_rows(1, (), 7, 2)
+    statistics = structure.measure(rows)
+    (gaussian,) = structure.gaussians([BlockSpec("layer", statistics, 1.0, DAMPING)])
+    A, G = structure.factors(statistics)
+    pi = ((A.trace() / 3) / (G.trace() / 2)) ** 0.5
+    left, right = G + DAMPING**0.5 / pi * torch.eye(2).double(), A + DAMPING**0.5 * pi * torch.eye(3).double()
+    assert_close(gaussian.to_dense(), torch.kron(left, right), **TIGHT)
+
+
+def test_the_factors_of_mkor_depend_on_the_batch_size():
+    """Why it is no posterior: gradients of either sign cancel in the mean of a batch, and inputs about it are lost."""
+    structure = structures.get("mkor", damping="factored", sharing="expand")
+    traces = {}
+    for size in (1, 10, 100):
+        rows = dense_rows(1, (), 1000, 1)
+        parts = zip(rows.inputs.split(size), rows.gradients.split(size, 1), strict=True)
+        measured = [structure.measure(Rows(*part)) for part in parts]
+        traces[size] = structure.factors(sum(measured[1:], measured[0]))[1].trace().item()
+    assert traces[10] == pytest.approx(traces[1] / 10, rel=0.3)
+    assert traces[100] == pytest.approx(traces[1] / 100, rel=0.6)
+
+
+@pytest.mark.parametrize("shared", [1, 4])
 def test_shampoo_is_quarter_roots_of_the_gradients_moments(shared):
     """``U = (L + γ)^(-1/4) V (R + γ)^(-1/4)`` of a batch's mean gradient."""
     rows = dense_rows(1, (), 7, shared)
@@ -60,7 +105,7 @@ def test_shampoo_is_quarter_roots_of_the_gradients_moments(shared):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_words_are_measured_without_writing_them_out(name):
-    """Eva's mean input is dense; Shampoo keeps the diagonal of a vocabulary's side."""
+    """Eva's mean input is dense; the others keep the diagonal of a vocabulary's side."""
     rows = Rows(words(7, 3, 2), randn(1, 7, 3, 2, seed=1))
     statistics = [
         structures.get(name, damping="exact", sharing="expand").measure(own) for own in (rows, written_out(rows))
@@ -91,9 +136,10 @@ def test_the_identity_has_the_shapes_of_what_is_measured(name, blocks):
     assert_close(dense, dense[..., :1, :1] * torch.eye(6).double().expand_as(dense), **TIGHT)
 
 
-def test_eva_refuses_tied_weights():
-    with pytest.raises(UnsupportedModelError, match="Untie them"):
-        built("eva", tied_rows(1))
+@pytest.mark.parametrize("name", ["eva", "mkor"])
+def test_means_refuse_tied_weights(name):
+    with pytest.raises(UnsupportedModelError, match=f"structure='{name}' has one mean input.*Untie them"):
+        built(name, tied_rows(1))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,6 +3,7 @@
 from bayes_kfac.curvature.modules.attention import MultiheadAttentionAdapter
 from bayes_kfac.curvature.modules.base import (
     CompositeAdapter,
+    Modes,
     ModuleAdapter,
     Record,
     adapter_for,
@@ -24,6 +25,7 @@ __all__ = [
     "EmbeddingAdapter",
     "EmbeddingBagAdapter",
     "LinearAdapter",
+    "Modes",
     "ModuleAdapter",
     "MultiheadAttentionAdapter",
     "NormalizationAdapter",

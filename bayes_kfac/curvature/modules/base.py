@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from bayes_kfac.curvature.rows import SparseRows
 
+#: See :attr:`ModuleAdapter.modes`.
+Modes = tuple[tuple[int, ...], tuple[int, ...]]
+
 
 class ModuleAdapter(ABC):
     """How one block's parameters, inputs and output gradients look in a module.
@@ -112,6 +115,15 @@ class ModuleAdapter(ABC):
         """The block's shape, ``(*blocks, out, in)``, with the bias's column."""
         *leading, columns = self._weight_shape()
         return (*leading, columns * self.weight + self.bias)
+
+    @property
+    def modes(self) -> Modes:
+        """The sizes of the modes, on the ``out`` side and on the ``in`` side, of the tensor that a block is.
+
+        Its elements in their order are the block's. A matrix has one on each side.
+        """
+        out_features, in_features = self.shape[-2:]
+        return (out_features,), (in_features,)
 
     def _weight_shape(self) -> tuple[int, ...]:
         """The weight's shape as a block, without the bias's column."""

@@ -1,7 +1,8 @@
 """Convolutions and transposed convolutions on ``[batch, channels, *positions]``, of one to three dimensions.
 
 A row is one patch, ``in`` runs over channels × kernel. Groups are independent blocks: ``*blocks`` is ``(groups,)``
-where there is more than one, so that a depthwise convolution has a block for each channel.
+where there is more than one, so that a depthwise convolution has a block for each channel. As a tensor a block has
+three modes, outputs × channels × kernel; with a bias's column beside them ``in`` is one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayes_kfac.curvature.modules.base import ModuleAdapter, register
+from bayes_kfac.curvature.modules.base import Modes, ModuleAdapter, register
 
 
 @register(nn.Conv1d)
@@ -32,6 +33,10 @@ class ConvAdapter(ModuleAdapter):
         weight, groups = self.module.weight, self.module.groups
         matrix = (weight.shape[0] // groups, weight[0].numel())
         return matrix if groups == 1 else (groups, *matrix)
+
+    @property
+    def modes(self) -> Modes:  # noqa: D102
+        return super().modes if self.bias else _modes(self.shape, self.module)
 
     def _pad(self, inputs: Tensor) -> Tensor:
         # torch keeps the padding of each side, last axis first, for every padding mode and for 'same'
@@ -85,6 +90,10 @@ class ConvTransposeAdapter(ModuleAdapter):
         matrix = (out_channels, in_channels * torch.Size(kernel).numel())
         return matrix if groups == 1 else (groups, *matrix)
 
+    @property
+    def modes(self) -> Modes:  # noqa: D102
+        return super().modes if self.bias else _modes(self.shape, self.module)
+
     def _grouped_shape(self) -> tuple[int, ...]:
         """``(groups, in / groups, out / groups, *kernel)``, the order in which torch keeps the weight."""
         weight, groups = self.module.weight, self.module.groups
@@ -94,6 +103,13 @@ class ConvTransposeAdapter(ModuleAdapter):
         """The weight viewed as ``shape`` with its two channel dimensions exchanged."""
         channels = len(shape) - len(self.module.kernel_size) - 2
         return weight.reshape(shape).transpose(channels, channels + 1)
+
+
+def _modes(shape: tuple[int, ...], module: Any) -> Modes:
+    """Those of a block without a bias, and without channels or a kernel of one."""
+    positions = torch.Size(module.kernel_size).numel()
+    sizes = (shape[-1] // positions, positions)
+    return (shape[-2],), tuple(size for size in sizes if size > 1) or (1,)
 
 
 def _unfold(images: Tensor, kernel_size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from bayes_kfac.curvature.modules.base import ModuleAdapter
+from bayes_kfac.curvature.modules.base import Modes, ModuleAdapter
 
 
 class ParameterAdapter(ModuleAdapter):
@@ -37,6 +37,11 @@ class ParameterAdapter(ModuleAdapter):
         """The rows of a parameter's gradients of each example, ``[columns, batch, *parameter]``."""
         outgoing = gradients.reshape(*gradients.shape[:2], 1, -1)
         return self.input_rows(outgoing[0]), outgoing
+
+    @property
+    def modes(self) -> Modes:
+        """The parameter's own, without those of one element."""
+        return tuple(size for size in self.parameter("weight").shape if size > 1) or (1,), ()
 
     def _weight_shape(self) -> tuple[int, ...]:
         return (self.parameter("weight").numel(), 1)
