@@ -103,7 +103,7 @@ def table(item: str) -> str:
 
 
 def plot() -> None:
-    """The divergence from the exact blocks against the bound that training reaches, for both problems."""
+    """Each structure's Frobenius error, divergence and bound; a colour for each way in which the prior enters."""
     problems = [(item, rows) for item in TABLE if (rows := rows_of(item))]
     if not problems:
         return
@@ -112,18 +112,43 @@ def plot() -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(problems), figsize=(6 * len(problems), 5), layout="constrained", squeeze=False)
-    for axis, (item, rows) in zip(axes[0], problems, strict=True):
-        for name, row in rows.items():
-            at = float(np.mean(row["kl_blocks"])), float(np.mean(row["elbo"]))
-            axis.plot(max(at[0], 1.0), at[1], "o", markersize=4)
-            axis.annotate(name, (max(at[0], 1.0), at[1]), fontsize=6, xytext=(3, 2), textcoords="offset points")
-        axis.set_xscale("log")
-        axis.set_xlabel("KL from the posterior of the exact blocks, nats (at least 1)")
-        axis.set_ylabel("ELBO of an example after equal training")
-        axis.set_title(item)
-    figure.savefig(PLOT, dpi=110)
+    colors = {"exact": "C0", "optimal": "C1", "factored": "C2"}
+    measures = {
+        "frobenius": "Frobenius error",
+        "kl_blocks": "KL from the exact blocks, nats",
+        "elbo": "ELBO of an example",
+    }
+    first = problems[0][1]
+    names = sorted({key.split("/")[0] for key in first}, key=lambda n: min(_of(first, n, "kl_blocks").values()))
+    size = (11, 0.24 * len(names) * len(problems) + 1)
+    figure, axes = plt.subplots(len(problems), 3, figsize=size, sharey=True, layout="constrained", squeeze=False)
+    for row, (item, rows) in zip(axes, problems, strict=True):
+        for axis, (measure, label) in zip(row, measures.items(), strict=True):
+            # bounds far below that of a diagonal are at the edge
+            least = np.mean(rows["diagonal/exact"]["elbo"]) - 0.1 if measure == "elbo" else 0.0
+            for height, name in enumerate(names):
+                for damping, value in _of(rows, name, measure).items():
+                    is_left = measure == "elbo" and value < least
+                    at = max(value, least if measure == "elbo" else 1e-3)
+                    axis.plot(at, height, "<" if is_left else "o", color=colors[damping], markersize=5)
+            axis.grid(axis="y", linewidth=0.3)
+            axis.set_title(f"{item}: {label}", fontsize=9)
+            if measure != "elbo":
+                axis.set_xscale("log")
+            if measure == "kl_blocks":
+                axis.set_xlim(left=10)
+        row[0].set_yticks(range(len(names)), names, fontsize=8)
+        row[0].invert_yaxis()
+    for damping, color in colors.items():
+        axes[0, 0].plot([], [], "o", color=color, label=damping)
+    axes[0, 0].legend(fontsize=8, loc="upper left")
+    figure.savefig(PLOT, dpi=100)
     plt.close(figure)
+
+
+def _of(rows: dict[str, Any], name: str, measure: str) -> dict[str, float]:
+    """A structure's mean figure, by damping."""
+    return {key.split("/")[1]: float(np.mean(row[measure])) for key, row in rows.items() if key.split("/")[0] == name}
 
 
 def along_time() -> dict[str, Any]:
@@ -178,7 +203,7 @@ def plot_time() -> None:
 
 def page() -> str:
     """The whole page."""
-    picture = "![Divergence against bound](images/structures.png)\n\n" if rows_of("energy") else ""
+    picture = "![Errors, divergences and bounds](images/structures.png)\n\n" if rows_of("energy") else ""
     notes = RESULTS / "notes.md"
     return (
         HEAD
