@@ -321,11 +321,11 @@ class Posterior:
             )
         roots = self.blocks[layer].matrix_normal_roots
         if roots is None:
-            own = self.layers[layer].adapter.structure
+            own, kind = self.layers[layer].adapter.structure, self.blocks[layer].kind
             remedy = "Fit with structure='kron' and damping='factored' or 'optimal'."
             raise ArgumentError(
                 f"The Gaussian of layer {layer!r} (damping={self.provenance.damping!r}) is not a matrix normal. "
-                + (remedy if own is None else f"Blocks of this kind are always {own}.")
+                + (f"Blocks of this kind are always {own}." if own == kind else remedy)
             )
         row, column = map(linalg.dense, roots)
         return MatrixNormal(self.layers[layer].matrix(self.mean).to(row), row, column)
