@@ -74,25 +74,37 @@ def squares(rows: Rows) -> Tensor:
     return in_pieces(lambda part: part.jacobians().square().sum(0).sum(-3), rows)
 
 
-def pieces(rows: Rows, elements: int | None = None) -> Iterator[Rows]:
-    """The same rows in pieces of bounded memory: some examples at a time, or single columns of one.
+def pieces(rows: Rows) -> Iterator[Rows]:
+    """The same rows in pieces of the batch whose Jacobians take bounded memory."""
+    for examples, _ in _places(rows, len(rows.gradients) * rows.gradients.shape[-1] * rows.inputs.shape[-1]):
+        yield _piece(rows, examples, slice(None))
+
+
+def small_pieces(rows: Rows, elements: int) -> Iterator[Rows]:
+    """The same rows in pieces of bounded memory: some examples at a time, or some columns of one.
 
     Args:
         rows: The rows.
-        elements: What an example of a block takes; by default its Jacobians.
+        elements: What an example of a block takes.
 
     Yields:
         The pieces.
     """
-    columns, *blocks, batch, _, out_features = rows.gradients.shape
-    elements = columns * out_features * rows.inputs.shape[-1] if elements is None else elements
+    columns = len(rows.gradients)
+    for examples, width in _places(rows, elements):
+        for first in range(0, columns, width):
+            yield _piece(rows, examples, slice(first, first + width))
+
+
+def _places(rows: Rows, elements: int) -> Iterator[tuple[slice, int]]:
+    """Examples that fit into memory together, and how many columns of them do."""
+    columns, *blocks, batch, _, _ = rows.gradients.shape
     size = max(1, elements * torch.Size(blocks).numel() * rows.gradients.element_size())
     budget = whitened.jacobian_bytes(rows.gradients.device)
     step = max(1, budget // size)
     width = columns if size <= budget else max(1, columns * budget // size)
     for start in range(0, max(batch, 1), step):
-        for first in range(0, columns, width):
-            yield _piece(rows, slice(start, start + step), slice(first, first + width))
+        yield slice(start, start + step), width
 
 
 def _piece(rows: Rows, examples: slice, columns: slice) -> Rows:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bayes_kfac import linalg
 from bayes_kfac.curvature import Rows, SparseRows
-from bayes_kfac.structures.jacobian import pieces, word_columns
+from bayes_kfac.structures.jacobian import small_pieces, word_columns
 
 
 def partial_products(rows: Rows, row_side: Tensor, column_side: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ def partial_products(rows: Rows, row_side: Tensor, column_side: Tensor) -> tuple
         function, size = _by_positions, columns * shared * count * (shared + out_features + in_features)
     else:
         function, size = _by_jacobians, 2 * columns * out_features * in_features
-    for piece in pieces(rows, size):
+    for piece in small_pieces(rows, size):
         more_by_row, more_by_column = function(piece, *sides)
         by_row, by_column = by_row + more_by_row, by_column + more_by_column
     return by_row, by_column
