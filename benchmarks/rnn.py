@@ -1,9 +1,9 @@
 """A recurrent network on characters: what correlation along time is worth to the trainer, per step and per second.
 
 ``python benchmarks/rnn.py`` trains a GRU or LSTM on pieces of Tiny Shakespeare with each structure, and with Adam, and
-writes ``benchmarks/results/rnn/<model>.json``: the loss in nats a character on training and held-out text against steps
-and seconds, with versions, machine and seed. All start at the same weights and see the same batches. ``kron`` is
-K-FAC with independent time. Seconds are of training alone.
+writes ``benchmarks/results/rnn/<model>-<seed>.json``: the loss in nats a character on training and held-out text
+against steps and seconds, with versions, machine and seed. All start at the same weights and see the same batches.
+``kron`` is K-FAC with independent time. Seconds are of training alone.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def main() -> None:
             print(f"| {method} | {last['train']:.3f} | {last['test']:.3f} | {pace:.1f} |")
             assert math.isfinite(last["test"])
     settings = {name: value for name, value in vars(options).items() if name != "results"}
-    keep(options.results / f"{options.model.lower()}.json", {"settings": settings, "runs": runs})
+    keep(options.results / f"{options.model.lower()}-{options.seed}.json", {"settings": settings, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -151,35 +151,39 @@ def _of(rows: dict[str, Any], name: str, measure: str) -> dict[str, float]:
     return {key.split("/")[1]: float(np.mean(row[measure])) for key, row in rows.items() if key.split("/")[0] == name}
 
 
-def along_time() -> dict[str, Any]:
-    """The committed runs of ``rnn.py``, by model; none where it was not run."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results" / "rnn").glob("*.json"))}
+def along_time() -> dict[str, list[dict[str, Any]]]:
+    """The committed runs of ``rnn.py``, of each model one for each seed; none where it was not run."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((HERE / "results" / "rnn").glob("*.json")):
+        found.setdefault(path.stem.split("-")[0], []).append(json.loads(path.read_text()))
+    return found
 
 
 def time_table() -> str:
-    """What each trainer of a recurrent network came to."""
+    """What each trainer of a recurrent network came to, by seed."""
     found = along_time()
     if not found:
         return ""
     text = TIME
-    for model, result in found.items():
-        settings = result["settings"]
+    for model, results in found.items():
+        settings = results[0]["settings"]
         lines = [
             f"{model.upper()} of {settings['hidden']} units, pieces of {settings['length']} characters in batches of "
-            f"{settings['batch']}, seed {settings['seed']}:\n",
-            "| trainer | steps | training text | held-out text | ms a step |",
-            "|---|---|---|---|---|",
+            f"{settings['batch']}, {settings['steps']} steps; one figure for each of {len(results)} seeds:\n",
+            "| trainer | training text | held-out text | ms a step |",
+            "|---|---|---|---|",
         ]
-        for method, run in result["runs"].items():
-            last = run[-1]
-            pace = 1e3 * last["seconds"] / last["step"]
-            lines.append(f"| {method} | {last['step']} | {last['train']:.3f} | {last['test']:.3f} | {pace:.0f} |")
+        for method in results[0]["runs"]:
+            last = [result["runs"][method][-1] for result in results]
+            train, test = (", ".join(f"{own[key]:.3f}" for own in last) for key in ("train", "test"))
+            pace = np.mean([1e3 * own["seconds"] / own["step"] for own in last])
+            lines.append(f"| {method} | {train} | {test} | {pace:.0f} |")
         text += "\n".join(lines) + "\n\n"
     return text + "![Nats a character against steps and seconds](images/rnn.png)\n\n"
 
 
 def plot_time() -> None:
-    """Held-out losses against steps and seconds."""
+    """Held-out losses against steps and seconds, means over seeds."""
     found = along_time()
     if not found:
         return
@@ -189,11 +193,15 @@ def plot_time() -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(len(found), 2, figsize=(10, 4 * len(found)), layout="constrained", squeeze=False)
-    for row, (model, result) in zip(axes, found.items(), strict=True):
-        for axis, against in zip(row, ("step", "seconds"), strict=True):
-            for method, run in result["runs"].items():
-                axis.plot([at[against] for at in run], [at["test"] for at in run], label=method)
-            axis.set_xlabel(f"{against}s".replace("ss", "s"))
+    for row, (model, results) in zip(axes, found.items(), strict=True):
+        for axis, (against, label) in zip(row, (("step", "steps"), ("seconds", "seconds")), strict=True):
+            for method in results[0]["runs"]:
+                x, y = (
+                    np.mean([[at[key] for at in result["runs"][method]] for result in results], axis=0)
+                    for key in (against, "test")
+                )
+                axis.plot(x, y, label=method)
+            axis.set_xlabel(label)
             axis.set_ylabel("nats a character, held-out text")
             axis.set_title(model.upper())
         row[0].legend(fontsize=8)

@@ -26,7 +26,7 @@ def test_all_methods_train_on_a_little_text_and_their_figures_are_kept(tmp_path,
     rnn.main()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [row.split("|")[1].strip() for row in rows[2:]] == list(rnn.METHODS)
-    kept = json.loads((tmp_path / "results" / "gru.json").read_text())
+    kept = json.loads((tmp_path / "results" / "gru-0.json").read_text())
     assert set(kept["runs"]) == set(rnn.METHODS)
     for figures in kept["runs"].values():
         assert [one["step"] for one in figures] == [6, 12]
