@@ -115,7 +115,7 @@ class WhileAlike(Schedule):
     def done(self, step: int, averages: Averages) -> None:  # noqa: D102
         for name, statistics in averages.items():
             own = self._layers.setdefault(name, _Interval(step))
-            now = {key: statistics.mean(key) for key in statistics.sums}
+            now = _matrices(statistics)
             alike = [_difference(now, earlier) < self.threshold for earlier in own.seen]
             if alike != [] and not alike[0]:
                 current = max(1, own.current // 2)
@@ -202,11 +202,16 @@ def _difference(now: Mapping[str, Tensor], earlier: Mapping[str, Tensor]) -> flo
     return float(torch.stack(each).max()) if each else 0.0
 
 
+def _matrices(statistics: Statistics) -> dict[str, Tensor]:
+    """The averages, in shapes that do not change; of those that are kept as columns the diagonal."""
+    plain = {key: statistics.mean(key) for key in statistics.sums}
+    return plain | {key: statistics.mean_columns(key).diagonal() for key in statistics.columns}
+
+
 def _traces(statistics: Statistics) -> dict[str, float]:
     """The trace of each statistic; of one that is no square matrix, the sum of its elements."""
     found = {}
-    for key in statistics.sums:
-        value = statistics.mean(key)
+    for key, value in _matrices(statistics).items():
         is_square = value.ndim > 1 and value.shape[-1] == value.shape[-2]
         found[key] = float((linalg.trace(value) if is_square else value).sum())
     return found

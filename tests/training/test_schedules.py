@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import bayes_kfac as bk
-from bayes_kfac.curvature import Statistics
+from bayes_kfac.curvature import LeadingColumns, Statistics
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.training.schedules import Every, OnTraceChange, Schedule, WhileAlike, as_schedule
 from tests.helpers import randn, rng, seeded
@@ -83,6 +83,19 @@ def test_a_schedule_goes_on_from_its_state(schedule):
     again.load_state_dict(schedule.state_dict())
     for step in range(6, 20):
         assert schedule.due(step, averages(1.0)) == again.due(step, averages(1.0))
+
+
+@pytest.mark.parametrize("schedule", [WhileAlike(), OnTraceChange(0.01, every=1)])
+def test_statistics_that_are_kept_as_columns_count_too(schedule):
+    """They are no sums: a schedule that saw sums alone would take them for unchanged, or never be due."""
+    found = []
+    for step in range(6):
+        columns = LeadingColumns.of(2.0**step * torch.eye(4).reshape(4, 2, 2), 8)
+        now = {"layer": Statistics({}, {"fisher": 1.0}, columns={"fisher": columns})}
+        if schedule.due(step, now):
+            schedule.done(step, now)
+            found.append(step)
+    assert found == list(range(6))
 
 
 @pytest.mark.parametrize("value", [0, 2.5, "often"])
