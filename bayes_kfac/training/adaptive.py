@@ -112,6 +112,7 @@ class AdaptiveNaturalGradient(NaturalGradient):
             for group in self.param_groups:
                 if group["kind"] == "block":
                     group["extrinsic_damping"] = self._rule.damping
+        self._batch = None  # of this step alone
 
     def _changes(
         self, states: States, gradients: Mapping[str, Tensor], directions: Mapping[str, Tensor]

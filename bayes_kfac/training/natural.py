@@ -6,15 +6,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any, ClassVar
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from bayes_kfac.errors import ArgumentError, UsageError, check_positive
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
-from bayes_kfac.structures import JointGaussian
+from bayes_kfac.structures import JointGaussian, Structure
 from bayes_kfac.training.blocks import Blocks
 from bayes_kfac.training.noisy import NoisyNaturalGradient
 from bayes_kfac.training.states import States
@@ -26,11 +26,18 @@ OF_SAMPLES = ("num_samples", "antithetic")
 class PointBlocks(Blocks):
     """Blocks without a posterior to sample from: every layer is preconditioned.
 
-    Attributes:
+    Args:
+        structure: As for :class:`Blocks`.
+        options: As for :class:`Blocks`.
         power: ``p``, the power of the inverse.
+        others: Further arguments of :class:`Blocks`.
     """
 
-    power: float = 1.0
+    def __init__(
+        self, structure: Structure, options: Callable[[str], Mapping[str, Any]], *, power: float, **others: Any
+    ) -> None:
+        super().__init__(structure, options, **others)
+        self.power = power
 
     def with_posterior(self, states: States, names: Collection[str]) -> States:  # noqa: D102
         return states
@@ -63,7 +70,6 @@ class NaturalGradient(NoisyNaturalGradient):
     """
 
     method = "natural gradient"
-    _blocks_type: ClassVar[type[Blocks]] = PointBlocks
 
     def __init__(
         self, model: nn.Module, likelihood: Likelihood, *, num_data: int, power: float = 1.0, **options: Any
@@ -72,11 +78,21 @@ class NaturalGradient(NoisyNaturalGradient):
             raise ArgumentError(
                 f"{unknown[0]}= is of weight samples, and {type(self).__name__} has none. Leave it out."
             )
+        self.power = _check_power(power)
         super().__init__(model, likelihood, num_data=num_data, **options)
-        self._blocks.power = _check_power(power)  # type: ignore[attr-defined]
 
     def _check_structure(self) -> None:
         pass  # no posterior is needed to train
+
+    def _make_blocks(self) -> Blocks:
+        return PointBlocks(
+            self.structure,
+            self._group,
+            power=self.power,
+            num_data=self.num_data,
+            temperature=self.temperature,
+            warmup=self.warmup,
+        )
 
     def posterior(self) -> Posterior:
         """The Gaussian around the trained weights, as a Laplace fit to the running curvature would have it.

@@ -94,7 +94,6 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
 
     #: What the posterior says of how it was made.
     method: ClassVar[str] = "noisy natural gradient"
-    _blocks_type: ClassVar[type[Blocks]] = Blocks
 
     def __init__(
         self,
@@ -138,9 +137,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         self._check_structure()
         self.structure.check_fisher(fisher)
         self.steps = 0
-        self._blocks = self._blocks_type(
-            self.structure, self._group, num_data=num_data, temperature=self.temperature, warmup=warmup
-        )
+        self._blocks = self._make_blocks()
         self._roster = Roster(self.model, params, others)
         layers = self._roster.sort()
         defaults = {
@@ -171,6 +168,11 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
 
     def _check_structure(self) -> None:
         self.structure.check_posterior()
+
+    def _make_blocks(self) -> Blocks:
+        return Blocks(
+            self.structure, self._group, num_data=self.num_data, temperature=self.temperature, warmup=self.warmup
+        )
 
     @property
     def reasons(self) -> Mapping[str, str]:

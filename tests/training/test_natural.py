@@ -174,8 +174,12 @@ def test_damping_grows_where_the_promise_fails(monkeypatch):
     assert optimizer.param_groups[0]["extrinsic_damping"] == optimizer.damping
 
 
-def test_it_needs_the_likelihood_to_be_called():
+@pytest.mark.parametrize("steps", [0, 1])
+def test_it_needs_the_likelihood_to_be_called(steps):
+    """On each step: a quadratic model of an earlier batch would be of another loss."""
     optimizer = adaptive(mlp())
+    for _ in range(steps):
+        step(optimizer)
     with optimizer.sampled_params():
         optimizer.model(X).square().mean().backward()
     with pytest.raises(UsageError, match="likelihood\\(output, target\\) inside"):
