@@ -334,7 +334,7 @@ class Posterior:
         """For each parameter: its block, structure, shape, and why where it has none."""
         made = self.provenance
         structure = structures.get(made.structure, damping=made.damping, sharing=made.sharing)
-        own = {name: structure.for_block(layer.adapter.structure) for name, layer in self.layers.items()}
+        own = {name: structure.for_layer(layer) for name, layer in self.layers.items()}
         return summarize(self.model, self.layers, self.reasons, self.blocks.labels(own))
 
     @property

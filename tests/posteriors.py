@@ -91,7 +91,7 @@ def random_posterior(
     whole = structures.get(structure, damping=damping, sharing="expand")
     blocks = {}
     for index, (name, layer) in enumerate(layers.items()):
-        own = whole.for_block(layer.adapter.structure)
+        own = whole.for_layer(layer)
         statistics = surveyed(own, random_rows(layer, seed=seed + 2 * index) if rows is None else rows[name])
         (blocks[name],) = own.gaussians([BlockSpec(name, statistics, float(num_data), prior_precision)])
     return Posterior(

@@ -348,10 +348,7 @@ def record(net: Net, x: Tensor) -> dict[str, Rows]:
 def measure(net: Net, x: Tensor, sharing: str) -> dict[str, Statistics]:
     """The statistics that noisy K-FAC takes of the module."""
     kron = structures.get("kron", damping="factored", sharing=sharing)
-    return {
-        name: kron.for_block(layers_of(net)[name].adapter.structure).measure(rows)
-        for name, rows in record(net, x).items()
-    }
+    return {name: kron.for_layer(layers_of(net)[name]).measure(rows) for name, rows in record(net, x).items()}
 
 
 def structure_of(layer: Layer) -> str:

@@ -180,12 +180,13 @@ class Structure(ABC):
         """Name and damping, for summaries."""
         return f"{self.name}/{self.damping}"
 
-    def for_block(self, own: str | None) -> Structure:
-        """The structure of a block whose kind has one of its own by this name, or ``None`` for this one."""
+    def for_layer(self, layer: Layer) -> Structure:
+        """The structure of a layer by itself: this one, or that of the layer's kind where it has one of its own."""
+        own = layer.adapter.structure
         return self if own is None else get(own, damping=self.damping, sharing=self.sharing)
 
     def for_layers(self, layers: Mapping[str, Layer]) -> dict[str, Structure]:
-        """The structure of each layer of a model: this one, or that of the layer's kind.
+        """The structure of each layer of a model, :meth:`for_layer`, and what depends on the others.
 
         Args:
             layers: The layers by name, in their order.
@@ -193,7 +194,7 @@ class Structure(ABC):
         Returns:
             The structures by name.
         """
-        return {name: self.for_block(layer.adapter.structure) for name, layer in layers.items()}
+        return {name: self.for_layer(layer) for name, layer in layers.items()}
 
     @abstractmethod
     def measure(self, rows: Rows, frame: Frame = NO_FRAME) -> Statistics:

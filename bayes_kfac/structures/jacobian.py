@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bayes_kfac.curvature import NO_FRAME, Frame, Rows, SparseRows, Statistics
+from bayes_kfac.curvature import NO_FRAME, Frame, Layer, Rows, SparseRows, Statistics
 from bayes_kfac.structures import whitened
 from bayes_kfac.structures.base import Structure
 
@@ -27,7 +27,7 @@ class JacobianStructure(Structure):
         super().__init__(damping=damping, sharing=sharing)
         self.damping = "exact"
 
-    def for_block(self, own: str | None) -> Structure:  # noqa: D102
+    def for_layer(self, layer: Layer) -> Structure:  # noqa: D102
         return self
 
     def measure(self, rows: Rows, frame: Frame = NO_FRAME) -> Statistics:  # noqa: D102

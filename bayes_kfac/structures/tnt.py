@@ -63,16 +63,12 @@ class TensorNormalStructure(TKFACStructure):
         source="Ren & Goldfarb 2021.",
     )
 
-    def for_block(self, own: str | None) -> Structure:  # noqa: D102
-        return self if own == "diagonal" else super().for_block(own)  # a parameter that stands alone is a tensor
-
-    def for_layers(self, layers: Mapping[str, Layer]) -> dict[str, Structure]:  # noqa: D102
-        structures = super().for_layers(layers)
-        for name, layer in layers.items():
-            modes = layer.adapter.modes
-            if structures[name] is self and tuple(map(len, modes)) != (1, 1):
-                structures[name] = TensorModesStructure(modes, damping=self.damping, sharing=self.sharing)
-        return structures
+    def for_layer(self, layer: Layer) -> Structure:  # noqa: D102
+        # a parameter that stands alone is a tensor
+        structure = self if layer.adapter.stands_alone else super().for_layer(layer)
+        if structure is self and tuple(map(len, layer.adapter.modes)) != (1, 1):
+            return TensorModesStructure(layer.adapter.modes, damping=self.damping, sharing=self.sharing)
+        return structure
 
 
 class TensorModesStructure(Structure):

@@ -102,7 +102,7 @@ def test_a_pass_in_parts_is_a_pass_at_once(name, sharing):
     passed = pull_back(model, inputs)
     columns, layers = unit_gradients(passed.output), find_layers(model)[0]
     own = {
-        layer: structures.get(name, damping="exact", sharing=sharing).for_block(found.adapter.structure)
+        layer: structures.get(name, damping="exact", sharing=sharing).for_layer(found)
         for layer, found in layers.items()
     }
     total: dict[str, Statistics] = {}

@@ -46,7 +46,7 @@ def test_it_serves_every_layer_whatever_its_kind_asks_for():
     """Also normalisations, whose blocks would be dense."""
     layers, _ = find_layers(CASES["layer norm"][0]())
     assert layers["0"].adapter.structure == "dense"
-    assert {diagonal.for_block(layer.adapter.structure) for layer in layers.values()} == {diagonal}
+    assert {diagonal.for_layer(layer) for layer in layers.values()} == {diagonal}
 
 
 @given(rows=sparse_rows(), columns=st.integers(1, 3), out=st.integers(1, 3), seed=SEEDS)
