@@ -274,3 +274,16 @@ def test_of_one_position_with_weights_no_jacobians_are_formed(monkeypatch):
         whitened = gaussian_of(structure, of_layer(2, 10, 1, 50)).whitened_rows(of_layer(3, 4, 1, 7))
         whitened.covariance(), whitened.variance()
     assert counted.batches == []
+
+
+@pytest.mark.parametrize(("columns", "shared", "in_", "by_pairs"), [(2, 2, 40, True), (12, 6, 5, False)])
+def test_pairs_of_positions_are_taken_where_they_are_fewer_operations(columns, shared, in_, by_pairs, monkeypatch):
+    """Two positions of a wide layer, but not many of a narrow one with many outputs."""
+    taken = []
+    original = WhitenedRows._positions
+    monkeypatch.setattr(WhitenedRows, "_positions", lambda rows: (taken.append(True), original(rows))[1])
+    inputs, gradients = randn(3, shared, in_, seed=0), randn(columns, 3, shared, 4, seed=1)
+    rows = WhitenedRows(inputs, gradients, randn(4, in_, seed=2).square())
+    J = rows.jacobians()
+    assert_close(rows.between(rows), torch.einsum("nck,mdk->nmcd", J, J), **TIGHT)
+    assert bool(taken) == by_pairs
