@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: demo test lint format docs bench clean
+.PHONY: demo test lint format docs notebooks bench clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,6 +31,9 @@ format: $(READY)
 
 docs: $(READY)  ## the documentation, in docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+notebooks: $(READY)  ## run every notebook in full and keep its outputs; minutes each
+	for source in notebooks/*.py; do $(BIN)/jupytext --to ipynb --execute $$source || exit 1; done
 
 bench: $(READY)  ## the published UCI regression table; minutes to hours, resumable
 	$(BIN)/python benchmarks/uci.py

@@ -23,7 +23,7 @@ from bayes_kfac.training import (
 )
 
 if TYPE_CHECKING:
-    from bayes_kfac import distributions, metrics, plotting
+    from bayes_kfac import active, botorch, distributions, metrics, plotting, pyro, sklearn
 
 __version__ = "0.1.0"
 
@@ -36,6 +36,8 @@ __all__ = [
     "NoisyKFAC",
     "NoisyNaturalGradient",
     "Posterior",
+    "active",
+    "botorch",
     "curvature",
     "distributions",
     "errors",
@@ -43,11 +45,13 @@ __all__ = [
     "likelihoods",
     "metrics",
     "plotting",
+    "pyro",
+    "sklearn",
     "structures",
 ]
 
-#: Imported at first use: they bring Pyro or matplotlib, which `import bayes_kfac` should not cost.
-_LAZY = ("distributions", "metrics", "plotting")
+#: Imported at first use: they bring other libraries, which `import bayes_kfac` should not cost.
+_LAZY = ("active", "botorch", "distributions", "metrics", "plotting", "pyro", "sklearn")
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,15 @@ project = "bayes_kfac"
 author = "The bayes_kfac developers"
 copyright = "2026, the bayes_kfac developers"
 release = bayes_kfac.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.doctest",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 html_theme = "furo"
@@ -18,4 +26,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 exclude_patterns = ["_build"]
+# The notebooks are committed with the outputs of their full run; tests run them in smoke mode.
+nb_execution_mode = "off"
+copybutton_exclude = ".linenos, .gp, .go"
 nitpicky = False
