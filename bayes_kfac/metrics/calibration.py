@@ -113,7 +113,8 @@ def classwise_calibration_error(
     also called the static, with ``scheme="mass"`` the adaptive calibration error. With many classes most probabilities
     are near 0, and so is the value.
 
-    Sources: Kull et al. (2019), Beyond temperature scaling; Nixon et al. (2019), Measuring calibration in deep learning.
+    Sources: Kull et al. (2019), Beyond temperature scaling; Nixon et al. (2019), Measuring calibration in deep
+    learning.
 
     Args:
         probs: Class probabilities, ``[n, C]``.

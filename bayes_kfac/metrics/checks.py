@@ -150,7 +150,7 @@ def check_samples(samples: Tensor, target: Tensor) -> None:
 
 
 def vector(**arguments: TensorLike) -> list[Tensor]:
-    """Return the tensors of :func:`real` if each is one-dimensional.
+    """Return the tensors of :func:`real`, contiguous, if each is one-dimensional.
 
     Args:
         **arguments: Values by the names to use in messages.
@@ -165,7 +165,7 @@ def vector(**arguments: TensorLike) -> list[Tensor]:
     for name, tensor in zip(arguments, tensors, strict=True):
         if tensor.ndim != 1:
             raise ArgumentError(f"{name} has shape {tuple(tensor.shape)}. Allowed: [n], one number for each example.")
-    return tensors
+    return [tensor.contiguous() for tensor in tensors]  # PyTorch warns of searches in strided ones
 
 
 def as_tensor(name: str, value: TensorLike) -> Tensor:

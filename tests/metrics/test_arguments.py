@@ -19,6 +19,9 @@ CLASSIFICATION = [
     metrics.categorical_nll,
     metrics.brier_score,
     metrics.expected_calibration_error,
+    metrics.maximum_calibration_error,
+    metrics.classwise_calibration_error,
+    lambda probs, labels: metrics.selective_accuracy(probs, labels, 0.5),
     metrics.reliability_curve,
 ]
 REGRESSION = [
@@ -27,8 +30,9 @@ REGRESSION = [
     (metrics.sharpness, 2),
     (lambda *args: metrics.interval_score(*args, level=0.9), 3),
     (metrics.crps_gaussian, 3),
+    (metrics.gaussian_nll, 3),
 ]
-REGRESSION_IDS = ["rmse", "coverage", "sharpness", "interval_score", "crps_gaussian"]
+REGRESSION_IDS = ["rmse", "coverage", "sharpness", "interval_score", "crps_gaussian", "gaussian_nll"]
 
 
 @pytest.mark.parametrize(("metric", "num_arguments"), REGRESSION, ids=REGRESSION_IDS)

@@ -1,10 +1,11 @@
-"""Calibration errors against loops and torchmetrics."""
+"""Calibration errors against loops."""
 
 from __future__ import annotations
 
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -96,3 +97,44 @@ def test_ece_in_float32_stays_accurate_for_many_examples() -> None:
     probs = torch.tensor([[0.9, 0.1]]).repeat(2_000_000, 1)
     labels = torch.zeros(len(probs), dtype=torch.int64)
     assert metrics.expected_calibration_error(probs, labels).item() == pytest.approx(0.1, abs=1e-6)
+
+
+@given(seed=seeds, n=st.integers(1, 60), num_bins=st.integers(1, 20), scheme=st.sampled_from(["width", "mass"]))
+@settings(deadline=None, max_examples=30)
+def test_maximum_is_the_largest_gap_and_bounds_the_expectation(seed: int, n: int, num_bins: int, scheme: str) -> None:
+    probs, labels = random_classification(seed, n, 3)
+    gaps = [abs(accuracy - confidence) for confidence, accuracy, _ in bins_by_loop(probs, labels, num_bins, scheme)]
+    largest = metrics.maximum_calibration_error(probs, labels, num_bins, scheme)
+    assert largest.item() == pytest.approx(max(gaps))
+    assert metrics.expected_calibration_error(probs, labels, num_bins, scheme) <= largest + 1e-12
+
+
+@given(seed=seeds, n=st.integers(1, 60), num_bins=st.integers(1, 20), scheme=st.sampled_from(["width", "mass"]))
+@settings(deadline=None, max_examples=30)
+def test_classwise_against_loop(seed: int, n: int, num_bins: int, scheme: str) -> None:
+    """Each class against the rest: its probability is the confidence, and whether it is the label the hit."""
+    probs, labels = random_classification(seed, n, 3)
+    errors = []
+    for index in range(3):
+        own = probs[:, index]
+        edges = np.arange(1, num_bins) / num_bins
+        if scheme == "mass":
+            edges = np.sort(own.numpy())[[math.ceil(i * n / num_bins) - 1 for i in range(1, num_bins)]]
+        bins = np.searchsorted(edges, own.numpy(), side="left")
+        hit = (labels == index).numpy()
+        errors.append(
+            sum((bins == b).sum() / n * abs(own.numpy()[bins == b].mean() - hit[bins == b].mean()) for b in set(bins))
+        )
+    result = metrics.classwise_calibration_error(probs, labels, num_bins, scheme)
+    assert result.item() == pytest.approx(np.mean(errors), abs=1e-12)
+
+
+@given(seed=seeds, n=st.integers(1, 60))
+@settings(deadline=None, max_examples=20)
+def test_classwise_does_not_depend_on_the_names_of_the_classes(seed: int, n: int) -> None:
+    probs, labels = random_classification(seed, n, 4)
+    renamed = torch.tensor([2, 0, 3, 1])
+    inverse = renamed.argsort()
+    once = metrics.classwise_calibration_error(probs, labels)
+    again = metrics.classwise_calibration_error(probs[:, inverse], renamed[labels])
+    assert once.item() == pytest.approx(again.item())

@@ -40,3 +40,25 @@ def test_nll_of_impossible_label_is_finite(dtype: torch.dtype) -> None:
     nll = metrics.categorical_nll(torch.tensor([[1, 0]], dtype=dtype), [1])
     assert nll.dtype == dtype
     assert nll.item() == pytest.approx(-math.log(torch.finfo(dtype).tiny))
+
+
+@pytest.mark.parametrize("score", [metrics.categorical_nll, metrics.brier_score])
+@given(seed=seeds)
+@settings(deadline=None, max_examples=25)
+def test_score_is_least_at_the_truth(score, seed: int) -> None:
+    """Of all constant predictions, the frequencies of the labels score least."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 20, size=3)
+    labels = np.repeat(np.arange(3), counts)
+
+    def expected(probs: np.ndarray) -> float:
+        return score(np.tile(probs, (len(labels), 1)), labels).item()
+
+    assert expected(counts / counts.sum()) <= expected(rng.dirichlet(np.ones(3))) + 1e-12
+
+
+def test_smooth_scores_are_differentiable() -> None:
+    probs = torch.rand(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.1
+    logits, labels = probs.log().requires_grad_(), torch.tensor([0, 2, 1, 1])
+    for score in (metrics.categorical_nll, metrics.brier_score, metrics.expected_calibration_error):
+        assert torch.autograd.gradcheck(lambda own, score=score: score(own.softmax(-1), labels), logits)
