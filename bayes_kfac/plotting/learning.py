@@ -10,10 +10,14 @@ from torch import Tensor
 
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.metrics import TensorLike
-from bayes_kfac.plotting.style import DARK, INK, LIGHT, PALETTE, column, label_axes, legend, next_style, prepare
+from bayes_kfac.plotting.style import INK, LIGHT, PALETTE, column, label_axes, legend, next_style, prepare
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+#: A legend beside the data and not over them.
+_ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2, "borderpad": 0}
 
 
 class Epoch(Protocol):
@@ -138,13 +142,17 @@ def plot_elbo(epochs: Sequence[Epoch], *, ax: Axes | None = None) -> Axes:
     if not epochs:
         raise ArgumentError("epochs is empty. Allowed: the states that a callback of fit was given.")
     along = np.array([state.epoch for state in epochs])
-    total = np.array([-state.elbo for state in epochs])
     kl = np.array([state.kl for state in epochs])
+    parts = {
+        "−ELBO": np.array([-state.elbo for state in epochs]),
+        "KL from the prior": kl,
+        "negative log-likelihood of the data": np.array([-state.elbo for state in epochs]) - kl,
+    }
 
     ax = prepare(ax, figsize=(6.4, 4.0))
-    ax.fill_between(along, 0, kl, color=DARK, linewidth=0, label="KL from the prior")
-    ax.fill_between(along, kl, total, color=LIGHT, linewidth=0, label="negative log-likelihood of the data")
-    ax.plot(along, total, linewidth=1.8, label="−ELBO", **next_style(ax))
+    # Lines and no stacked areas: with continuous targets the log-likelihood may have either sign.
+    for name, values in parts.items():
+        ax.plot(along, values, linewidth=1.8, label=name, **next_style(ax))
     ax.margins(x=0)
     label_axes(ax, "epoch", "nats")
     legend(ax)
@@ -179,7 +187,7 @@ def _acquisition_curve(
         ax.vlines(picked[:, 0], floor, at, color=PALETTE[1], linewidth=1, linestyle=(0, (2, 2)))
         ax.scatter(picked[:, 0], at, s=70, marker="*", color=PALETTE[1], zorder=3, clip_on=False, label="picked")
     label_axes(ax, "x", "score")
-    legend(ax)
+    legend(ax, **_ABOVE)
     return ax
 
 
@@ -200,7 +208,7 @@ def _acquisition_map(
     ax.grid(visible=False)
     ax.set(xlim=(inputs[:, 0].min(), inputs[:, 0].max()), ylim=(inputs[:, 1].min(), inputs[:, 1].max()))
     label_axes(ax, "x₁", "x₂")
-    legend(ax, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    legend(ax, **_ABOVE)
     return ax
 
 

@@ -7,7 +7,7 @@ A layer's block has a precision ``P`` whose eigenvalues are at least about the p
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,8 +61,7 @@ def plot_precision_spectrum(
             form and too large to be written out.
     """
     spectra = {name: _precision_eigenvalues(posterior, name) for name in _names(posterior, layers)}
-    priors = {name: posterior.prior_precision.get(name) for name in spectra}
-    shared = len({value for value in priors.values() if not isinstance(value, Tensor)}) == 1
+    colours: dict[str, str] = {}
 
     ax = prepare(ax, figsize=(6.4, 4.0))
     for name, values in spectra.items():
@@ -70,7 +69,8 @@ def plot_precision_spectrum(
         share, eigenvalues = _descending(values)
         shape = "×".join(map(str, posterior.blocks[name].shape))
         ax.plot(share, eigenvalues, linewidth=1.8, label=f"{name or 'model'}, {shape}", **style)
-        _prior_line(ax, priors[name], QUIET if shared else style["color"], "prior" if shared else None)
+        colours[name] = style["color"]
+    _prior_lines(ax, {name: _number(posterior, name) for name in spectra}, colours, "prior")
     ax.set_yscale("log")
     ax.set_xlim(0, 1)
     label_axes(ax, "directions of the layer, best determined first (share)", "posterior precision (eigenvalue)")
@@ -102,8 +102,7 @@ def plot_factor_spectra(posterior: Posterior, *, layers: Iterable[str] | None = 
         ArgumentError: If a layer is unknown, or its Gaussian is not a matrix normal.
     """
     spectra = {name: _factor_eigenvalues(posterior, name) for name in _names(posterior, layers)}
-    priors = {name: posterior.prior_precision.get(name) for name in spectra}
-    shared = len({value for value in priors.values() if not isinstance(value, Tensor)}) == 1
+    colours: dict[str, str] = {}
 
     ax = prepare(ax, figsize=(6.4, 4.0))
     for name, sides in spectra.items():
@@ -113,9 +112,9 @@ def plot_factor_spectra(posterior: Posterior, *, layers: Iterable[str] | None = 
             text = f"{name or 'model'}, {values.shape[-1]} {side}"
             ax.plot(share, eigenvalues, linewidth=1.8, label=text, **style)
             style = {"color": style["color"], "linestyle": (0, (4, 1.5))}
-        prior = priors[name]
-        root = None if isinstance(prior, Tensor) or prior is None else float(prior) ** 0.5
-        _prior_line(ax, root, QUIET if shared else style["color"], "√ prior" if shared else None)
+        colours[name] = style["color"]
+    roots = {name: prior and prior**0.5 for name in spectra for prior in [_number(posterior, name)]}
+    _prior_lines(ax, roots, colours, "√ prior")
     ax.set_yscale("log")
     ax.set_xlim(0, 1)
     label_axes(ax, "directions of the factor, best determined first (share)", "eigenvalue of the factor")
@@ -160,7 +159,8 @@ def plot_layer_summary(
         ax.barh(height, 1, height=0.62, color=LIGHT)
         ax.barh(height, [row.share for row in rows], height=0.62, color=PALETTE[0])
         for y, row in zip(height, rows, strict=True):
-            number = f"{row.share * row.size:.3g} of {row.size}"
+            effective = row.share * row.size
+            number = f"{effective:,.{0 if effective >= 10 else 1}f} of {row.size:,}"
             ax.annotate(number, (1, y), (4, 0), textcoords="offset points", va="center", fontsize="small", color=INK)
         ax.set_xlim(0, 1)
     else:
@@ -179,13 +179,24 @@ def plot_layer_summary(
                     gid="bayes_kfac.prior",
                     label="prior" if first else None,
                 )
-        ax.set_xscale("log", nonpositive="clip")
+        _plain_log_axis(ax)
         legend(ax)
     ax.set_yticks(height, [name or "model" for name in names])
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.grid(visible=False, axis="y")
     label_axes(ax, QUANTITIES[quantity], "layer")
     return ax
+
+
+def _plain_log_axis(ax: Axes) -> None:
+    """A logarithmic axis with numbers such as 0.2 and 0.5, which stay readable within one decade."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    ax.set_xscale("log", nonpositive="clip")
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 class _Row(NamedTuple):
@@ -228,8 +239,8 @@ def _row(posterior: Posterior, name: str, variance: Tensor, quantity: str) -> _R
             values = posterior.layers[name].matrix(posterior.mean).to(values).abs() / values
         # numpy's, since PyTorch's refuses layers of more than 16 million weights
         quantiles = np.quantile(values.flatten().cpu().numpy(), _QUANTILES).tolist()
-    own = None if prior is None or isinstance(prior, Tensor) else float(prior) ** -0.5
-    return _Row(variance.numel(), quantiles, share, own)
+    own = _number(posterior, name)
+    return _Row(variance.numel(), quantiles, share, None if own is None else own**-0.5)
 
 
 def _names(posterior: Posterior, layers: Iterable[str] | None) -> list[str]:
@@ -242,13 +253,20 @@ def _names(posterior: Posterior, layers: Iterable[str] | None) -> list[str]:
     return [check_choice("layers", name, known) for name in layers]
 
 
-def _prior_line(ax: Axes, value: float | Tensor | None, color: str, label: str | None) -> None:
-    """A thin line at a prior's precision; lines that fall on each other are drawn once."""
-    if value is None or isinstance(value, Tensor):
-        return
-    gid = f"bayes_kfac.prior {float(value):.6g}"
-    if once(ax, gid):
-        ax.axhline(float(value), color=color, linewidth=1, linestyle=(0, (4, 3)), gid=gid, label=label, zorder=1.5)
+def _number(posterior: Posterior, name: str) -> float | None:
+    """The prior's precision of a layer, where it is one number."""
+    prior = posterior.prior_precision.get(name)
+    return None if prior is None or isinstance(prior, Tensor) else float(prior)
+
+
+def _prior_lines(ax: Axes, priors: dict[str, float | None], colours: dict[str, str], label: str) -> None:
+    """Thin lines at the priors of layers: a grey one with a name if all are the same, else in the layers' colours."""
+    shared = len(set(priors.values())) == 1
+    for name, prior in priors.items():
+        gid = f"bayes_kfac.prior {prior}"
+        if prior is not None and once(ax, gid):
+            own: dict[str, Any] = {"color": QUIET, "label": label} if shared else {"color": colours[name]}
+            ax.axhline(prior, linewidth=1, linestyle=(0, (4, 3)), gid=gid, zorder=1.5, **own)
 
 
 def _descending(values: Tensor) -> tuple[np.ndarray, np.ndarray]:
