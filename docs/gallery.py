@@ -129,7 +129,8 @@ def surface() -> None:
 def classification() -> None:
     """Reliability, risk and coverage, spectra, layers, learning curves."""
     x, y = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
-    x = x.float() / 16
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y = x[order].float() / 16, y[order]
     train, test = slice(0, 400), slice(400, None)
 
     def network(seed: int) -> nn.Sequential:
@@ -148,7 +149,7 @@ def classification() -> None:
 
     torch.manual_seed(0)
     loader = DataLoader(TensorDataset(x[train], y[train]), batch_size=50, shuffle=True)
-    options: dict[str, Any] = {"epochs": 60, "lr": 0.1, "temperature": 0.1, "progress": False}
+    options: dict[str, Any] = {"epochs": 60, "lr": 0.1, "temperature": 0.1, "inverse_every": 20, "progress": False}
     posterior = bk.fit(network(0), bk.likelihoods.Categorical(), loader, **options)
     ours = posterior.predict(x[test], generator=torch.Generator().manual_seed(0)).probs
     point = adam(400, 0)(x[test]).softmax(-1)

@@ -68,7 +68,7 @@ def plot_precision_spectrum(
         style = next_style(ax)
         share, eigenvalues = _descending(values)
         shape = "×".join(map(str, posterior.blocks[name].shape))
-        ax.plot(share, eigenvalues, linewidth=1.8, label=f"{name or 'model'}, {shape}", **style)
+        ax.plot(share, eigenvalues, linewidth=1.8, label=f"{name}, {shape}", **style)
         colours[name] = style["color"]
     _prior_lines(ax, {name: _number(posterior, name) for name in spectra}, colours, "prior")
     ax.set_yscale("log")
@@ -109,7 +109,7 @@ def plot_factor_spectra(posterior: Posterior, *, layers: Iterable[str] | None = 
         style = next_style(ax) | {"linestyle": "-"}
         for side, values in zip(("outputs", "inputs"), sides, strict=True):
             share, eigenvalues = _descending(values)
-            text = f"{name or 'model'}, {values.shape[-1]} {side}"
+            text = f"{name}, {values.shape[-1]} {side}"
             ax.plot(share, eigenvalues, linewidth=1.8, label=text, **style)
             style = {"color": style["color"], "linestyle": (0, (4, 1.5))}
         colours[name] = style["color"]
@@ -181,7 +181,7 @@ def plot_layer_summary(
                 )
         _plain_log_axis(ax)
         legend(ax)
-    ax.set_yticks(height, [name or "model" for name in names])
+    ax.set_yticks(height, names)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.grid(visible=False, axis="y")
     label_axes(ax, QUANTITIES[quantity], "layer")
