@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from torch import Tensor
 
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.metrics import TensorLike
-from bayes_kfac.plotting.style import INK, LIGHT, PALETTE, column, label_axes, legend, next_style, prepare
+from bayes_kfac.plotting.style import INK, LIGHT, PALETTE, as_array, column, label_axes, legend, next_style, prepare
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,11 +55,11 @@ def plot_learning_curve(x: TensorLike, values: TensorLike, *, label: str | None 
         ArgumentError: If shapes do not fit, ``x`` does not ascend, or a value is NaN.
     """
     along = column("x", x)
-    seeds = _array(values)
-    seeds = seeds[None] if seeds.ndim == 1 else seeds
+    given = as_array("values", values)
+    seeds = given[None] if given.ndim == 1 else given
     if seeds.ndim != 2 or seeds.shape[1] != len(along) or not len(seeds):
         raise ArgumentError(
-            f"values has shape {_array(values).shape}. Allowed: [seeds, {len(along)}] or [{len(along)}], for x of "
+            f"values has shape {given.shape}. Allowed: [seeds, {len(along)}] or [{len(along)}], for x of "
             f"{len(along)} numbers."
         )
     if np.isnan(seeds).any():
@@ -212,10 +211,6 @@ def _acquisition_map(
     return ax
 
 
-def _array(value: TensorLike) -> np.ndarray:
-    return value.detach().cpu().double().numpy() if isinstance(value, Tensor) else np.asarray(value, dtype=np.float64)
-
-
 def _points(name: str, value: TensorLike, dimensions: int | None = None) -> np.ndarray:
     """Return ``[n]`` as ``[n, 1]``, and ``[n, 1]`` or ``[n, 2]`` as they are.
 
@@ -230,7 +225,7 @@ def _points(name: str, value: TensorLike, dimensions: int | None = None) -> np.n
     Raises:
         ArgumentError: If the shape is another one, or empty.
     """
-    array = _array(value)
+    array = as_array(name, value)
     points = array[:, None] if array.ndim == 1 else array
     allowed = (1, 2) if dimensions is None else (dimensions,)
     if points.ndim != 2 or points.shape[1] not in allowed or not points.size:

@@ -16,14 +16,13 @@ from torch import Tensor
 from bayes_kfac import linalg
 from bayes_kfac.errors import ArgumentError, check_choice
 from bayes_kfac.plotting.style import DARK, INK, LIGHT, PALETTE, QUIET, label_axes, legend, next_style, once, prepare
+from bayes_kfac.posterior import Posterior
 from bayes_kfac.structures import BlockGaussian, DiagonalGaussian, KroneckerEigenGaussian, MatrixNormalGaussian
 from bayes_kfac.structures.kron_eigen import squared_lengths
 from bayes_kfac.structures.unit_wise import UnitWiseGaussian
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from bayes_kfac.posterior import Posterior
 
 #: Weights of the largest block whose precision is written out for its eigenvalues.
 DENSE_LIMIT = 4096
@@ -245,6 +244,11 @@ def _row(posterior: Posterior, name: str, variance: Tensor, quantity: str) -> _R
 
 def _names(posterior: Posterior, layers: Iterable[str] | None) -> list[str]:
     """The layers to show: all, or those that are asked for."""
+    if not isinstance(posterior, Posterior):
+        raise ArgumentError(
+            f"posterior is a {type(posterior).__name__}. Allowed: a bayes_kfac.Posterior, such as fit(...) returns, "
+            "laplace.posterior() or optimizer.posterior()."
+        )
     known = tuple(posterior.blocks)
     if layers is None:
         return list(known)

@@ -101,6 +101,27 @@ def legend(ax: Axes, **where: Any) -> None:
         ax.legend(frameon=True, framealpha=0.9, **(options | where))
 
 
+def as_array(name: str, value: TensorLike) -> np.ndarray:
+    """Return numbers on any device as a float64 array.
+
+    Args:
+        name: The argument's name, for the message.
+        value: A tensor, an array, or lists of one length.
+
+    Returns:
+        The array, of the same shape.
+
+    Raises:
+        ArgumentError: If it is none.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().cpu().double().numpy()
+    try:
+        return np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{name} of type {type(value).__name__} is no array of numbers: {error}") from error
+
+
 def column(name: str, value: TensorLike, length: int | None = None) -> np.ndarray:
     """Return ``[n]`` or ``[n, 1]`` as a flat float64 array.
 
@@ -115,7 +136,7 @@ def column(name: str, value: TensorLike, length: int | None = None) -> np.ndarra
     Raises:
         ArgumentError: If the shape is another one.
     """
-    array = value.detach().cpu().double().numpy() if isinstance(value, Tensor) else np.asarray(value, dtype=np.float64)
+    array = as_array(name, value)
     if array.shape not in {(array.size,), (array.size, 1)} or length not in {None, array.size}:
         n = "n" if length is None else length
         raise ArgumentError(f"{name} has shape {array.shape}. Allowed: [{n}] or [{n}, 1].")

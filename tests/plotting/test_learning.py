@@ -53,6 +53,8 @@ def test_learning_curve_refuses() -> None:
     for values in (np.ones((2, 4)), np.ones(4), np.ones((1, 2, 3)), np.ones((0, 3))):
         with pytest.raises(ArgumentError, match=r"values has shape .*Allowed: \[seeds, 3\] or \[3\]"):
             plotting.plot_learning_curve([1, 2, 3], values)
+    with pytest.raises(ArgumentError, match="values of type list is no array of numbers"):
+        plotting.plot_learning_curve([1, 2], [[1.0, 2.0], [1.0]])
     with pytest.raises(ArgumentError, match="values holds NaN"):
         plotting.plot_learning_curve([1, 2], [1.0, math.nan])
     with pytest.raises(ArgumentError, match="x does not ascend"):

@@ -150,6 +150,12 @@ def test_layers_are_chosen_by_name() -> None:
             plot(own, layers="2")
 
 
+def test_what_is_no_posterior_is_refused() -> None:
+    for plot in (plotting.plot_precision_spectrum, plotting.plot_factor_spectra, plotting.plot_layer_summary):
+        with pytest.raises(ArgumentError, match=r"posterior is a Laplace.*laplace.posterior\(\)"):
+            plot(Laplace(nn.Linear(3, 2), Gaussian(1.0)))
+
+
 def test_summary_refuses() -> None:
     own = posterior()
     with pytest.raises(ArgumentError, match="quantity='entropy' is unknown"):
