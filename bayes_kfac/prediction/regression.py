@@ -51,6 +51,25 @@ class RegressionPrediction(Prediction):
     def quantile(self, probability: float) -> Tensor:
         """The quantile of each target on its own, shaped like the mean."""
 
+    def cdf(self, target: Tensor) -> Tensor:
+        """The probability that each target on its own is at most so large, shaped like the mean.
+
+        At the observed targets these are the probability integral transforms, which are uniform where the prediction
+        is calibrated: see :mod:`bayes_kfac.metrics`.
+
+        Args:
+            target: Values, shaped like the mean.
+
+        Returns:
+            The probabilities.
+        """
+        check_same_shape(self.mean, target)
+        return self._cdf(target)
+
+    @abstractmethod
+    def _cdf(self, value: Tensor) -> Tensor:
+        """The distribution function of each target on its own."""
+
 
 @dataclass(frozen=True)
 class GaussianPrediction(RegressionPrediction):
@@ -110,6 +129,9 @@ class GaussianPrediction(RegressionPrediction):
         """The quantile of each target on its own, shaped like the mean."""
         _check_probability(probability)
         return Normal(self.mean, self.stddev).icdf(self.mean.new_tensor(probability))
+
+    def _cdf(self, value: Tensor) -> Tensor:
+        return Normal(self.mean, self.stddev).cdf(value)
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,15 @@ def test_interval_is_central(prediction: GaussianPrediction | MixturePrediction)
     assert (upper < wider[1]).all()
 
 
+def test_distribution_function_undoes_quantiles(prediction: GaussianPrediction | MixturePrediction) -> None:
+    for probability in (0.05, 0.5, 0.9):
+        reached = prediction.cdf(prediction.quantile(probability))
+        assert reached.shape == prediction.mean.shape
+        assert_close(reached, torch.full_like(reached, probability), rtol=0.0, atol=1e-10)
+    with pytest.raises(TargetError, match="must be equal"):
+        prediction.cdf(torch.zeros(1, *prediction.mean.shape[1:], dtype=torch.float64))
+
+
 def test_source_says_how_it_was_made(prediction: GaussianPrediction | MixturePrediction) -> None:
     assert prediction.source in (CLOSED, SAMPLED)
     assert prediction.source.posterior is PROVENANCE
@@ -188,6 +197,7 @@ def test_closed_form_of_one_output_is_scipys_normal(event: tuple[int, ...]) -> N
             assert_close(end, torch.as_tensor(expected), **TIGHT)
     for probability in (1e-4, 0.1, 0.5, 0.975):
         assert_close(prediction.quantile(probability), torch.as_tensor(reference.ppf(probability)), **TIGHT)
+    assert_close(prediction.cdf(target), torch.as_tensor(reference.cdf(target.numpy())), rtol=0.0, atol=1e-14)
 
 
 @pytest.mark.parametrize("event", [(3,), (2, 2)])
