@@ -33,7 +33,9 @@ docs: $(READY)  ## the documentation, in docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 notebooks: $(READY)  ## run every notebook in full and keep its outputs; minutes each
-	for source in notebooks/*.py; do $(BIN)/jupytext --to ipynb --execute $$source || exit 1; done
+	for source in notebooks/*.py; do \
+	  $(BIN)/jupytext --to ipynb $$source && $(BIN)/jupyter execute --inplace $${source%.py}.ipynb || exit 1; \
+	done
 
 bench: $(READY)  ## the published UCI regression table; minutes to hours, resumable
 	$(BIN)/python benchmarks/uci.py

@@ -34,6 +34,7 @@ from bayes_kfac.prediction import (
     from_outputs,
     sampled_outputs,
 )
+from bayes_kfac.progress import bar
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import BlockGaussian, JointGaussian
 
@@ -248,9 +249,7 @@ class Posterior:
 
     def _parts(self, loader: Iterable[Any], progress: bool) -> Iterator[Any]:
         """The inputs of a loader's batches, on the model's device."""
-        from tqdm.auto import tqdm
-
-        for batch in tqdm(loader, desc="predict", unit="batch", disable=not progress):
+        for batch in bar(loader, desc="predict", unit="batch", progress=progress):
             yield inputs_of(batch, self.device)
 
     # -- the Gaussian itself ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The notebooks: each runs from top to bottom in smoke mode, and is committed as it is, with the outputs of a full run."""
+"""The notebooks: each runs in smoke mode, and is committed as it is, with the outputs of a full run."""
 
 from __future__ import annotations
 

@@ -67,7 +67,21 @@ def test_every_public_name_resolves(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["curvature", "distributions", "likelihoods", "prediction", "structures", "training", "metrics"]
+    "module",
+    [
+        "active",
+        "botorch",
+        "curvature",
+        "distributions",
+        "likelihoods",
+        "metrics",
+        "plotting",
+        "prediction",
+        "pyro",
+        "sklearn",
+        "structures",
+        "training",
+    ],
 )
 def test_every_public_name_of_a_module_resolves(module: str) -> None:
     imported = importlib.import_module(f"bayes_kfac.{module}")

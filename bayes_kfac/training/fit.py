@@ -15,6 +15,7 @@ from bayes_kfac.curvature import check_types, find_covered, unwrapped
 from bayes_kfac.errors import ArgumentError, check_choice, check_count
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
+from bayes_kfac.progress import bar
 from bayes_kfac.structures import Structure
 from bayes_kfac.training.noisy import NoisyNaturalGradient
 from bayes_kfac.training.tuning import TUNE_KINDS, tune_prior_precision
@@ -103,7 +104,7 @@ def fit(
     was_training = model.training
     model.train()
     try:
-        with _progress_bar(epochs, progress) as bar:
+        with bar(total=epochs, desc="fit", unit="epoch", progress=progress) as shown:
             for epoch in range(1, epochs + 1):
                 nll = _train_epoch(model, likelihood, loader, optimizer)
                 schedule.step()
@@ -111,8 +112,8 @@ def fit(
                     tune_prior_precision(optimizer)
                 kl = float(optimizer.kl())
                 state = FitState(epoch, nll, kl, -optimizer.num_data * nll - kl, optimizer, model)
-                bar.set_postfix(nll=f"{nll:.4f}", kl=f"{kl:.1f}", elbo=f"{state.elbo:.1f}")
-                bar.update()
+                shown.set_postfix(nll=f"{nll:.4f}", kl=f"{kl:.1f}", elbo=f"{state.elbo:.1f}")
+                shown.update()
                 answers = [callback(state) for callback in callbacks]
                 if any(answers):
                     break
@@ -165,9 +166,3 @@ def _num_data(loader: Iterable[Any]) -> int:
         f"num_data=None, but the loader ({type(loader).__name__}) has no dataset with a length. Pass num_data=, "
         "the number of examples in the training set."
     )
-
-
-def _progress_bar(epochs: int, progress: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=epochs, desc="fit", unit="epoch", disable=not progress)
