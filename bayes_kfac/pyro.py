@@ -268,8 +268,8 @@ def generative_model(posterior: Posterior) -> Callable[..., Tensor]:
     priors = {}
     for name, layer in posterior.layers.items():
         like = posterior.blocks[name].like
-        precision = torch.as_tensor(posterior.prior_precision[name]).to(like).expand(layer.shape)
-        for key, own in layer.tensors(precision).items():
+        precision = torch.as_tensor(posterior.prior_precision[name], dtype=like.dtype, device=like.device)
+        for key, own in layer.tensors(precision.expand(layer.shape)).items():
             scale = own.rsqrt().to(posterior.mean[key].dtype)
             prior: Any = Normal(torch.zeros_like(scale), scale)
             priors[key] = prior.to_event(scale.dim())
