@@ -256,7 +256,7 @@ def generative_model(posterior: Posterior) -> Callable[..., Tensor]:
 
     Returns:
         ``model(inputs, target=None)``, with ``inputs`` as in :meth:`bayes_kfac.Posterior.predict`, which returns the
-        network's output.
+        network's output and raises ``TargetError`` if output and targets do not fit each other.
 
     Raises:
         UsageError: If the prior was another posterior.
@@ -279,6 +279,8 @@ def generative_model(posterior: Posterior) -> Callable[..., Tensor]:
         weights = {name: pyro.sample(name, prior) for name, prior in priors.items()}
         with evaluating(posterior.model):
             output = call(posterior.model, {**posterior.mean, **weights}, inputs)
+        if target is not None:
+            posterior.likelihood.check(output, target)
         targets = _in_pyro(posterior.likelihood.distribution(output))
         scale = 1.0 if target is None else made.num_data / (made.temperature * len(output))
         with pyro.plate("data", len(output), dim=-1), poutine.scale(scale=scale):

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bayes_kfac as bk
 from bayes_kfac.distributions import BlockNormal, MatrixNormal
-from bayes_kfac.errors import ArgumentError, UsageError
+from bayes_kfac.errors import ArgumentError, TargetError, UsageError
 from bayes_kfac.prediction import Draws
 from bayes_kfac.pyro import generative_model
 from tests.helpers import randn, rng, seeded
@@ -49,7 +49,7 @@ def mlp() -> nn.Sequential:
 
 
 def posterior_of(model: nn.Module | None = None, **options: Any) -> bk.Posterior:
-    return random_posterior(model or mlp(), bk.likelihoods.Gaussian(NOISE), **options)
+    return random_posterior(model or mlp(), bk.likelihoods.Gaussian(torch.tensor(NOISE).double()), **options)
 
 
 def linked() -> bk.Posterior:
@@ -590,6 +590,12 @@ def test_generative_model_of_each_likelihood(likelihood: Any, outputs: int, targ
     assert_close(trace.nodes["obs"]["log_prob"], expected.detach(), check_dtype=False, **CLOSE)
     drawn = Predictive(model, guide=posterior.to_pyro_guide(model), num_samples=4)(x)
     assert drawn["obs"].shape == (4, *target.shape)
+
+
+def test_generative_model_refuses_targets_that_would_broadcast() -> None:
+    posterior, (x, y) = posterior_of(nn.Linear(3, 1).double()), data()
+    with pytest.raises(TargetError, match="shape"):
+        generative_model(posterior)(x, y[:, 0])
 
 
 def test_generative_model_has_a_precision_for_each_weight() -> None:
