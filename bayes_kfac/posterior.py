@@ -7,7 +7,7 @@ object serves as the function only, and is left as it was by every call here.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ from bayes_kfac.structures import BlockGaussian, JointGaussian
 
 if TYPE_CHECKING:
     from bayes_kfac.distributions import MatrixNormal
+    from bayes_kfac.pyro import PosteriorGuide
 
 METHODS = ("linearized", "sampling")
 OUTPUT_COVARIANCES = ("full", "diagonal")
@@ -328,6 +329,20 @@ class Posterior:
             )
         row, column = map(linalg.dense, roots)
         return MatrixNormal(self.layers[layer].matrix(self.mean).to(row), row, column)
+
+    def to_pyro_guide(self, model: Callable[..., Any], *, prefix: str | None = None) -> PosteriorGuide:
+        """The posterior as a frozen guide of a Pyro model; see :class:`bayes_kfac.pyro.PosteriorGuide`.
+
+        Args:
+            model: The Pyro model, of whose sites some are the parameters of this posterior's network.
+            prefix: What stands before their names, such as ``"net."``; by default it is found.
+
+        Returns:
+            The guide.
+        """
+        from bayes_kfac.pyro import PosteriorGuide
+
+        return PosteriorGuide(self, model, prefix=prefix)
 
     def summary(self) -> Summary:
         """For each parameter: its block, structure, shape, and why where it has none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bayes_kfac.distributions.block_normal import BlockNormal
 from bayes_kfac.distributions.matrix_normal import MatrixNormal
 
-__all__ = ["MatrixNormal"]
+__all__ = ["BlockNormal", "MatrixNormal"]
