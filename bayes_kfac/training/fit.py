@@ -83,6 +83,23 @@ def fit(
 
     Raises:
         ArgumentError: If ``num_data`` is not given and the loader cannot tell, or the loader is empty.
+
+    Example:
+        >>> import bayes_kfac as bk, torch
+        >>> x = torch.linspace(-1, 1, 64)[:, None]
+        >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x**2), batch_size=16)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> posterior = bk.fit(model, bk.likelihoods.Gaussian(0.1), loader, epochs=2, progress=False)
+        >>> posterior.provenance.num_data
+        64
+
+        A callback that returns ``True`` ends the training:
+
+        >>> def enough(state):
+        ...     return state.epoch == 3
+        >>> again = bk.fit(
+        ...     model, bk.likelihoods.Gaussian(0.1), loader, epochs=50, callbacks=[enough], progress=False
+        ... )
     """
     check_count("epochs", epochs)
     if tune is not None:
