@@ -34,6 +34,7 @@ from bayes_kfac.prediction import (
     from_outputs,
     sampled_outputs,
 )
+from bayes_kfac.progress import progress_bar
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import BlockGaussian, JointGaussian
 
@@ -291,9 +292,7 @@ class Posterior:
 
     def _parts(self, loader: Iterable[Any], progress: bool) -> Iterator[Any]:
         """The inputs of a loader's batches, on the model's device."""
-        from tqdm.auto import tqdm
-
-        for batch in tqdm(loader, desc="predict", unit="batch", disable=not progress):
+        for batch in progress_bar(loader, desc="predict", unit="batch", shown=progress):
             yield inputs_of(batch, self.device)
 
     # -- the Gaussian itself ------------------------------------------------------------------------------------------

@@ -30,3 +30,5 @@ exclude_patterns = ["_build"]
 nb_execution_mode = "off"
 copybutton_exclude = ".linenos, .gp, .go"
 nitpicky = False
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]

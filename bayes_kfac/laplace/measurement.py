@@ -18,6 +18,7 @@ from bayes_kfac.curvature import Frame, PullBack, Recorder, Statistics, added, o
 from bayes_kfac.errors import ArgumentError, NonFiniteError, UsageError
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.prediction.forward import watched
+from bayes_kfac.progress import progress_bar
 from bayes_kfac.structures import Structure, measure
 
 
@@ -105,13 +106,11 @@ class Surveyor:
             UsageError: If a layer was never used.
             NonFiniteError: If a sum holds NaN or infinity.
         """
-        from tqdm.auto import tqdm
-
         if not isinstance(loader, Iterable):
             raise ArgumentError(f"loader={loader!r} is not iterable. Allowed: a DataLoader, or a list of batches.")
         total: Measurement | None = None
         self.num_yielded = 0
-        for raw in tqdm(loader, desc="laplace", unit="batch", disable=not progress):
+        for raw in progress_bar(loader, desc="laplace", unit="batch", shown=progress):
             batch = unpack(raw)
             if not len(batch.target):
                 continue

@@ -14,6 +14,7 @@ from bayes_kfac.errors import ArgumentError, NonFiniteError, check_choice
 from bayes_kfac.laplace.fitted import Fitted
 from bayes_kfac.laplace.prior import as_prior
 from bayes_kfac.posterior import Posterior
+from bayes_kfac.progress import progress_bar
 
 METHODS = ("marginal_likelihood", "validation")
 GROUPINGS = ("model", "layer", "parameter")
@@ -141,12 +142,10 @@ def best_on_validation(
         ArgumentError: If there is no candidate, or the loader yields nothing or masks.
         NonFiniteError: If there are no finite predictions.
     """
-    from tqdm.auto import tqdm
-
     if not candidates:
         raise ArgumentError("grid=[] is empty. Allowed: one value or more.")
     scores = {}
-    with tqdm(candidates, desc="validation", disable=not progress) as bar:
+    with progress_bar(candidates, desc="validation", shown=progress) as bar:
         for value, make in bar:
             scores[value] = mean_nll(make(), loader, predict)
             bar.set_postfix(value=f"{value:.3g}", nll=f"{scores[value]:.4f}")

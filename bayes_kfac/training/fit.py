@@ -15,6 +15,7 @@ from bayes_kfac.curvature import check_types, find_covered, unwrapped
 from bayes_kfac.errors import ArgumentError, check_choice, check_count
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
+from bayes_kfac.progress import progress_bar
 from bayes_kfac.structures import Structure
 from bayes_kfac.training.noisy import NoisyNaturalGradient
 from bayes_kfac.training.tuning import TUNE_KINDS, tune_prior_precision
@@ -120,7 +121,7 @@ def fit(
     was_training = model.training
     model.train()
     try:
-        with _progress_bar(epochs, progress) as bar:
+        with progress_bar(total=epochs, desc="fit", unit="epoch", shown=progress) as bar:
             for epoch in range(1, epochs + 1):
                 nll = _train_epoch(model, likelihood, loader, optimizer)
                 schedule.step()
@@ -182,9 +183,3 @@ def _num_data(loader: Iterable[Any]) -> int:
         f"num_data=None, but the loader ({type(loader).__name__}) has no dataset with a length. Pass num_data=, "
         "the number of examples in the training set."
     )
-
-
-def _progress_bar(epochs: int, progress: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=epochs, desc="fit", unit="epoch", disable=not progress)
