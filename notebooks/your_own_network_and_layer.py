@@ -267,11 +267,11 @@ def _(likelihood: HeteroscedasticGaussian, output, source, *, link, num_samples,
 # %% [markdown]
 # ## Does it help?
 #
-# The same network with one noise level for all inputs, and with its own. The temperature is 0.1 for both
+# The same network with one noise level for all inputs, and with its own. The temperature is 0.3 for both
 # ([why](../docs/scale.md)).
 
 # %%
-settings = {"epochs": 3 if SMOKE else 150, "lr": 3e-2, "temperature": 0.1, "progress": False}
+settings = {"epochs": 3 if SMOKE else 100, "lr": 3e-2, "temperature": 0.3, "progress": False}
 torch.manual_seed(1)
 columns = DataLoader(TensorDataset(x, y[:, None]), batch_size=50, shuffle=True)
 one = bk.fit(network(1), bk.likelihoods.Gaussian("learned"), columns, **settings)
