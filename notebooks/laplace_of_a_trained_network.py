@@ -231,8 +231,9 @@ with torch.no_grad():
 maps |= {name: own.predict(plane, num_samples=500).probs for name, own in posteriors.items()}
 figure, panels = plt.subplots(1, 3, figsize=(10, 3.3), sharey=True, layout="constrained")
 for axes, (name, probs) in zip(panels, maps.items(), strict=True):
-    image = axes.pcolormesh(side, side, probs.max(-1).values.reshape(len(side), -1).T, vmin=0.5, vmax=1, cmap="viridis")
-    axes.scatter(*points.T, c=labels, cmap="coolwarm", s=6, edgecolors="white", linewidths=0.3)
+    likelier = probs.max(-1).values.reshape(len(side), -1).T.numpy()
+    image = axes.pcolormesh(side.numpy(), side.numpy(), likelier, vmin=0.5, vmax=1, cmap="viridis")
+    axes.scatter(*points.T.numpy(), c=labels.numpy(), cmap="coolwarm", s=6, edgecolors="white", linewidths=0.3)
     axes.set(title=name)
 figure.colorbar(image, ax=panels, label="probability of the likelier class")
 plt.show()
