@@ -34,7 +34,7 @@ from bayes_kfac.prediction import (
     from_outputs,
     sampled_outputs,
 )
-from bayes_kfac.progress import bar
+from bayes_kfac.progress import progress_bar
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import BlockGaussian, JointGaussian
 
@@ -59,6 +59,18 @@ class Posterior:
         provenance: How the posterior was made.
         layers: The layers; by default those of the model's parameters that are not frozen.
         mean: All parameters and buffers at the mean; by default the model's own.
+
+    Example:
+        >>> import bayes_kfac as bk, torch
+        >>> model, x = torch.nn.Linear(2, 1), torch.eye(2)
+        >>> laplace = bk.Laplace(model, bk.likelihoods.Gaussian(0.5), damping="optimal")
+        >>> posterior = laplace.fit([(x, torch.ones(2, 1))], progress=False).posterior()
+        >>> posterior.predict(x).mean.shape
+        torch.Size([2, 1])
+        >>> posterior.distribution("(root)").event_shape  # of [weight, bias]
+        torch.Size([1, 3])
+        >>> bool(posterior.kl() > 0)
+        True
     """
 
     def __init__(
@@ -101,6 +113,17 @@ class Posterior:
 
         Returns:
             The draws.
+
+        Example:
+            >>> import bayes_kfac as bk, torch
+            >>> laplace = bk.Laplace(torch.nn.Linear(2, 1), bk.likelihoods.Gaussian(0.5))
+            >>> posterior = laplace.fit([(torch.eye(2), torch.ones(2, 1))], progress=False).posterior()
+            >>> draws = posterior.sample(8, generator=torch.Generator().manual_seed(0))
+            >>> len(draws), draws.values["weight"].shape
+            (8, torch.Size([8, 1, 2]))
+            >>> one, two = (posterior.predict(torch.eye(2), draws=draws) for _ in range(2))
+            >>> torch.equal(one.mean, two.mean)  # the same functions at every call
+            True
         """
         check_count("num_samples", num_samples)
         with linalg.full_precision(self.device):
@@ -151,6 +174,17 @@ class Posterior:
 
         Raises:
             ArgumentError: If an argument is unknown, or one that does not go with the method or the likelihood.
+
+        Example:
+            >>> import bayes_kfac as bk, torch
+            >>> laplace = bk.Laplace(torch.nn.Linear(2, 3), bk.likelihoods.Categorical())
+            >>> posterior = laplace.fit([(torch.eye(2), torch.tensor([0, 2]))], progress=False).posterior()
+            >>> posterior.predict(torch.eye(2), num_samples=100).mutual_information.shape
+            torch.Size([2])
+            >>> posterior.predict(torch.eye(2), link="probit").source.link
+            'probit'
+            >>> posterior.predict(torch.eye(2), "sampling", num_samples=10).logits.shape
+            torch.Size([10, 2, 3])
         """
         method = check_choice("method", method or ("linearized" if draws is None else "sampling"), METHODS)
         check_choice("output_covariance", output_covariance, OUTPUT_COVARIANCES)
@@ -211,6 +245,15 @@ class Posterior:
         Returns:
             ``[batch, other batch, outputs, outputs]``; noise of the targets is not in it. At ``[n, m, c, d]`` is the
             covariance of output ``c`` of example ``n`` with output ``d`` of example ``m``.
+
+        Example:
+            >>> import bayes_kfac as bk, torch
+            >>> laplace = bk.Laplace(torch.nn.Linear(1, 1, bias=False), bk.likelihoods.Gaussian(1.0))
+            >>> posterior = laplace.fit([(torch.ones(3, 1), torch.ones(3, 1))], progress=False).posterior()
+            >>> x = torch.tensor([[1.0], [2.0]])
+            >>> posterior.function_covariance(x).squeeze()  # x xᵀ times the weight's variance 1 / (3 + 1)
+            tensor([[0.2500, 0.5000],
+                    [0.5000, 1.0000]])
         """
         check_count("memory_budget", memory_budget)
         return self._linearized.covariance(inputs, inputs if others is None else others, memory_budget=memory_budget)
@@ -250,7 +293,7 @@ class Posterior:
 
     def _parts(self, loader: Iterable[Any], progress: bool) -> Iterator[Any]:
         """The inputs of a loader's batches, on the model's device."""
-        for batch in bar(loader, desc="predict", unit="batch", progress=progress):
+        for batch in progress_bar(loader, desc="predict", unit="batch", shown=progress):
             yield inputs_of(batch, self.device)
 
     # -- the Gaussian itself ------------------------------------------------------------------------------------------
@@ -403,6 +446,16 @@ class Posterior:
 
         Returns:
             The posterior.
+
+        Example:
+            >>> import bayes_kfac as bk, tempfile, torch
+            >>> laplace = bk.Laplace(torch.nn.Linear(2, 1), bk.likelihoods.Gaussian(0.5))
+            >>> posterior = laplace.fit([(torch.eye(2), torch.ones(2, 1))], progress=False).posterior()
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     posterior.save(f"{folder}/posterior.safetensors")
+            ...     again = bk.Posterior.load(f"{folder}/posterior.safetensors", torch.nn.Linear(2, 1))
+            >>> torch.equal(again.predict(torch.eye(2)).mean, posterior.predict(torch.eye(2)).mean)
+            True
         """
         from bayes_kfac.serialization import load
 

@@ -1,4 +1,4 @@
-"""Progress bars, by tqdm."""
+"""Progress bars: tqdm's, for a terminal or a notebook."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def bar(iterable: Iterable[Any] | None = None, *, progress: bool, **options: Any) -> Any:
-    """A progress bar: widgets in a notebook that has them, else text.
+def progress_bar(iterable: Iterable[Any] | None = None, *, shown: bool, **options: Any) -> Any:
+    """A bar over an iterable, or one that is moved on by hand.
+
+    It is made of widgets in a notebook that has them, and of text elsewhere.
 
     Args:
-        iterable: What to go through, if anything.
-        progress: Whether to show it.
-        options: Arguments of tqdm.
+        iterable: What to go through.
+        shown: Whether there is a bar.
+        options: Further arguments of ``tqdm``.
 
     Returns:
-        A tqdm, to be iterated over or updated.
+        The bar.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a notebook without ipywidgets gets text, and need not be told so
+        warnings.simplefilter("ignore")  # the import tells a notebook without widgets that it has none
         from tqdm.auto import tqdm
-    return tqdm(iterable, disable=not progress, **options)
+    return tqdm(iterable, disable=not shown, **options)

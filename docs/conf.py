@@ -1,6 +1,12 @@
 """Sphinx configuration."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import bayes_kfac
+
+sys.path.append(str(Path(__file__).parent / "_extensions"))
 
 project = "bayes_kfac"
 author = "The bayes_kfac developers"
@@ -26,7 +32,12 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 exclude_patterns = ["_build"]
+if importlib.util.find_spec("latex2mathml"):  # without it formulas are drawn by MathJax, from the network
+    extensions.append("mathml")
+    html_math_renderer = "mathml"
 # The notebooks are committed with the outputs of their full run; tests run them in smoke mode.
 nb_execution_mode = "off"
 copybutton_exclude = ".linenos, .gp, .go"
 nitpicky = False
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]

@@ -1,4 +1,4 @@
-"""Progress bars: shown where they are wanted, and quiet in notebooks without widgets."""
+"""Progress bars are shown where they are wanted, and quiet in notebooks without widgets."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from bayes_kfac.progress import bar
+from bayes_kfac.progress import progress_bar
 
 
-@pytest.mark.parametrize("progress", [True, False])
-def test_shows_or_does_not(progress: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(bar([1, 2], progress=progress, desc="fit")) == [1, 2]
-    assert ("fit" in capsys.readouterr().err) == progress
+@pytest.mark.parametrize("shown", [True, False])
+def test_shown_on_request(shown: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(progress_bar([1, 2], shown=shown, desc="counting")) == [1, 2]
+    assert ("counting" in capsys.readouterr().err) == shown
 
 
 def test_notebook_without_widgets_gets_text_and_no_warning() -> None:
@@ -21,8 +21,8 @@ def test_notebook_without_widgets_gets_text_and_no_warning() -> None:
     code = (
         "import sys; sys.modules['ipywidgets'] = None; import IPython\n"
         "IPython.get_ipython = lambda: type('Shell', (), {'config': {'IPKernelApp': 1}})()\n"
-        "from bayes_kfac.progress import bar; list(bar([1], progress=True, desc='fit'))"
+        "from bayes_kfac.progress import progress_bar; list(progress_bar([1], shown=True, desc='counting'))"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "fit" in done.stderr
+    assert "counting" in done.stderr

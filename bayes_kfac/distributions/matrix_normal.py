@@ -39,6 +39,14 @@ class MatrixNormal(TorchDistribution):
     Raises:
         ArgumentError: If shapes, dtypes or devices do not fit each other.
         ValueError: If a factor is not lower triangular with a positive diagonal.
+
+    Example:
+        >>> import torch
+        >>> from bayes_kfac.distributions import MatrixNormal
+        >>> U, V = torch.tensor([[1.0, 0.5], [0.5, 1.0]]), 2 * torch.eye(3)
+        >>> q = MatrixNormal(torch.zeros(2, 3), torch.linalg.cholesky(U), torch.linalg.cholesky(V))
+        >>> q.rsample((10,)).shape, torch.allclose(q.covariance_matrix, torch.kron(U, V))
+        (torch.Size([10, 2, 3]), True)
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {

@@ -74,6 +74,21 @@ class Laplace:
     Raises:
         ArgumentError: If an argument is out of range.
         UnsupportedModelError: If the subset has no block, or parameters outside blocks with ``others="error"``.
+
+    Example:
+        With one weight, 99 inputs of 1, noise 1 and prior precision 1 the posterior variance is 1 / (99 + 1):
+
+        >>> import bayes_kfac as bk, torch
+        >>> x = torch.ones(99, 1)
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> model.weight.data.fill_(2.0)
+        tensor([[2.]])
+        >>> laplace = bk.Laplace(model, bk.likelihoods.Gaussian(1.0)).fit([(x, 2 * x)], progress=False)
+        >>> laplace.posterior().predict(x[:1]).epistemic_variance
+        tensor([[0.0100]])
+        >>> _ = laplace.update([(x, 2 * x)], progress=False)  # as many again
+        >>> laplace.posterior().provenance.num_data
+        198
     """
 
     def __init__(
@@ -132,6 +147,18 @@ class Laplace:
 
         Returns:
             What :meth:`fit` would return with that curvature.
+
+        Example:
+            >>> import bayes_kfac as bk, torch
+            >>> x, y = torch.eye(4), torch.tensor([0, 1, 1, 0])
+            >>> model, likelihood = torch.nn.Linear(4, 2), bk.likelihoods.Categorical()
+            >>> optimizer = bk.NoisyKFAC(model, likelihood, num_data=4)
+            >>> with optimizer.sampled_params():
+            ...     likelihood(model(x), y).backward()
+            >>> optimizer.step()
+            >>> laplace = bk.Laplace.from_trainer(optimizer, [(x, y)], progress=False)
+            >>> bool(laplace.log_marginal_likelihood() < 0)  # of class labels, in nats
+            True
         """
         own = {parameter for layer in trainer.layers.values() for parameter in layer.parameters.values()}
         laplace = cls(
@@ -282,6 +309,16 @@ class Laplace:
         Raises:
             ArgumentError: If an argument is out of range, or the prior is a posterior.
             UsageError: If nothing was fitted.
+
+        Example:
+            >>> import bayes_kfac as bk, torch
+            >>> model = torch.nn.Linear(2, 1)
+            >>> laplace = bk.Laplace(model, bk.likelihoods.Gaussian(1.0))
+            >>> _ = laplace.fit([(torch.eye(2), torch.ones(2, 1))], progress=False)
+            >>> delta = torch.tensor(1.0, requires_grad=True)
+            >>> laplace.log_marginal_likelihood(delta).backward()
+            >>> delta.grad is not None
+            True
         """
         fitted = self._check_fitted()
         if prior_precision is not None and self.prior is not None:
@@ -325,6 +362,17 @@ class Laplace:
         Raises:
             ArgumentError: If arguments do not go with the method.
             UsageError: If nothing was fitted.
+
+        Example:
+            A weight of 2 that is well determined: the evidence wants prior variance 2² + (posterior variance).
+
+            >>> import bayes_kfac as bk, torch
+            >>> x = torch.ones(1000, 1)
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> _ = torch.nn.init.constant_(model.weight, 2.0)
+            >>> laplace = bk.Laplace(model, bk.likelihoods.Gaussian(0.1)).fit([(x, 2 * x)], progress=False)
+            >>> laplace.optimize_prior_precision().prior_precision
+            {'(root)': tensor(0.2500)}
         """
         fitted = self._check_fitted()
         check_choice("method", method, tuning.METHODS)

@@ -18,7 +18,7 @@ from bayes_kfac.curvature import Frame, PullBack, Recorder, Statistics, added, o
 from bayes_kfac.errors import ArgumentError, NonFiniteError, UsageError
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.prediction.forward import watched
-from bayes_kfac.progress import bar
+from bayes_kfac.progress import progress_bar
 from bayes_kfac.structures import Structure, measure
 
 
@@ -110,7 +110,7 @@ class Surveyor:
             raise ArgumentError(f"loader={loader!r} is not iterable. Allowed: a DataLoader, or a list of batches.")
         total: Measurement | None = None
         self.num_yielded = 0
-        for raw in bar(loader, desc="laplace", unit="batch", progress=progress):
+        for raw in progress_bar(loader, desc="laplace", unit="batch", shown=progress):
             batch = unpack(raw)
             if not len(batch.target):
                 continue

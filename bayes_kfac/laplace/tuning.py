@@ -14,7 +14,7 @@ from bayes_kfac.errors import ArgumentError, NonFiniteError, check_choice
 from bayes_kfac.laplace.fitted import Fitted
 from bayes_kfac.laplace.prior import as_prior
 from bayes_kfac.posterior import Posterior
-from bayes_kfac.progress import bar
+from bayes_kfac.progress import progress_bar
 
 METHODS = ("marginal_likelihood", "validation")
 GROUPINGS = ("model", "layer", "parameter")
@@ -145,8 +145,8 @@ def best_on_validation(
     if not candidates:
         raise ArgumentError("grid=[] is empty. Allowed: one value or more.")
     scores = {}
-    with bar(candidates, desc="validation", progress=progress) as shown:
-        for value, make in shown:
+    with progress_bar(candidates, desc="validation", shown=progress) as bar:
+        for value, make in bar:
             scores[value] = mean_nll(make(), loader, predict)
             shown.set_postfix(value=f"{value:.3g}", nll=f"{scores[value]:.4f}")
     return least(scores)

@@ -14,7 +14,14 @@ from bayes_kfac.likelihoods.base import Likelihood, check_same_shape, register
 
 @register
 class Bernoulli(Likelihood):
-    """``target ~ Bernoulli(sigmoid(output))``, independent over an example's dimensions."""
+    """``target ~ Bernoulli(sigmoid(output))``, independent over an example's dimensions.
+
+    Example:
+        >>> from bayes_kfac.likelihoods import Bernoulli
+        >>> import torch
+        >>> Bernoulli()(torch.zeros(3, 1), torch.tensor([[0.0], [1.0], [1.0]]))
+        tensor(0.6931)
+    """
 
     def check(self, output: Tensor, target: Tensor) -> None:  # noqa: D102
         check_same_shape(output, target)

@@ -14,7 +14,16 @@ from bayes_kfac.likelihoods.base import Likelihood, register
 
 @register
 class Categorical(Likelihood):
-    """``target ~ softmax(output)``, the classes along the last dimension."""
+    """``target ~ softmax(output)``, the classes along the last dimension.
+
+    Example:
+        >>> from bayes_kfac.likelihoods import Categorical
+        >>> import torch
+        >>> Categorical()(torch.zeros(2, 4), torch.tensor([0, 3]))  # log 4: the mean over examples
+        tensor(1.3863)
+        >>> Categorical()(torch.zeros(2, 5, 4), torch.zeros(2, 5, dtype=torch.long))  # 5 log 4: positions add up
+        tensor(6.9315)
+    """
 
     def check(self, output: Tensor, target: Tensor) -> None:  # noqa: D102
         if output.ndim < 2:

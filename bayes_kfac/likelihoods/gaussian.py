@@ -21,6 +21,16 @@ class Gaussian(Likelihood):
     Args:
         noise_scale: The noise's standard deviation in the target's units: a number or tensor where it is known,
             ``"learned"`` for maximum likelihood, or a belief such as ``GammaNoise(6.0, 6.0)``.
+
+    Example:
+        >>> from bayes_kfac.likelihoods import GammaNoise, Gaussian
+        >>> import torch
+        >>> Gaussian(2.0)(torch.zeros(5, 1), torch.zeros(5, 1))  # log 2 + ½ log 2π
+        tensor(1.6121)
+        >>> Gaussian("learned").noise_scale, Gaussian(GammaNoise(6.0, 6.0)).noise_scale  # where they start
+        (tensor(1.), tensor(1.0954))
+        >>> Gaussian(torch.tensor([0.1, 5.0])).noise_scale  # of two outputs, each in its units
+        tensor([0.1000, 5.0000])
     """
 
     def __init__(self, noise_scale: Scale | str | Noise | dict[str, Any] = "learned") -> None:

@@ -22,7 +22,16 @@ from bayes_kfac.prediction.results import Prediction, Source, batch_dim, from_ou
 
 
 class ClassificationPrediction(Prediction):
-    """What the predictions of discrete targets share."""
+    """What the predictions of discrete targets share.
+
+    Example:
+        >>> import bayes_kfac as bk, torch
+        >>> laplace = bk.Laplace(torch.nn.Linear(2, 3), bk.likelihoods.Categorical())
+        >>> posterior = laplace.fit([(torch.eye(2), torch.tensor([0, 2]))], progress=False).posterior()
+        >>> p = posterior.predict(torch.eye(2))
+        >>> torch.allclose(p.entropy, p.expected_entropy + p.mutual_information)
+        True
+    """
 
     @property
     @abstractmethod

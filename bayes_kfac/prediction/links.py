@@ -48,6 +48,14 @@ def probit(output: GaussianOutput) -> Tensor:
 
     Returns:
         Logits of the mean probabilities, shaped like the mean.
+
+    Example:
+        >>> import torch
+        >>> from bayes_kfac.prediction import GaussianOutput
+        >>> from bayes_kfac.prediction.links import probit
+        >>> sure, unsure = (GaussianOutput(torch.tensor([[2.0, 0.0]]), v * torch.eye(2)[None]) for v in (1e-6, 9.0))
+        >>> probit(sure).softmax(-1), probit(unsure).softmax(-1)
+        (tensor([[0.8808, 0.1192]]), tensor([[0.7189, 0.2811]]))
     """
     return _shrunk(output.mean, output.variance)
 

@@ -19,7 +19,19 @@ from bayes_kfac.prediction.results import Prediction, Source, batch_dim, from_ga
 
 
 class RegressionPrediction(Prediction):
-    """What the predictions of real-valued targets share."""
+    """What the predictions of real-valued targets share.
+
+    Example:
+        >>> import bayes_kfac as bk, torch
+        >>> laplace = bk.Laplace(torch.nn.Linear(1, 1, bias=False), bk.likelihoods.Gaussian(1.0))
+        >>> posterior = laplace.fit([(torch.ones(3, 1), torch.ones(3, 1))], progress=False).posterior()
+        >>> p = posterior.predict(torch.ones(1, 1))
+        >>> p.aleatoric_variance, p.epistemic_variance, p.variance  # 1, 1 / (3 + 1), their sum
+        (tensor([[1.]]), tensor([[0.2500]]), tensor([[1.2500]]))
+        >>> lower, upper = p.interval(0.95)  # of a new target: noise included
+        >>> torch.allclose(upper - lower, 2 * 1.96 * p.stddev, rtol=1e-4)
+        True
+    """
 
     @property
     def covariance(self) -> Tensor:

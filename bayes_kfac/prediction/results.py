@@ -156,6 +156,13 @@ def concatenate(predictions: Sequence[P]) -> P:
 
     Raises:
         ArgumentError: If there is none, or they differ in more than the batch.
+
+    Example:
+        >>> import bayes_kfac as bk, torch
+        >>> laplace = bk.Laplace(torch.nn.Linear(1, 1), bk.likelihoods.Gaussian(1.0))
+        >>> posterior = laplace.fit([(torch.ones(3, 1), torch.ones(3, 1))], progress=False).posterior()
+        >>> len(bk.prediction.concatenate([posterior.predict(torch.ones(2, 1)), posterior.predict(torch.ones(5, 1))]))
+        7
     """
     if not predictions:
         raise ArgumentError("predictions=[] is empty. Allowed: one prediction or more.")

@@ -340,7 +340,16 @@ def register(name: str) -> Callable[[StructureType], StructureType]:
 
 
 def available() -> tuple[str, ...]:
-    """The names that ``structure=`` accepts."""
+    """The names that ``structure=`` accepts.
+
+    Returns:
+        The names, sorted.
+
+    Example:
+        >>> from bayes_kfac import structures
+        >>> {"kron", "ekfac", "diagonal", "dense"} <= set(structures.available())
+        True
+    """
     return tuple(sorted(name for name, structure in _STRUCTURES.items() if not structure.refusal))
 
 
@@ -359,6 +368,11 @@ def get(structure: str | Structure, *, damping: str, sharing: str) -> Structure:
 
     Returns:
         The structure.
+
+    Example:
+        >>> from bayes_kfac import structures
+        >>> structures.get("kron", damping="optimal", sharing="expand").label
+        'kron/optimal'
     """
     if isinstance(structure, Structure):
         return structure.configured(damping=damping, sharing=sharing)

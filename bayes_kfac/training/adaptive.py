@@ -45,6 +45,21 @@ class AdaptiveNaturalGradient(NaturalGradient):
 
     Raises:
         ArgumentError: If an argument is out of range.
+
+    Example:
+        >>> import bayes_kfac as bk, torch
+        >>> x = torch.linspace(-1, 1, 64)[:, None]
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        >>> likelihood = bk.likelihoods.Gaussian(0.1)
+        >>> optimizer = bk.AdaptiveNaturalGradient(model, likelihood, num_data=64)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = likelihood(model(x), (3 * x).sin())
+        ...     loss.backward()
+        ...     return loss.item()
+        >>> losses = [optimizer.step(closure) for _ in range(20)]
+        >>> losses[-1] < 0.01 * losses[0], optimizer.damping < 1.0  # with no learning rate given
+        (True, True)
     """
 
     method = "adaptive natural gradient"

@@ -15,7 +15,7 @@ from bayes_kfac.curvature import check_types, find_covered, unwrapped
 from bayes_kfac.errors import ArgumentError, check_choice, check_count
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
-from bayes_kfac.progress import bar
+from bayes_kfac.progress import progress_bar
 from bayes_kfac.structures import Structure
 from bayes_kfac.training.noisy import NoisyNaturalGradient
 from bayes_kfac.training.tuning import TUNE_KINDS, tune_prior_precision
@@ -84,6 +84,23 @@ def fit(
 
     Raises:
         ArgumentError: If ``num_data`` is not given and the loader cannot tell, or the loader is empty.
+
+    Example:
+        >>> import bayes_kfac as bk, torch
+        >>> x = torch.linspace(-1, 1, 64)[:, None]
+        >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x**2), batch_size=16)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> posterior = bk.fit(model, bk.likelihoods.Gaussian(0.1), loader, epochs=2, progress=False)
+        >>> posterior.provenance.num_data
+        64
+
+        A callback that returns ``True`` ends the training:
+
+        >>> def enough(state):
+        ...     return state.epoch == 3
+        >>> again = bk.fit(
+        ...     model, bk.likelihoods.Gaussian(0.1), loader, epochs=50, callbacks=[enough], progress=False
+        ... )
     """
     check_count("epochs", epochs)
     if tune is not None:
@@ -104,7 +121,7 @@ def fit(
     was_training = model.training
     model.train()
     try:
-        with bar(total=epochs, desc="fit", unit="epoch", progress=progress) as shown:
+        with progress_bar(total=epochs, desc="fit", unit="epoch", shown=progress) as bar:
             for epoch in range(1, epochs + 1):
                 nll = _train_epoch(model, likelihood, loader, optimizer)
                 schedule.step()

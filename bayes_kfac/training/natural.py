@@ -67,6 +67,20 @@ class NaturalGradient(NoisyNaturalGradient):
 
     Raises:
         ArgumentError: If an argument is out of range.
+
+    Example:
+        >>> import bayes_kfac as bk, torch
+        >>> x = torch.eye(3)  # for a linear model one full step is the least-squares solution
+        >>> model, likelihood = torch.nn.Linear(3, 1, bias=False), bk.likelihoods.Gaussian(1.0)
+        >>> optimizer = bk.NaturalGradient(
+        ...     model, likelihood, num_data=3, lr=1.0, structure="dense", fisher="exact", prior_precision=1e-6,
+        ...     momentum=0.0, warmup=False, kl_clip=None,
+        ... )
+        >>> with optimizer.sampled_params():  # no noise here; it is where curvature is measured
+        ...     likelihood(model(x), torch.tensor([[1.0], [2.0], [3.0]])).backward()
+        >>> optimizer.step()
+        >>> model.weight.data.round(decimals=3)
+        tensor([[1., 2., 3.]])
     """
 
     method = "natural gradient"

@@ -90,6 +90,19 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
     Raises:
         ArgumentError: If an argument is out of range.
         UnsupportedModelError: If the model has no block, or parameters outside blocks with ``others="error"``.
+
+    Example:
+        >>> import bayes_kfac as bk, torch
+        >>> x = torch.linspace(-1, 1, 32)[:, None]
+        >>> model, likelihood = torch.nn.Linear(1, 1), bk.likelihoods.Gaussian(noise_scale=0.1)
+        >>> optimizer = bk.NoisyNaturalGradient(model, likelihood, num_data=32, structure="dense")
+        >>> for _ in range(3):
+        ...     with optimizer.sampled_params():
+        ...         optimizer.zero_grad()
+        ...         likelihood(model(x), 2 * x).backward()
+        ...     optimizer.step()
+        >>> optimizer.steps, optimizer.posterior().provenance.structure
+        (3, 'dense')
     """
 
     #: What the posterior says of how it was made.
@@ -372,7 +385,21 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             self._sampler.forget()
 
     def summary(self) -> Summary:
-        """For each parameter: its block, structure, shape, and why where it has none."""
+        """For each parameter: its block, structure, shape, and why where it has none.
+
+        Returns:
+            A table; ``print`` shows it.
+
+        Example:
+            >>> import bayes_kfac as bk, torch
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1, bias=False))
+            >>> print(bk.NoisyKFAC(model, bk.likelihoods.Gaussian(), num_data=10).summary())
+            parameter  shape  block  structure          why
+            -----------------------------------------------
+            0.weight   3×2    0      kron/factored 3×3
+            0.bias     3      0      kron/factored 3×3
+            2.weight   1×3    2      kron/factored 1×3
+        """
         return summarize(self.model, self.layers, self.reasons, self._blocks.describe())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -63,6 +63,11 @@ class Every(Schedule):
 
     Attributes:
         period: The number of steps between two events.
+
+    Example:
+        >>> from bayes_kfac.training.schedules import Every
+        >>> [step for step in range(30) if Every(10).is_due(step)]
+        [0, 1, 2, 4, 8, 10, 20]
     """
 
     period: int
@@ -99,6 +104,16 @@ class WhileAlike(Schedule):
     Attributes:
         threshold: How much is alike.
         most: The longest interval, in steps.
+
+    Example:
+        >>> import bayes_kfac as bk, torch
+        >>> from bayes_kfac.training.schedules import OnTraceChange, WhileAlike
+        >>> optimizer = bk.NoisyKFAC(
+        ...     torch.nn.Linear(2, 1), bk.likelihoods.Gaussian(), num_data=10,
+        ...     statistics_every=WhileAlike(threshold=0.1, most=100), inverse_every=OnTraceChange(every=5),
+        ... )
+        >>> optimizer.is_measuring  # nothing was measured yet
+        True
     """
 
     threshold: float = 0.1

@@ -182,6 +182,25 @@ def register(module_type: type[nn.Module]) -> Callable[[Adapter], Adapter]:
 
     Returns:
         The decorator.
+
+    Example:
+        >>> import bayes_kfac as bk, torch
+        >>> class Halved(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.ones(1, 3))
+        ...     def forward(self, x):  # x: [batch, 3]
+        ...         return 0.5 * x @ self.weight.T
+        >>> @bk.curvature.register(Halved)
+        ... class HalvedAdapter(bk.curvature.ModuleAdapter):
+        ...     def input_rows(self, inputs):
+        ...         return 0.5 * inputs[:, None]
+        ...     def gradient_rows(self, gradient):
+        ...         return gradient[:, None]
+        >>> laplace = bk.Laplace(Halved(), bk.likelihoods.Gaussian(1.0), structure="dense")
+        >>> posterior = laplace.fit([(2 * torch.eye(3), torch.ones(3, 1))], progress=False).posterior()
+        >>> posterior.predict(2 * torch.eye(3)).epistemic_variance.squeeze()  # 1 / (1 + 1)
+        tensor([0.5000, 0.5000, 0.5000])
     """
 
     def decorate(adapter: Adapter) -> Adapter:
