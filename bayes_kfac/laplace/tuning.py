@@ -148,7 +148,7 @@ def best_on_validation(
     with progress_bar(candidates, desc="validation", shown=progress) as bar:
         for value, make in bar:
             scores[value] = mean_nll(make(), loader, predict)
-            shown.set_postfix(value=f"{value:.3g}", nll=f"{scores[value]:.4f}")
+            bar.set_postfix(value=f"{value:.3g}", nll=f"{scores[value]:.4f}")
     return least(scores)
 
 

@@ -129,8 +129,8 @@ def fit(
                     tune_prior_precision(optimizer)
                 kl = float(optimizer.kl())
                 state = FitState(epoch, nll, kl, -optimizer.num_data * nll - kl, optimizer, model)
-                shown.set_postfix(nll=f"{nll:.4f}", kl=f"{kl:.1f}", elbo=f"{state.elbo:.1f}")
-                shown.update()
+                bar.set_postfix(nll=f"{nll:.4f}", kl=f"{kl:.1f}", elbo=f"{state.elbo:.1f}")
+                bar.update()
                 answers = [callback(state) for callback in callbacks]
                 if any(answers):
                     break
