@@ -119,7 +119,7 @@ class GaussianPrediction(RegressionPrediction):
 
     @property
     def mutual_information(self) -> Tensor:
-        """The information about the weights in each example's target, ``½ log det(I + R⁻¹ S)``, ``[batch]``, in nats."""
+        """The information about the weights in each target, ``½ log det(I + R⁻¹ S)``, ``[batch]``, in nats."""
         if self.output.is_diagonal:  # no matrix of thousands of outputs
             return 0.5 * (self.output.spread / self._noise()).log1p().sum(1)
         return super().mutual_information

@@ -402,7 +402,7 @@ def test_closed_form_and_mixture_agree_on_a_gaussian() -> None:
 @pytest.mark.parametrize("diagonal", [False, True])
 @pytest.mark.parametrize("event", EVENTS)
 def test_entropy_is_that_of_the_distribution_and_of_the_noise_plus_information(event, diagonal):
-    """torch's entropies of the joint Gaussian, and of the noise; their difference is the information."""
+    """Torch's entropies of the joint Gaussian, and of the noise; their difference is the information."""
     noise = torch.linspace(0.2, 0.7, math.prod(event), dtype=torch.float64).reshape(event)
     prediction = closed_form(*event, noise=noise, diagonal=diagonal)
     total = prediction.distribution.entropy().reshape(5)
