@@ -2,6 +2,7 @@
 
 from bayes_kfac.active.base import Acquisition, Gains, available, get, greedy, highest, register
 from bayes_kfac.active.joint import EPIG, BatchBALD, Joint, information_gains, predictive_gains
+from bayes_kfac.active.loop import LoopState, loop
 from bayes_kfac.active.pointwise import (
     BALD,
     Entropy,
@@ -12,6 +13,7 @@ from bayes_kfac.active.pointwise import (
     Variance,
     VariationRatio,
 )
+from bayes_kfac.active.pool import Labelled, stratified
 from bayes_kfac.active.predictors import Committee
 from bayes_kfac.active.sampled import SampledGains, SampledPredictiveGains
 from bayes_kfac.active.stochastic import Power, PowerBALD, Softmax, Softrank, Stochastic
@@ -25,7 +27,9 @@ __all__ = [
     "Entropy",
     "Gains",
     "Joint",
+    "Labelled",
     "LeastConfidence",
+    "LoopState",
     "Margin",
     "Pointwise",
     "Power",
@@ -43,6 +47,8 @@ __all__ = [
     "greedy",
     "highest",
     "information_gains",
+    "loop",
     "predictive_gains",
     "register",
+    "stratified",
 ]

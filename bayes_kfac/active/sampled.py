@@ -2,9 +2,9 @@
 
 What was picked is known by *configurations*: the classes ``ŷ`` that the picked candidates may turn out to have
 together. Each has a probability ``p(ŷ)``, and says how probable each draw is given it, ``p(s | ŷ)``. Information given
-the picked candidates is the mean over configurations of information under those weights of the draws. All configurations
-are kept while there are few; beyond that they are drawn. Sums are in float64. ``S`` draws hold at most ``log S`` nats: as
-a batch comes near it all gains go to zero, and more draws are needed.
+the picked candidates is the mean over configurations of information under those weights of the draws. All of them are
+kept while there are few; beyond that they are drawn. Sums are in float64. ``S`` draws hold at most ``log S`` nats: as a
+batch comes near it all gains go to zero, and more draws are needed.
 """
 
 from __future__ import annotations
@@ -91,14 +91,14 @@ class SampledGains(Gains):
         self.probs = class_draws(prediction)
         self.configurations = Configurations(len(self.probs), num_configurations, generator, self.probs)
         self.memory_budget = check_count("memory_budget", memory_budget)
-        self._noise = torch.cat([_entropy(part).mean(0) for part in self._parts()])
+        self._noise = torch.cat([_entropy(part) for part in self._parts()], dim=1)
 
     @property
     def scores(self) -> Tensor:
-        """``H[y | ŷ] − E H[y | w]`` of each candidate, ``[n]``."""
+        """``H[y | ŷ] − E H[y | w]`` of each candidate, ``[n]``, both under the same configurations."""
         known = self.configurations
         entropy = [known.probs @ _entropy(torch.einsum("ks,snc->knc", known.weights, part)) for part in self._parts()]
-        return (torch.cat(entropy) - self._noise).clamp(min=0)
+        return (torch.cat(entropy) - known.probs @ known.weights @ self._noise).clamp(min=0)
 
     def add(self, index: int) -> None:  # noqa: D102
         self.configurations.add(self.probs[:, index])
