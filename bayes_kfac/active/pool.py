@@ -145,7 +145,7 @@ def answer(oracle: Any, pool: Any, indices: Tensor) -> Tensor:
             raise TargetError(
                 f"The oracle gave targets of dtype {array.dtype}. Allowed: numbers. Encode classes as 0, 1, ..."
             )
-        targets = torch.as_tensor(array)
+        targets = torch.tensor(array)  # a copy: arrays of frames may be read-only
     targets = targets.detach().cpu()
     if targets.ndim == 0 or len(targets) != len(indices):
         raise TargetError(

@@ -301,4 +301,4 @@ def _is_array(value: Any) -> bool:
 
 
 def _tensor(value: Any) -> Tensor:
-    return torch.as_tensor(value).detach()
+    return value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))

@@ -62,7 +62,7 @@ def test_a_regressor_with_stddev_gives_its_variance(regressor, in_pipeline):
 @pytest.mark.parametrize("acquisition", [BALD(), VariationRatio(), BatchBALD(), EPIG(), Variance()], ids=repr)
 def test_what_a_plain_classifier_does_not_know_is_said(acquisition):
     classifier = LogisticRegression().fit(X, LABELS)
-    with pytest.raises(UsageError, match="which a ClassProbabilities does not know.*Committee"):
+    with pytest.raises(UsageError, match=r"which a ClassProbabilities does not know.*Committee"):
         scores(acquisition, classifier)
 
 

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from bayes_kfac.active import BALD, EPIG, Entropy, Power, PowerBALD, Softmax, Softrank, get
 from bayes_kfac.errors import ArgumentError
 from tests.active.pools import certain, classes, pool, posterior
-from tests.helpers import rng
 from tests.active.test_base import Given
+from tests.helpers import rng
 
 SCORES = torch.tensor([0.2, 1.5, 0.7], dtype=torch.float64)
 #: Of each score at coldness 2: its weight in the draw.
