@@ -7,7 +7,7 @@ draws for classes. The likelihood chooses, by one line each of ``information_gai
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import singledispatch
 from typing import Any
 
@@ -184,7 +184,7 @@ class BatchBALD(Joint):
 
 
 @register("epig")
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors do not compare as one
 class EPIG(Joint):
     """The expected information about targets where predictions will be wanted, in nats: less of it is beside the point.
 
@@ -201,7 +201,7 @@ class EPIG(Joint):
         memory_budget: As in :class:`Joint`.
     """
 
-    target_inputs: Any = None
+    target_inputs: Any = field(default=None, repr=False)
     num_targets: int = 100
 
     def look(self, predictor: Any, inputs: Any, *, generator: torch.Generator | None = None) -> Gains:  # noqa: D102

@@ -6,7 +6,7 @@ Each is a formula in what a prediction knows. Several outputs or positions of on
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Pointwise(Acquisition):
     memory_budget: int | None = None
 
     def look(self, predictor: Any, inputs: Any, *, generator: torch.Generator | None = None) -> Any:  # noqa: D102
-        options = {name: value for name, value in asdict(self).items() if name in Pointwise.__dataclass_fields__}
+        options = {field.name: getattr(self, field.name) for field in fields(Pointwise)}
         views = (predict(predictor, part, options, generator=generator) for part in parts(predictor, inputs))
         return torch.cat([self.judge(view) for view in views]) if isinstance(inputs, DataLoader) else next(views)
 

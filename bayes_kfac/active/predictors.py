@@ -1,6 +1,7 @@
 """What a predictor says of some inputs, whoever made it: an object that knows what acquisitions ask for.
 
-A posterior's predictions know everything. Of a classifier with ``predict_proba`` the mean probabilities are known; of a
+A posterior's predictions know everything, and so do those of an estimator with ``predict_distribution``, such as the
+library's own. Of another classifier with ``predict_proba`` the mean probabilities are known; of a
 regressor whose ``predict`` takes ``return_std=True``, mean and variance; a :class:`Committee` of either knows how its
 members differ. Whatever else ``predict`` returns is asked for attributes of the same names: ``probs [n, classes]``,
 ``sampled_probs [draws, n, classes]``, ``epistemic_variance [n, ...]``, ``entropy`` and ``mutual_information`` ``[n]``.
@@ -50,6 +51,8 @@ def predict(
             f"{name}={value!r} is for predictions of a Posterior, but the predictor is a {type(predictor).__name__}. "
             "Leave it out."
         )
+    if hasattr(predictor, "predict_distribution"):
+        return predictor.predict_distribution(_as_estimator_takes(predictor, inputs))
     if hasattr(predictor, "predict_proba"):
         return ClassProbabilities(_probabilities(predictor, inputs))
     if not callable(getattr(predictor, "predict", None)):
@@ -86,7 +89,16 @@ def predict_jointly(
 
     Returns:
         A prediction for each of the inputs.
+
+    Raises:
+        UsageError: If the draws of an estimator are not the same functions.
     """
+    if hasattr(predictor, "predict_distribution"):
+        raise UsageError(
+            f"{type(predictor).__name__}.predict_distribution gives each example a distribution of its own, but what "
+            "several tell together needs functions that are drawn once for all. Pass a bayes_kfac.Posterior, or choose "
+            "by an acquisition that judges each candidate by itself, such as PowerBALD."
+        )
     if isinstance(predictor, Posterior):
         given: dict[str, Any] = {"method": "linearized", "num_samples": 128} | _given(options)
         options = {"draws": predictor.sample(given.pop("num_samples"), generator=generator)} | given

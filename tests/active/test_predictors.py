@@ -30,7 +30,7 @@ from bayes_kfac.active import (
 )
 from bayes_kfac.errors import ArgumentError, UsageError
 from bayes_kfac.prediction import CategoricalPrediction
-from tests.active.pools import SOURCE, pool
+from tests.active.pools import SOURCE, classes, pool
 from tests.helpers import TIGHT, randn
 
 X = pool(40).numpy()
@@ -115,6 +115,18 @@ def test_any_object_whose_prediction_has_the_attribute():
             return Known(inputs[:, 0] ** 2)
 
     assert_close(scores(BALD(), Predictor()), pool()[:, 0] ** 2)
+
+
+def test_an_estimator_that_gives_distributions_knows_everything_about_each_example_and_nothing_joint():
+    class Estimator(LogisticRegression):
+        def predict_distribution(self, inputs):
+            assert isinstance(inputs, np.ndarray)
+            return classes(5, len(inputs), 3)
+
+    estimator = Estimator().fit(X, LABELS)
+    assert_close(scores(BALD(), estimator), classes(5, 12, 3).mutual_information)
+    with pytest.raises(UsageError, match="a distribution of its own"):
+        BatchBALD().look(estimator, pool())
 
 
 def test_an_error_of_the_predictor_is_its_own():
