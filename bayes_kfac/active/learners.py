@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,8 @@ def trainer_of(learner: Any, start: str) -> Trainer:
         ArgumentError: If the learner is neither, or cannot start warm.
     """
     is_warm = check_choice("start", start, STARTS) == "warm"
+    if isinstance(learner, type):
+        raise ArgumentError(f"learner={learner.__name__} is a class. Allowed: an object. Pass {learner.__name__}(...).")
     if callable(getattr(learner, "fit", None)):
         return _going_on(learner) if is_warm else _fitted_anew(learner)
     if not callable(learner):
@@ -42,7 +45,23 @@ def trainer_of(learner: Any, start: str) -> Trainer:
             f"learner={learner!r} is a {type(learner).__name__}. Allowed: a function learner(data, previous) that "
             "returns a predictor, or an object with fit(inputs, targets) and predict."
         )
+    _check_arguments(learner)
     return lambda data, _, previous: learner(data, previous)
+
+
+def _check_arguments(learner: Callable[..., Any]) -> None:
+    """See that a function takes two arguments, before a label is paid for."""
+    try:
+        signature = inspect.signature(learner)
+    except ValueError:  # some builtins have none
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise ArgumentError(
+            f"learner{signature} does not take the two arguments (data, previous). Let it take both; previous is None "
+            "in the first round and with start='cold'."
+        ) from error
 
 
 def _fitted_anew(estimator: Any) -> Trainer:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from bayes_kfac.active.base import Acquisition, get
 from bayes_kfac.active.learners import Trainer, trainer_of
-from bayes_kfac.active.pool import Labelled, answer, candidates_at, size_of
+from bayes_kfac.active.pool import Labelled, answer, candidates_at, check_oracle, size_of
 from bayes_kfac.active.record import Record
 from bayes_kfac.errors import ArgumentError, check_count
 
@@ -122,6 +123,7 @@ def loop(
             is not resumed from.
     """
     size = size_of(pool)
+    check_oracle(oracle, size)
     check_count("batch_size", batch_size)
     check_count("pool_batch_size", pool_batch_size)
     check_count("seed", seed, minimum=0)
@@ -247,11 +249,11 @@ class _Run:
 
 def _initial(initial: int | Sequence[int] | Tensor, size: int, seed: int) -> Tensor:
     """The indices of the initial set."""
-    if isinstance(initial, int):
-        if check_count("initial", initial) > size:
+    if isinstance(initial, Integral):  # numpy's too
+        if check_count("initial", int(initial)) > size:
             raise ArgumentError(f"initial={initial} is more than the {size} examples of the pool.")
         with seeded(seed, 0, INITIAL) as generator:
-            return torch.randperm(size, generator=generator)[:initial]
+            return torch.randperm(size, generator=generator)[: int(initial)]
     indices = torch.as_tensor(initial).cpu()
     if indices.ndim != 1 or len(indices) == 0 or indices.is_floating_point() or indices.dtype == torch.bool:
         raise ArgumentError(f"initial={initial!r} is not allowed. Allowed: a count, or one index or more.")

@@ -112,6 +112,22 @@ class Labelled(Dataset[tuple[Any, Tensor]]):
         return inputs_at(self.pool, self.indices)
 
 
+def check_oracle(oracle: Any, size: int) -> None:
+    """See that targets, where all of them are given, are as many as the pool.
+
+    Args:
+        oracle: The oracle.
+        size: The pool's.
+
+    Raises:
+        ArgumentError: If they are not.
+    """
+    if not callable(oracle) and (isinstance(oracle, list | tuple) or hasattr(oracle, "shape")):
+        count = size_of(oracle)
+        if count != size:
+            raise ArgumentError(f"oracle holds {count} targets for a pool of {size} examples. Allowed: one for each.")
+
+
 def answer(oracle: Any, pool: Any, indices: Tensor) -> Tensor:
     """Ask the oracle.
 

@@ -143,8 +143,8 @@ def ask(prediction: Any, name: str, who: str) -> Any:
     """
     if not hasattr(prediction, name):
         raise UsageError(
-            f"{who} needs {name}, which a {type(prediction).__name__} does not know. A bayes_kfac.Posterior does, for "
-            "a likelihood that has it; of other classifiers a Committee of several knows how they differ."
+            f"{who} needs {name}, which a {type(prediction).__name__} does not know. Predictions of a "
+            "bayes_kfac.Posterior do, where its likelihood has it; a Committee of several models knows how they differ."
         )
     return getattr(prediction, name)
 

@@ -328,7 +328,7 @@ def test_another_loop_is_not_gone_on_with(tmp_path):
         with pytest.raises(ArgumentError, match="of a loop with seed 0, and this one has 1"):
             loop(POOL, VALUES, "variance", ridge_of_column(), resume=source, seed=1)
         with pytest.raises(ArgumentError, match="of a loop with pool size 40, and this one has 39"):
-            loop(POOL[1:], VALUES, "variance", ridge_of_column(), resume=source)
+            loop(POOL[1:], VALUES[1:], "variance", ridge_of_column(), resume=source)
     with pytest.raises(ArgumentError, match="does not exist"):
         loop(POOL, VALUES, "variance", ridge_of_column(), resume=tmp_path / "none")
     (tmp_path / "text").write_text("no tensors")
@@ -414,6 +414,7 @@ def test_oracles_of_any_kind_are_asked_for_what_was_chosen():
         (lambda x: x[:-1, 0], TargetError, "one for each"),
         (lambda x: 0.0, TargetError, r"shape \(\)"),
         (lambda x: ["cat"] * len(x), TargetError, "Encode classes"),
+        (VALUES[:30], ArgumentError, "oracle holds 30 targets for a pool of 40"),
         (lambda x: x[:, 0] * torch.nan, NonFiniteError, "NaN or infinity for the indices"),
         (lambda x: x * torch.nan, NonFiniteError, "NaN or infinity for the indices"),
         (3.0, ArgumentError, "oracle=3.0 is a float"),
@@ -440,7 +441,7 @@ def test_answers_of_another_kind_are_refused():
         ({"rounds": -1}, "rounds=-1"),
         ({"budget": 5}, "budget=5 is less than the 10 labels"),
         ({"initial": 0}, "initial=0"),
-        ({"initial": 41}, "initial=41 is more than the 40"),
+        ({"initial": np.int64(41)}, "initial=41 is more than the 40"),
         ({"initial": [1, 1]}, "not distinct"),
         ({"initial": [-1]}, "not distinct indices. Allowed: 0 to 39"),
         ({"initial": [0.5]}, "a count, or one index or more"),
@@ -464,6 +465,9 @@ def test_wrong_arguments_are_refused_before_anything_is_asked(options, message):
         (POOL, "best", ridge(), "acquisition='best' is unknown"),
         (POOL, "bald", 3, "learner=3 is a int"),
         (POOL, "bald", "ridge", "learner='ridge' is a str"),
+        (POOL, "bald", BayesianRidge, r"learner=BayesianRidge is a class.*Pass BayesianRidge\(...\)"),
+        (POOL, "bald", lambda data: None, r"learner\(data\) does not take the two arguments"),
+        (POOL[1:], "bald", ridge(), "oracle holds 40 targets for a pool of 39"),
         (torch.tensor(1.0), "bald", ridge(), "without dimensions"),
         (iter([1]), "bald", ridge(), "pool is a list_iterator"),
         (DataLoader(POOL), "bald", ridge(), "Pass the data set of a loader"),
