@@ -24,6 +24,7 @@ from bayes_kfac.active.learners import Trainer, trainer_of
 from bayes_kfac.active.pool import Labelled, answer, candidates_at, check_oracle, size_of
 from bayes_kfac.active.record import Record
 from bayes_kfac.errors import ArgumentError, check_count
+from bayes_kfac.progress import progress_bar
 
 #: What each of a round's seeds is for.
 INITIAL, LABEL, TRAIN, CHOOSE = range(4)
@@ -178,12 +179,10 @@ class _Run:
     pool_batch_size: int
 
     def states(self, record: Record | None, first: Tensor, *, progress: bool) -> Iterator[LoopState]:
-        from tqdm.auto import tqdm
-
         started = time.perf_counter()
         if record is None:
             record = self._asked(Record.empty(self.seed, size_of(self.pool)), first, None)
-        with tqdm(total=self.limit, desc="active", unit="label", disable=not progress) as bar:
+        with progress_bar(shown=progress, total=self.limit, desc="active", unit="label") as bar:
             state = self._trained(record, self._replayed(record), started)
             while True:
                 bar.update(len(state.labelled) - bar.n)
