@@ -1,19 +1,25 @@
 """The contract of an acquisition: it looks at a pool through a predictor, and selects the examples to label.
 
-What it looks at, its *view*, is a prediction of the whole pool where every candidate is judged by itself, and a
+What it sees, its *view*, is a prediction of the whole pool where every candidate is judged by itself, and a
 :class:`Gains` where it matters what else is picked. Scores are ``[n]``, one for each candidate, and the higher is the
 better; information is in nats. Selections are indices into the pool, ``[count]``, distinct, best first.
+
+An acquisition of your own is one class, and one line, ``@register("name")``, if it shall have a name.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from bayes_kfac.errors import ArgumentError, check_count
+from bayes_kfac.errors import ArgumentError, NonFiniteError, check_choice, check_count
+
+A = TypeVar("A", bound="Callable[..., Acquisition]")
+_ACQUISITIONS: dict[str, Callable[[], Acquisition]] = {}
 
 
 class Gains(ABC):
@@ -66,10 +72,71 @@ class Acquisition(ABC):
 
         Raises:
             ArgumentError: If there are fewer candidates.
+            NonFiniteError: If a score is not a number.
         """
-        scores = self.scores(view)
-        check_enough(count, len(scores))
-        return scores.topk(count).indices
+        return highest(self.scores(view), count)
+
+
+def register(name: str) -> Callable[[A], A]:
+    """Decorator that gives an acquisition a name: its class, or a function that makes it.
+
+    Args:
+        name: What users write for it.
+
+    Returns:
+        The decorator.
+    """
+
+    def decorate(acquisition: A) -> A:
+        _ACQUISITIONS[name] = acquisition
+        return acquisition
+
+    return decorate
+
+
+def available() -> tuple[str, ...]:
+    """The names of the acquisitions."""
+    return tuple(sorted(_ACQUISITIONS))
+
+
+def get(acquisition: str | Acquisition) -> Acquisition:
+    """Make an acquisition by its name.
+
+    Args:
+        acquisition: One of :func:`available`, with its default options; or an acquisition, which is returned.
+
+    Returns:
+        The acquisition.
+
+    Raises:
+        ArgumentError: If there is none of this name, or it is neither.
+    """
+    if isinstance(acquisition, Acquisition):
+        return acquisition
+    if not isinstance(acquisition, str):
+        raise ArgumentError(
+            f"acquisition={acquisition!r} is no acquisition. Allowed: {', '.join(map(repr, available()))}, or an "
+            "object such as BALD()."
+        )
+    return _ACQUISITIONS[check_choice("acquisition", acquisition, available())]()
+
+
+def highest(scores: Tensor, count: int) -> Tensor:
+    """The candidates with the highest scores.
+
+    Args:
+        scores: ``[n]``.
+        count: How many.
+
+    Returns:
+        Their indices, ``[count]``, best first.
+
+    Raises:
+        ArgumentError: If there are fewer candidates.
+        NonFiniteError: If a score is not a number.
+    """
+    check_enough(count, len(scores))
+    return _numbers(scores).topk(count).indices.cpu()
 
 
 def greedy(gains: Gains, count: int) -> Tensor:
@@ -87,10 +154,11 @@ def greedy(gains: Gains, count: int) -> Tensor:
 
     Raises:
         ArgumentError: If there are fewer candidates.
+        NonFiniteError: If a gain is not a number.
     """
     picked: list[int] = []
     for _ in range(check_count("count", count)):
-        scores = gains.scores.clone()
+        scores = _numbers(gains.scores).clone()
         check_enough(count, len(scores))
         scores[picked] = -torch.inf
         picked.append(int(scores.argmax()))
@@ -110,3 +178,13 @@ def check_enough(count: int, candidates: int) -> None:
     """
     if check_count("count", count) > candidates:
         raise ArgumentError(f"count={count} is more than the {candidates} candidates. Allowed: 1 to {candidates}.")
+
+
+def _numbers(scores: Tensor) -> Tensor:
+    """The scores, none of which is NaN: that would count as the highest of all."""
+    if bool(scores.isnan().any()):
+        raise NonFiniteError(
+            f"{int(scores.isnan().sum())} of {len(scores)} scores are NaN, the first that of candidate "
+            f"{int(scores.isnan().int().argmax())}. Are its inputs finite, and the predictor's weights?"
+        )
+    return scores

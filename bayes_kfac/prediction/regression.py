@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, MultivariateNormal, Normal
 from torch.distributions import StudentT as TorchStudentT
 
+from bayes_kfac import linalg
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.likelihoods import Gaussian
 from bayes_kfac.likelihoods.base import check_same_shape
@@ -36,12 +38,41 @@ class RegressionPrediction(Prediction):
     @property
     def covariance(self) -> Tensor:
         """The covariance of one example's target, ``[batch, outputs, outputs]``; its diagonal is :attr:`variance`."""
-        return self.epistemic_covariance + torch.diag_embed(self.aleatoric_variance.unsqueeze(-1).flatten(1))
+        return self.epistemic_covariance + torch.diag_embed(self._noise())
 
     @property
     @abstractmethod
     def epistemic_covariance(self) -> Tensor:
         """The part of the covariance that comes from the weights."""
+
+    @property
+    def entropy(self) -> Tensor:
+        """The differential entropy of each example's target, ``[batch]``, in nats; it may be negative.
+
+        As with classes, it is :attr:`expected_entropy` plus :attr:`mutual_information`.
+        """
+        return self.expected_entropy + self.mutual_information
+
+    @property
+    def expected_entropy(self) -> Tensor:
+        """The entropy of the noise alone, ``½ Σ log 2πe·aleatoric_variance``, ``[batch]``."""
+        return 0.5 * (2 * math.pi * math.e * self._noise()).log().sum(1)
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """The information about the weights in each example's target, ``[batch]``, in nats: what more data removes.
+
+        ``½ log det(I + R⁻¹ S)`` with the epistemic covariance ``S`` and the noise's variances ``R``. Of a mixture it is
+        that of a Gaussian with the same covariance, which is an upper bound.
+        """
+        scale = self._noise().double().rsqrt()
+        ratio = scale.unsqueeze(-1) * self.epistemic_covariance.double() * scale.unsqueeze(-2)
+        root = linalg.cholesky(torch.eye(ratio.shape[-1]).to(ratio) + ratio, ["predictive covariance"])
+        return root.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(self.mean.dtype)
+
+    def _noise(self) -> Tensor:
+        """The noise's variances, ``[batch, outputs]``."""
+        return self.aleatoric_variance.unsqueeze(-1).flatten(1)
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """The central interval that holds each target with probability ``level``, noise included.
@@ -116,6 +147,13 @@ class GaussianPrediction(RegressionPrediction):
     def aleatoric_variance(self) -> Tensor:
         """The noise's variance, shaped like the mean."""
         return self.noise_variance.to(self.mean).expand_as(self.mean)
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """The information about the weights in each target, ``½ log det(I + R⁻¹ S)``, ``[batch]``, in nats."""
+        if self.output.is_diagonal:  # no matrix of thousands of outputs
+            return 0.5 * (self.output.spread / self._noise()).log1p().sum(1)
+        return super().mutual_information
 
     @property
     def distribution(self) -> Distribution:

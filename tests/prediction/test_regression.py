@@ -407,3 +407,35 @@ def test_closed_form_and_mixture_agree_on_a_gaussian() -> None:
     assert ((sampled.covariance - exact.covariance).abs() <= errors).all()
     assert_close(sampled.log_prob(target), exact.log_prob(target), rtol=0.0, atol=0.05)
     assert_close(sampled.quantile(0.9), exact.quantile(0.9), rtol=0.0, atol=0.1)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("event", EVENTS)
+def test_entropy_is_that_of_the_distribution_and_of_the_noise_plus_information(event, diagonal):
+    """Torch's entropies of the joint Gaussian, and of the noise; their difference is the information."""
+    noise = torch.linspace(0.2, 0.7, math.prod(event), dtype=torch.float64).reshape(event)
+    prediction = closed_form(*event, noise=noise, diagonal=diagonal)
+    total = prediction.distribution.entropy().reshape(5)
+    of_noise = Normal(torch.zeros_like(noise), noise.sqrt()).entropy().sum().expand(5)
+    assert_close(prediction.entropy, total, **TIGHT)
+    assert_close(prediction.expected_entropy, of_noise, **TIGHT)
+    assert_close(prediction.mutual_information, total - of_noise, **TIGHT)
+
+
+def test_information_is_found_below_the_digits_of_the_entropies():
+    """Next to nothing is known to be left: ½ S / R, where a difference of two entropies is 0 in single precision."""
+    output = GaussianOutput(torch.zeros(1, 1), torch.full((1, 1, 1), 1e-9))
+    prediction = GaussianPrediction(output, torch.tensor(1.0), CLOSED)
+    assert_close(prediction.mutual_information, torch.tensor([0.5e-9]))
+
+
+def test_information_of_a_mixture_is_bounded_by_that_of_a_gaussian():
+    """By quadrature: the entropy of a mixture of three Gaussians minus that of one of them."""
+    outputs = double([[-1.0], [0.0], [2.0]]).unsqueeze(-1)
+    prediction = MixturePrediction(outputs, fixed((1,)), SAMPLED)
+    target = torch.linspace(-8, 8, 20001, dtype=torch.float64)
+    log_prob = MixturePrediction(outputs.expand(3, 20001, 1), fixed((1,)), SAMPLED).log_prob(target.unsqueeze(1))
+    entropy = -torch.trapezoid(log_prob.exp() * log_prob, target)
+    assert (entropy - prediction.expected_entropy).item() < prediction.mutual_information.item()
+    variance = outputs.var(correction=0) / 0.4**2
+    assert_close(prediction.mutual_information, 0.5 * variance.log1p().reshape(1), **TIGHT)

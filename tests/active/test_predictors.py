@@ -1,0 +1,159 @@
+"""Predictors that are no posteriors: scikit-learn's, committees, and objects with ``predict``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.linear_model import BayesianRidge, LinearRegression, LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
+
+from bayes_kfac.active import (
+    BALD,
+    EPIG,
+    BatchBALD,
+    Committee,
+    Entropy,
+    LeastConfidence,
+    Margin,
+    Random,
+    Variance,
+    VariationRatio,
+)
+from bayes_kfac.errors import ArgumentError, UsageError
+from bayes_kfac.prediction import CategoricalPrediction
+from tests.active.pools import SOURCE, classes, pool
+from tests.helpers import TIGHT, randn
+
+X = pool(40).numpy()
+LABELS = np.digitize(X[:, 0], [-0.5, 0.5])
+VALUES = X @ np.array([1.0, -1.0, 0.5])
+
+
+def scores(acquisition, predictor, inputs=None) -> Tensor:
+    return acquisition.scores(acquisition.look(predictor, pool() if inputs is None else inputs))
+
+
+def test_a_classifier_gives_its_mean_probabilities():
+    classifier = make_pipeline(StandardScaler(), LogisticRegression()).fit(X, LABELS)
+    probs = torch.from_numpy(classifier.predict_proba(pool().numpy()))
+    assert_close(scores(Entropy(), classifier), torch.special.entr(probs).sum(1), **TIGHT)
+    assert_close(scores(LeastConfidence(), classifier), 1 - probs.amax(1), **TIGHT)
+    assert_close(scores(Margin(), classifier, DataLoader(pool(), batch_size=5)), scores(Margin(), classifier), **TIGHT)
+
+
+@pytest.mark.parametrize("regressor", [GaussianProcessRegressor(), BayesianRidge()], ids=repr)
+@pytest.mark.parametrize("in_pipeline", [False, True])
+def test_a_regressor_with_stddev_gives_its_variance(regressor, in_pipeline):
+    regressor = make_pipeline(StandardScaler(), regressor) if in_pipeline else regressor
+    regressor.fit(X, VALUES)
+    expected = torch.from_numpy(regressor.predict(pool().numpy(), return_std=True)[1] ** 2)
+    assert_close(scores(Variance(), regressor), expected, **TIGHT)
+
+
+@pytest.mark.parametrize("acquisition", [BALD(), VariationRatio(), BatchBALD(), EPIG(), Variance()], ids=repr)
+def test_what_a_plain_classifier_does_not_know_is_said(acquisition):
+    classifier = LogisticRegression().fit(X, LABELS)
+    with pytest.raises(UsageError, match=r"which a ClassProbabilities does not know.*Committee"):
+        scores(acquisition, classifier)
+
+
+def test_what_a_plain_regressor_does_not_know_is_said():
+    regressor = LinearRegression().fit(X, VALUES)
+    with pytest.raises(UsageError, match="Variance needs epistemic_variance, which a Means"):
+        scores(Variance(), regressor)
+    with pytest.raises(UsageError, match="BALD needs mutual_information, which a Moments"):
+        scores(BALD(), BayesianRidge().fit(X, VALUES))
+    assert scores(Random(), regressor).shape == (12,)
+
+
+def test_the_trees_of_a_forest_are_a_committee():
+    forest = RandomForestClassifier(10, max_depth=3, random_state=0).fit(X, LABELS)
+    committee = Committee(forest.estimators_)
+    probs = torch.stack([torch.from_numpy(tree.predict_proba(pool().numpy())) for tree in forest.estimators_])
+    expected = CategoricalPrediction(probs.log(), SOURCE)
+    for acquisition in (Entropy(), BALD(), Margin(), LeastConfidence(), VariationRatio(), Variance(), BatchBALD()):
+        look = acquisition.look(committee, pool())
+        if isinstance(acquisition, BatchBALD):
+            assert acquisition.select(look, 3).shape == (3,)
+        else:
+            assert_close(acquisition.scores(look), acquisition.scores(expected), **TIGHT)
+    loader = DataLoader(pool(), batch_size=5)
+    assert_close(scores(BatchBALD(), committee, loader), scores(BatchBALD(), committee), **TIGHT)
+    assert scores(EPIG(pool(3)), committee).shape == (12,)
+
+
+def test_regressors_on_a_committee_disagree_in_their_means():
+    forest = RandomForestRegressor(10, random_state=0).fit(X, VALUES)
+    means = np.stack([tree.predict(pool().numpy()) for tree in forest.estimators_])
+    assert_close(scores(Variance(), Committee(forest.estimators_)), torch.from_numpy(means.var(0)), **TIGHT)
+
+
+def test_committees_that_cannot_vote_are_refused():
+    with pytest.raises(ArgumentError, match="two models or more"):
+        Committee([LogisticRegression()])
+    two = LogisticRegression().fit(X, LABELS > 0)
+    with pytest.raises(ArgumentError, match=r"members predict \[2, 3\] classes"):
+        Committee([two, LogisticRegression().fit(X, LABELS)]).predict(X)
+
+
+def test_any_object_whose_prediction_has_the_attribute():
+    @dataclass
+    class Known:
+        mutual_information: Tensor
+
+    class Predictor:
+        def predict(self, inputs: Tensor) -> Known:
+            return Known(inputs[:, 0] ** 2)
+
+    assert_close(scores(BALD(), Predictor()), pool()[:, 0] ** 2)
+
+
+def test_an_estimator_that_gives_distributions_knows_everything_about_each_example_and_nothing_joint():
+    class Estimator(LogisticRegression):
+        def predict_distribution(self, inputs):
+            assert isinstance(inputs, np.ndarray)
+            return classes(5, len(inputs), 3)
+
+    estimator = Estimator().fit(X, LABELS)
+    assert_close(scores(BALD(), estimator), classes(5, 12, 3).mutual_information)
+    with pytest.raises(UsageError, match="a distribution of its own"):
+        BatchBALD().look(estimator, pool())
+
+
+def test_an_error_of_the_predictor_is_its_own():
+    class Broken:
+        def predict(self, inputs):
+            raise TypeError("not my type")
+
+    with pytest.raises(TypeError, match="not my type"):
+        scores(Variance(), Broken())
+
+
+def test_what_is_no_predictor_is_refused():
+    with pytest.raises(ArgumentError, match="A float has neither predict nor predict_proba"):
+        scores(Entropy(), 1.0)
+    with pytest.raises(ArgumentError, match="method='sampling' is for predictions of a Posterior"):
+        scores(Entropy(method="sampling"), LogisticRegression().fit(X, LABELS))
+    several = RandomForestClassifier(3).fit(X, np.stack([LABELS, LABELS], 1))
+    with pytest.raises(ArgumentError, match="one target for each example"):
+        scores(Entropy(), several)
+
+
+def test_committee_of_torch_models():
+    class Member:
+        def __init__(self, seed: int) -> None:
+            self.weights = randn(3, 4, seed=seed)
+
+        def predict_proba(self, inputs: Tensor) -> Tensor:
+            return (inputs @ self.weights).softmax(-1)
+
+    assert scores(BALD(), Committee([Member(seed) for seed in range(5)])).min() >= 0
