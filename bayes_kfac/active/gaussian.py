@@ -36,8 +36,10 @@ from bayes_kfac.prediction import MEMORY_BUDGET
 #: How far the variance of a picked candidate may be from the one it had at first, relative: more than a model's own
 #: rounding in 16 bits, and less than between two candidates.
 SAME = 0.05
-#: Temporary tensors of the size of a piece of the pool by the targets, at the same time.
-TEMPORARIES = 4
+#: Covariances of candidates with targets that are formed at a time take a quarter of the memory budget, since others of
+#: their size are made on the way. They are worked on in pieces of so many bytes: on a CPU what the caches like.
+CPU_PIECE_BYTES = 1 << 20
+ACCELERATOR_PIECE_BYTES = 1 << 28
 
 
 class GaussianGains(Gains):
@@ -105,7 +107,9 @@ class GaussianPredictiveGains(Gains):
         self._targets = _Targets("targets", posterior, targets, memory_budget)
         row = self._targets.covariance.nbytes  # as large as the covariances of one candidate with all targets
         fits = len(self._pool.covariance) * row <= memory_budget
-        self._step = max(1, memory_budget // (TEMPORARIES * row))
+        self._step = max(1, memory_budget // (4 * row))
+        piece = CPU_PIECE_BYTES if self._pool.covariance.device.type == "cpu" else ACCELERATOR_PIECE_BYTES
+        self._piece = max(1, min(self._step, piece // row))
         self._cross = torch.cat([prior for _, prior in self._prior_cross()]) if fits else None
 
     @cached_property
@@ -115,9 +119,10 @@ class GaussianPredictiveGains(Gains):
         root = torch.linalg.inv(_root(noisy)).mT  # its product with its transpose is the inverse
         remaining = []
         for rows, cross in self._conditional_cross():
-            half = cross @ root
+            half = torch.einsum("nmcd,mde->nmce", cross, root)
             # the covariance of y given y*: what the logarithm of its determinant falls short of that of S is known
-            remaining.append(_half_logdet(S[rows].unsqueeze(1) - half @ half.mT).mean(1))
+            given = S[rows].unsqueeze(1) - torch.einsum("nmce,nmde->nmcd", half, half)
+            remaining.append(_half_logdet(given).mean(1))
         return (_half_logdet(S) - torch.cat(remaining)).clamp(min=0)  # negative by rounding only
 
     def add(self, index: int) -> None:
@@ -135,27 +140,29 @@ class GaussianPredictiveGains(Gains):
         self._pool.condition(mine)
         self._targets.condition(theirs)
         if self._cross is not None:
-            for rows in self._pieces():
+            for rows in self._pieces(0, len(mine)):
                 self._cross[rows] -= _products(mine[rows], theirs)
         self.__dict__.pop("scores", None)
 
     def _conditional_cross(self) -> Iterator[tuple[slice, Tensor]]:
         """Pieces of the pool, and their covariances with all targets given the picked ones."""
-        if self._cross is not None:
-            yield from ((rows, self._cross[rows]) for rows in self._pieces())
-            return
-        for rows, prior in self._prior_cross():
-            yield rows, prior - _products(self._pool.factors[rows], self._targets.factors)
+        for start, prior in self._prior_cross() if self._cross is None else [(0, self._cross)]:
+            for rows in self._pieces(start, start + len(prior)):
+                cross = prior[rows.start - start : rows.stop - start]
+                if self._cross is None:
+                    cross = cross - _products(self._pool.factors[rows], self._targets.factors)
+                yield rows, cross
 
-    def _prior_cross(self) -> Iterator[tuple[slice, Tensor]]:
+    def _prior_cross(self) -> Iterator[tuple[int, Tensor]]:
+        """Where a part of the pool starts, and its covariances with all targets when nothing was picked."""
         start = 0
         for part in self._pool.batches(self._step):
             prior = torch.cat([self._pool.kernel(part, other) for other in self._targets.batches()], dim=1)
-            yield slice(start, start + len(prior)), prior
+            yield start, prior
             start += len(prior)
 
-    def _pieces(self) -> Iterator[slice]:
-        return (slice(start, start + self._step) for start in range(0, len(self._pool.factors), self._step))
+    def _pieces(self, start: int, stop: int) -> Iterator[slice]:
+        return (slice(at, min(at + self._piece, stop)) for at in range(start, stop, self._piece))
 
 
 @dataclass(frozen=True)
