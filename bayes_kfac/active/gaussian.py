@@ -281,7 +281,7 @@ class _Targets:
 
 def _noise_scale(likelihood: Gaussian, mean: Tensor) -> Tensor:
     """The standard deviation of each output's noise, ``[outputs]``: that of the predictions' aleatoric variance."""
-    return likelihood.noise_scale.to(mean).double().expand_as(mean[:1]).flatten()
+    return likelihood.noise.variance().detach().to(mean).expand_as(mean[:1]).flatten().double().sqrt()
 
 
 def _columns(covariance: Tensor) -> Iterator[Tensor]:
