@@ -336,12 +336,12 @@ def test_inputs_are_what_the_model_is_called_with():
 
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_float32_stays_sound_among_near_duplicates(outputs):
-    """A noise that is a millionth of the variance: downdates cancel all digits of float32, and gains stay finite.
+    """A noise whose variance is below the rounding of the kernel: downdates cancel all digits of float32, and gains stay finite.
 
     They are not negative, do not rise by more than rounding, and the batch is nearly as good as that of float64.
     """
     model = mlp(outputs)
-    exact = random_posterior(model, Gaussian(1e-3), prior_precision=0.1)
+    exact = random_posterior(model, Gaussian(1e-5), prior_precision=0.1)
     crowd = pool().repeat(5, 1) + 1e-6 * randn(5 * POOL, 3, seed=4)
     dense = Dense(exact, crowd)
     single = exact.to(torch.float32)
@@ -382,9 +382,7 @@ def test_predictive_gains_of_the_pool_itself(simple):
 
 def make(kind: str, posterior: Posterior, inputs: Any) -> Gains:
     return (
-        GaussianGains(posterior, inputs)
-        if kind == "weights"
-        else GaussianPredictiveGains(posterior, inputs, targets())
+        GaussianGains(posterior, inputs) if kind == "weights" else GaussianPredictiveGains(posterior, inputs, targets())
     )
 
 
