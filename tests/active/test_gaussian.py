@@ -336,9 +336,9 @@ def test_inputs_are_what_the_model_is_called_with():
 
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_float32_stays_sound_among_near_duplicates(outputs):
-    """A noise whose variance is below the rounding of the kernel: downdates cancel all digits of float32, and gains stay finite.
+    """A noise whose variance is below the rounding of the kernel: downdates cancel all digits of float32.
 
-    They are not negative, do not rise by more than rounding, and the batch is nearly as good as that of float64.
+    Gains stay finite and are not negative, and the batch is nearly as good as that of float64.
     """
     model = mlp(outputs)
     exact = random_posterior(model, Gaussian(1e-5), prior_precision=0.1)
@@ -380,14 +380,16 @@ def test_predictive_gains_of_the_pool_itself(simple):
 # What is refused
 
 
-def make(kind: str, posterior: Posterior, inputs: Any) -> Gains:
-    return (
-        GaussianGains(posterior, inputs) if kind == "weights" else GaussianPredictiveGains(posterior, inputs, targets())
-    )
+def make(kind: str, posterior: Posterior, inputs: Any, **options: Any) -> Gains:
+    if kind == "weights":
+        return GaussianGains(posterior, inputs, **options)
+    return GaussianPredictiveGains(posterior, inputs, targets(), **options)
 
 
 @pytest.mark.parametrize("kind", ["weights", "predictions"])
 class TestRefuses:
+    """Each error names what was wrong and what to do; nothing was picked then."""
+
     def test_other_likelihoods(self, kind):
         own = random_posterior(mlp(3), Categorical())
         with pytest.raises(ArgumentError, match=r"likelihood is Categorical. Allowed: Gaussian"):
@@ -442,7 +444,4 @@ class TestRefuses:
 
     def test_budgets_that_are_none(self, kind, simple):
         with pytest.raises(ArgumentError, match="memory_budget=0"):
-            if kind == "weights":
-                GaussianGains(simple, pool(), memory_budget=0)
-            else:
-                GaussianPredictiveGains(simple, pool(), targets(), memory_budget=0)
+            make(kind, simple, pool(), memory_budget=0)

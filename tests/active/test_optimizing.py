@@ -62,6 +62,7 @@ def test_the_ways_to_it_meet(edge):
     assert_close(left, right, rtol=1e-11, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what BoTorch imports
 def test_it_is_botorchs():
     from botorch.acquisition.analytic import _log_ei_helper
 
@@ -100,7 +101,7 @@ def test_a_candidate_that_is_known_improves_by_what_it_is_better():
     scores = ExpectedImprovement(1.0, "minimize").scores(view([0.25, 1.0, 3.0], [0.0, 0.0, 0.0]))
     assert_close(scores[0].exp(), torch.tensor(0.75, dtype=torch.float64))
     assert scores[1].exp() < 1e-100
-    assert scores[2] == -torch.inf
+    assert scores[2].exp() == 0
 
 
 def test_both_goals_mirror_each_other():
@@ -176,7 +177,7 @@ def test_a_loader_sees_the_same_functions():
 
 def test_refuses_arguments_that_are_none():
     for make in (lambda goal: ExpectedImprovement(0.0, goal), ThompsonSampling):
-        with pytest.raises(ArgumentError, match="goal='up' is unknown. Allowed: 'minimize', 'maximize'"):
+        with pytest.raises(ArgumentError, match=r"goal='up' is unknown. Allowed: 'minimize', 'maximize'"):
             make("up")
     for best in (math.nan, math.inf, "low", None):
         with pytest.raises(ArgumentError, match=r"best=.*Allowed: a finite number"):
@@ -188,12 +189,12 @@ def test_refuses_arguments_that_are_none():
 def test_refuses_several_outputs():
     own = posterior_of(outputs=2)
     acquisition = ExpectedImprovement(0.0, "maximize")
-    with pytest.raises(ArgumentError, match="The target has 2 outputs. Allowed: 1"):
+    with pytest.raises(ArgumentError, match=r"The target has 2 outputs. Allowed: 1"):
         acquisition.scores(acquisition.look(own, pool()))
-    with pytest.raises(ArgumentError, match="The target has 2 outputs. Allowed: 1"):
+    with pytest.raises(ArgumentError, match=r"The target has 2 outputs. Allowed: 1"):
         ThompsonSampling("maximize").look(own, pool())
     classes = random_posterior(seeded(nn.Sequential(nn.Linear(3, 3))), Categorical())
-    with pytest.raises(ArgumentError, match="The target has 3 outputs"):
+    with pytest.raises(ArgumentError, match=r"The target has 3 outputs"):
         acquisition.scores(acquisition.look(classes, pool(), generator=rng(0)))
 
 
