@@ -1,0 +1,267 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Active learning in regression
+#
+# Labels cost something: an experiment, a simulation, an hour of an expert. Which of the unlabelled inputs should be
+# labelled next? A posterior over the weights of a network has an answer in closed form: with Gaussian noise, the targets
+# at all inputs are jointly Gaussian under the linearised model, so that *how many nats a label would tell* is half a
+# log-determinant. Four ways to pick a batch are compared here:
+#
+# | | picks | score |
+# |---|---|---|
+# | **random** | any | none |
+# | **BALD** | those with the highest scores, each judged by itself | information of a label about the weights; with one output and constant noise it ranks as the variance does |
+# | **BatchBALD** | one after another, each given the earlier picks | information of the whole batch about the weights: what two neighbours both tell counts once |
+# | **EPIG** | one after another, each given the earlier picks | information about the *predictions at target inputs*, those where the model will be used |
+#
+# [How they are computed](../docs/active_gaussian.md) has the formulas.
+
+# %%
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from sklearn.datasets import load_diabetes
+from torch import nn
+
+import bayes_kfac as bk
+from bayes_kfac.active.base import greedy
+from bayes_kfac.active.gaussian import GaussianGains, GaussianPredictiveGains
+
+SMOKE = os.environ.get("BAYES_KFAC_SMOKE") == "1"
+SEEDS = 2 if SMOKE else 10
+STEPS = 20 if SMOKE else 300
+torch.set_num_threads(1)
+COLORS = {"random": "C7", "BALD": "C0", "BatchBALD": "C2", "EPIG": "C3"}
+
+# %% [markdown]
+# ## A posterior in a second
+#
+# A network of 50 units is trained by Adam on what is labelled so far. Then a Laplace posterior is fitted around it, and
+# the prior's precision and the noise are put where the evidence is greatest. The next round starts where this one ended
+# (a *warm start*): weights, prior and noise.
+
+
+# %%
+class Learner:
+    """A network, the prior's precision of each of its layers, and the noise, as they are after the last round."""
+
+    def __init__(self, features, seed):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.model = nn.Sequential(nn.Linear(features, 50), nn.SiLU(), nn.Linear(50, 1))
+        self.precision, self.noise_scale = {"0": 1.0, "2": 1.0}, 0.3
+
+    def fit(self, x, y, cycles=1):
+        for _ in range(cycles):
+            likelihood = bk.likelihoods.Gaussian(self.noise_scale)
+            optimizer = torch.optim.Adam(self.model.parameters(), 2e-2)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+            for _ in range(STEPS):
+                optimizer.zero_grad()
+                prior = sum(
+                    self.precision[name.split(".")[0]] * p.square().sum() for name, p in self.model.named_parameters()
+                )
+                (likelihood(self.model(x), y) + prior / (2 * len(x))).backward()
+                optimizer.step()
+                schedule.step()
+            laplace = bk.Laplace(self.model, likelihood).fit([(x, y)], progress=False)
+            posterior = laplace.optimize_prior_precision(noise=True).posterior()
+            self.precision, self.noise_scale = posterior.prior_precision, float(posterior.likelihood.noise_scale)
+        return posterior
+
+
+# %% [markdown]
+# ## The picks
+#
+# `GaussianGains` and `GaussianPredictiveGains` hold the scores of all candidates given those picked so far; `greedy` takes
+# the best, adds it, and goes on.
+
+
+# %%
+def pick(method, posterior, candidates, targets, count, generator):
+    """Indices of the candidates to label."""
+    if method == "random":
+        return torch.randperm(len(candidates), generator=generator)[:count]
+    if method == "BALD":
+        return GaussianGains(posterior, candidates).scores.topk(count).indices
+    if method == "BatchBALD":
+        return greedy(GaussianGains(posterior, candidates), count)
+    return greedy(GaussianPredictiveGains(posterior, candidates, targets), count)
+
+
+# %% [markdown]
+# ## Where the points go
+#
+# One input. Ten points are labelled, between -1 and 1. The pool reaches from -6 to 6, but predictions are wanted between
+# 0 and 2.5 only (shaded). One batch of eight is picked by each method, from the same posterior.
+
+# %%
+generator = torch.Generator().manual_seed(0)
+
+
+def wave(x):
+    return torch.sin(2 * x[:, :1])
+
+
+labelled = 4 * torch.rand(20, 1, generator=generator) - 3
+candidates = torch.linspace(-6, 6, 241).unsqueeze(1)
+wanted = 2.5 * torch.rand(100, 1, generator=generator)
+y = wave(labelled) + 0.1 * torch.randn(20, 1, generator=generator)
+posterior = Learner(1, seed=1).fit(labelled, y, cycles=3)
+prediction = posterior.predict(candidates)
+
+figure, axes = plt.subplots(2, 2, figsize=(9, 5.5), sharex=True, sharey=True, layout="constrained")
+for axis, (method, color) in zip(axes.flat, COLORS.items(), strict=True):
+    chosen = pick(method, posterior, candidates, wanted, 8, torch.Generator().manual_seed(1))
+    lower, upper = prediction.interval(0.9)
+    axis.axvspan(0, 2.5, color="gold", alpha=0.25, linewidth=0)
+    axis.fill_between(candidates[:, 0], lower[:, 0], upper[:, 0], color="C7", alpha=0.3, linewidth=0)
+    axis.plot(candidates[:, 0], prediction.mean[:, 0], color="k", linewidth=1)
+    axis.plot(labelled[:, 0], y[:, 0], "k.")
+    for number, index in enumerate(chosen, 1):
+        axis.axvline(float(candidates[index, 0]), color=color, linewidth=1)
+        axis.annotate(str(number), (float(candidates[index, 0]), 2.6 - 0.35 * (number % 3)), color=color, fontsize=8)
+    axis.set_title(method, color=color)
+    axis.set_ylim(-3, 3)
+figure.suptitle("Eight picks of each method, numbered; black: labelled points, mean and 90 % band; gold: where it matters")
+plt.show()
+
+# %% [markdown]
+# BALD's eight picks are one place told eight times. BatchBALD sees that the second label there tells little, and goes to
+# both edges, where least is known, wanted or not. EPIG stays where the predictions are wanted, or close to it.
+#
+# The scores themselves, before anything is picked and after three picks:
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharex=True, layout="constrained")
+for axis, (name, gains) in zip(
+    axes,
+    {
+        "BatchBALD": GaussianGains(posterior, candidates),
+        "EPIG": GaussianPredictiveGains(posterior, candidates, wanted),
+    }.items(),
+    strict=True,
+):
+    axis.axvspan(0, 2.5, color="gold", alpha=0.25, linewidth=0)
+    axis.plot(candidates[:, 0], gains.scores, color=COLORS[name], label="nothing picked")
+    greedy(gains, 3)
+    axis.plot(candidates[:, 0], gains.scores, color=COLORS[name], linestyle=":", label="three picked")
+    axis.set_title(name)
+    axis.set_ylabel("nats")
+    axis.legend()
+plt.show()
+
+# %% [markdown]
+# ## The loop
+#
+# Label a batch, fit, measure, again. The test error is that of the target inputs.
+
+
+# %%
+def learn(method, seed, pool, test, *, start, batch, rounds, targets=None):
+    """The root mean squared error and mean negative log-likelihood on the test set in each round, ``[rounds + 1, 2]``."""
+    (x, y), (test_x, test_y) = pool, test
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(x), generator=generator)
+    labelled, rest = order[:start], order[start:]
+    learner, curve = Learner(x.shape[1], seed), []
+    for done in range(rounds + 1):
+        posterior = learner.fit(x[labelled], y[labelled], cycles=1 if done else 3)
+        prediction = posterior.predict(test_x)
+        error = bk.metrics.root_mean_squared_error(prediction.mean, test_y)
+        curve.append([float(error), float(-prediction.log_prob(test_y).mean())])
+        if done < rounds:
+            # unless they are given, a sample of the pool stands for the inputs to come
+            some = x[torch.randperm(len(x), generator=generator)[:200]] if targets is None else targets
+            chosen = pick(method, posterior, x[rest], some, batch, generator)
+            labelled = torch.cat([labelled, rest[chosen]])
+            rest = rest[~torch.isin(torch.arange(len(rest)), chosen)]
+    return curve
+
+
+# %% [markdown]
+# Every method sees the same splits, the same first points and the same first network. Curves are means over seeds; bands
+# are two standard errors of these means.
+
+
+# %%
+def compare(problem, start, batch, rounds):
+    """Curves of all methods, ``[seeds, rounds + 1, 2]`` each; ``problem(seed)`` makes pool, test set and targets."""
+    curves = {}
+    for method in COLORS:
+        runs = []
+        for seed in range(SEEDS):
+            pool, test, targets = problem(seed)
+            runs.append(learn(method, seed, pool, test, start=start, batch=batch, rounds=rounds, targets=targets))
+        curves[method] = np.array(runs)
+    return curves
+
+
+def show(curves, start, batch, title):
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for axis, at, label in zip(axes, (0, 1), ("root mean squared error", "negative log-likelihood"), strict=True):
+        for method, runs in curves.items():
+            mean, error = runs[..., at].mean(0), runs[..., at].std(0, ddof=1) / len(runs) ** 0.5
+            labels = start + batch * np.arange(len(mean))
+            axis.plot(labels, mean, color=COLORS[method], label=method)
+            axis.fill_between(labels, mean - 2 * error, mean + 2 * error, color=COLORS[method], alpha=0.15, linewidth=0)
+        axis.set_xlabel("labels")
+        axis.set_ylabel(label)
+    axes[0].legend()
+    figure.suptitle(title)
+    plt.show()
+
+
+def table(curves):
+    """Against random on the same seeds: the differences of errors averaged over rounds, and of the last round."""
+    print(f"{'':10s} {'mean RMSE':>9s} {'less than random':>20s} {'last RMSE':>10s} {'less than random':>20s}")
+    plain = curves["random"][..., 0]
+    for method, runs in curves.items():
+        parts = []
+        for own, base in ((runs[:, 1:, 0].mean(1), plain[:, 1:].mean(1)), (runs[:, -1, 0], plain[:, -1])):
+            saved = base - own
+            parts.append(f"{own.mean():9.3f} {saved.mean():+10.3f} ± {saved.std(ddof=1) / len(saved) ** 0.5:.3f}   ")
+        print(f"{method:10s} {' '.join(parts)}")
+
+
+# %% [markdown]
+# ## A pool with a region that nobody asks about
+#
+# Two inputs. A tenth of the pool is where the predictions are wanted, around the origin; the rest are spread widely. EPIG
+# is told where the predictions are wanted, by unlabelled inputs.
+
+
+# %%
+def hill(x):
+    return torch.sin(2 * x[:, :1]) * torch.cos(x[:, 1:]) + 0.5 * torch.sin(0.5 * x[:, 1:] * x[:, :1])
+
+
+def irrelevant(seed):
+    generator = torch.Generator().manual_seed(seed)
+    near, far = torch.randn(60, 2, generator=generator), 12 * torch.rand(540, 2, generator=generator) - 6
+    x = torch.cat([near, far])
+    y = hill(x) + 0.1 * torch.randn(600, 1, generator=generator)
+    wanted, test = torch.randn(100, 2, generator=generator), torch.randn(300, 2, generator=generator)
+    return (x, y), (test, hill(test) + 0.1 * torch.randn(300, 1, generator=generator)), wanted
+
+
+START, BATCH, ROUNDS = 20, 5, 2 if SMOKE else 10
+curves = compare(irrelevant, START, BATCH, ROUNDS)
+show(curves, START, BATCH, f"Nine of ten candidates are irrelevant, {SEEDS} seeds")
+table(curves)
