@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from bayes_kfac.active.base import Gains
 from bayes_kfac.batches import inputs_of
-from bayes_kfac.errors import ArgumentError, UsageError, check_count
+from bayes_kfac.errors import ArgumentError, NonFiniteError, UsageError, check_count
 from bayes_kfac.likelihoods import Gaussian
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.prediction import MEMORY_BUDGET
@@ -59,6 +59,7 @@ class GaussianGains(Gains):
 
     Raises:
         ArgumentError: If the likelihood is another, a loader shuffles, or there are no candidates.
+        NonFiniteError: If a candidate's variance is not finite.
     """
 
     def __init__(self, posterior: Posterior, inputs: Any, *, memory_budget: int = MEMORY_BUDGET) -> None:
@@ -100,6 +101,7 @@ class GaussianPredictiveGains(Gains):
 
     Raises:
         ArgumentError: As for :class:`GaussianGains`.
+        NonFiniteError: As there.
     """
 
     def __init__(self, posterior: Posterior, inputs: Any, targets: Any, *, memory_budget: int = MEMORY_BUDGET) -> None:
@@ -189,6 +191,11 @@ class _Targets:
     """
 
     def __init__(self, name: str, posterior: Posterior, inputs: Any, memory_budget: int) -> None:
+        if not isinstance(posterior, Posterior):
+            raise ArgumentError(
+                f"posterior is a {type(posterior).__name__}. Allowed: a Posterior, such as bk.fit(...) returns, or "
+                "Laplace.posterior()."
+            )
         if not isinstance(posterior.likelihood, Gaussian):
             raise ArgumentError(
                 f"The posterior's likelihood is {type(posterior.likelihood).__name__}. Allowed: Gaussian, for which "
@@ -211,6 +218,12 @@ class _Targets:
         if not covariances:
             raise ArgumentError(f"{name} yields no batch. Pass at least one example.")
         self.covariance = torch.cat(covariances)
+        broken = (~torch.isfinite(self.covariance)).flatten(1).any(1).nonzero().flatten().tolist()
+        if broken:
+            raise NonFiniteError(
+                f"The variance of {len(broken)} of {len(self.covariance)} examples of {name} is not finite, first at "
+                f"index {broken[0]}. Are their inputs?"
+            )
         self.factors = self.covariance.new_zeros(*self.covariance.shape[:2], 0)
 
     @property
@@ -232,7 +245,7 @@ class _Targets:
     def pick(self, index: int) -> _Pick:
         """What conditions on an example's target."""
         size = len(self.covariance)
-        if not 0 <= index < size:
+        if check_count("index", index, minimum=0) >= size:
             raise ArgumentError(f"index={index!r} is not one of {size} candidates. Allowed: 0 to {size - 1}.")
         inputs = self._example(index)
         before = float(self.covariance[index].trace() + self.factors[index].square().sum())

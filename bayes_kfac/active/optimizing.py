@@ -71,7 +71,12 @@ class ExpectedImprovement(Acquisition):
 
         Returns:
             The prediction.
+
+        Raises:
+            ArgumentError: If the predictor does not predict.
         """
+        if not hasattr(predictor, "predict"):
+            raise ArgumentError(f"predictor is a {type(predictor).__name__} without predict. Allowed: a Posterior.")
         prediction: Prediction = predictor.predict(inputs)
         return prediction
 

@@ -19,7 +19,7 @@ import bayes_kfac as bk
 from bayes_kfac import Posterior
 from bayes_kfac.active.base import Gains, greedy
 from bayes_kfac.active.gaussian import GaussianGains, GaussianPredictiveGains
-from bayes_kfac.errors import ArgumentError, UsageError
+from bayes_kfac.errors import ArgumentError, NonFiniteError, UsageError
 from bayes_kfac.likelihoods import Categorical, Gaussian
 from bayes_kfac.likelihoods.noise import GammaNoise
 from tests.helpers import in_block, randn, rng, seeded
@@ -404,11 +404,22 @@ class TestRefuses:
             with pytest.raises(ArgumentError, match=r"at least one"):
                 make(kind, simple, empty)
 
-    @pytest.mark.parametrize("index", [-1, POOL])
+    def test_models_without_a_posterior(self, kind):
+        with pytest.raises(ArgumentError, match=r"posterior is a Sequential. Allowed: a Posterior"):
+            make(kind, mlp(1), pool())  # type: ignore[arg-type]
+
+    def test_inputs_that_are_not_finite(self, kind, simple):
+        """Which would be picked first: NaN is the greatest of all scores."""
+        broken = pool()
+        broken[[2, 4]] = torch.nan
+        with pytest.raises(NonFiniteError, match="2 of 6 examples of inputs is not finite, first at index 2"):
+            make(kind, simple, broken)
+
+    @pytest.mark.parametrize("index", [-1, POOL, 1.0])
     def test_others_than_candidates(self, kind, index, simple):
         gains = make(kind, simple, pool())
         before = gains.scores.clone()
-        with pytest.raises(ArgumentError, match=rf"index={index} .*Allowed: 0 to 5"):
+        with pytest.raises(ArgumentError, match=rf"index={index} .*Allowed: (0 to 5|an integer >= 0)"):
             gains.add(index)
         assert_close(gains.scores, before)
 

@@ -206,6 +206,11 @@ def test_refuses_more_picks_than_there_are():
         ThompsonSampling("maximize").select(functions, 6)
 
 
+def test_refuses_predictors_that_predict_nothing():
+    with pytest.raises(ArgumentError, match="predictor is a Linear without predict"):
+        ExpectedImprovement(0.0, "maximize").look(nn.Linear(3, 1), pool())
+
+
 def test_refuses_predictors_that_draw_no_functions():
     with pytest.raises(ArgumentError, match="predictor is a SimpleNamespace, which draws no functions"):
         ThompsonSampling("maximize").look(SimpleNamespace(predict=None), pool())
