@@ -36,6 +36,8 @@ from bayes_kfac.prediction import MEMORY_BUDGET
 #: How far the variance of a picked candidate may be from the one it had at first, relative: more than a model's own
 #: rounding in 16 bits, and less than between two candidates.
 SAME = 0.05
+#: What is no variance, in units of the noise's.
+ROUNDING = 1e-6
 #: Covariances of candidates with targets that are formed at a time take a quarter of the memory budget, since others of
 #: their size are made on the way. They are worked on in pieces of so many bytes: on a CPU what the caches like.
 CPU_PIECE_BYTES = 1 << 20
@@ -88,7 +90,7 @@ class GaussianPredictiveGains(Gains):
 
     The score of a candidate is the mean over target inputs ``x*`` of
     ``I(y; y* | picked) = ½ log(det C_yy · det C_** / det C_joint)``, with noise in both targets (Bickford Smith et al.
-    2023, eq. 5, in closed form). Given targets that are like the inputs of later use, it asks for what helps there,
+    2023, in closed form). Given targets that are like the inputs of later use, it asks for what helps there,
     where :class:`GaussianGains` asks for what is not known anywhere. Scores of one pick after another add up to the
     mean of ``I(batch; y*)``, which is monotone but not submodular.
 
@@ -229,7 +231,9 @@ class _Targets:
     @property
     def noisy(self) -> Tensor:
         """``I + C``, ``[n, outputs, outputs]``."""
-        return self.covariance + torch.eye(self.covariance.shape[-1]).to(self.covariance)
+        return self.covariance + torch.eye(
+            self.covariance.shape[-1], dtype=torch.float64, device=self.covariance.device
+        )
 
     @property
     def half_logdet(self) -> Tensor:
@@ -250,7 +254,7 @@ class _Targets:
         inputs = self._example(index)
         before = float(self.covariance[index].trace() + self.factors[index].square().sum())
         now = float(self.kernel(inputs, inputs)[0, 0].trace())
-        if abs(now - before) > SAME * before:
+        if abs(now - before) > SAME * before + ROUNDING:
             raise UsageError(
                 f"Candidate {index} of {self._name} had the variance {before:.6g} among the others and has {now:.6g} "
                 "by itself, in units of the noise. Either a loader yields other examples in each pass (a sampler that "
