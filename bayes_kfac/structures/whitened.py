@@ -139,7 +139,7 @@ class WhitenedRows(Whitened):
         if self._shared == other._shared == 1 and self.weights is None and not self._is_sparse:
             kernel = torch.einsum("...nti,...mui->...nm", self.inputs, other.inputs)
             return torch.einsum("c...nto,d...muo,...nm->nmcd", self.gradients, other.gradients, kernel)
-        if self._shared == other._shared == 1 and self._columns > 1 and not self._is_sparse:
+        if self._shared == other._shared == 1 and not self._is_sparse and self._is_few(other):
             size = other.inputs.shape[-3] * (self.inputs.shape[-1] + self._columns * self.gradients.shape[-1])
             return torch.cat([part._between_by_pairs(other) for part in self._pieces(size)])
         if self._prefers_pairs(other):
@@ -221,6 +221,11 @@ class WhitenedRows(Whitened):
         formed = self._columns * self._shared + other._columns * other._shared
         is_cheaper = pairs * (in_features + products) <= in_features * (formed + products)
         return pairs > 1 and is_cheaper and self.weights is not None and not self._is_sparse
+
+    def _is_few(self, other: WhitenedRows) -> bool:
+        """Whether an example's rows, formed for each of the others, are fewer numbers than its Jacobians."""
+        in_features, out_features = self.inputs.shape[-1], self._columns * self.gradients.shape[-1]
+        return self._columns > 1 or other.inputs.shape[-3] * (in_features + out_features) <= in_features * out_features
 
     def _positions(self) -> Iterator[WhitenedRows]:
         """The rows of each position, whose Jacobians add up to these."""

@@ -287,3 +287,17 @@ def test_pairs_of_positions_are_taken_where_they_are_fewer_operations(columns, s
     J = rows.jacobians()
     assert_close(rows.between(rows), torch.einsum("nck,mdk->nmcd", J, J), **TIGHT)
     assert bool(taken) == by_pairs
+
+
+def test_products_with_few_others_form_no_jacobians(monkeypatch):
+    """One column, one position, weights: with two examples by pairs, with fifty by Jacobians: the same."""
+    formed = []
+    original = WhitenedRows.jacobians
+    monkeypatch.setattr(WhitenedRows, "jacobians", lambda rows: (formed.append(len(rows.inputs)), original(rows))[1])
+    weights = randn(20, 20, seed=1).square()
+    rows = WhitenedRows(randn(50, 1, 20, seed=2), randn(1, 50, 1, 20, seed=3), weights)
+    one = replace(rows, inputs=rows.inputs[7:9], gradients=rows.gradients[:, 7:9])
+    few = rows.between(one)
+    assert not formed
+    assert_close(few, rows.between(rows)[:, 7:9], **TIGHT)
+    assert formed
