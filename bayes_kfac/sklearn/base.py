@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -23,15 +24,6 @@ from bayes_kfac.errors import ArgumentError, check_choice, check_count, check_fr
 from bayes_kfac.sklearn.examples import Array, Batches, Examples
 from bayes_kfac.sklearn.training import Plan, Record, train_laplace, train_noisy, update_laplace
 from bayes_kfac.structures import Structure
-
-try:
-    from sklearn.utils.validation import validate_data
-except ImportError:  # scikit-learn < 1.6
-
-    def validate_data(estimator: Any, *args: Any, **options: Any) -> Any:
-        """scikit-learn's own, by the name that it had."""
-        return estimator._validate_data(*args, **options)
-
 
 METHODS = {"laplace": train_laplace, "noisy": train_noisy}
 #: The first step size of each method, for standardised data.
@@ -217,9 +209,12 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
         check_choice("method", self.method, tuple(METHODS))
         check_choice("activation", self.activation, tuple(ACTIVATIONS))
         check_choice("dtype", self.dtype, tuple(DTYPES))
-        if self.prior_precision != TUNED:
-            if isinstance(self.prior_precision, str):
-                check_choice("prior_precision", self.prior_precision, (TUNED, "a number"))
+        if isinstance(self.prior_precision, str):
+            if self.prior_precision != TUNED:
+                raise ArgumentError(
+                    f"prior_precision={self.prior_precision!r} is unknown. Allowed: {TUNED!r}, or a number > 0."
+                )
+        else:
             check_positive("prior_precision", self.prior_precision)
         check_positive("temperature", self.temperature)
         for size in self._hidden_layer_sizes:
@@ -256,7 +251,7 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
         sizes = [self.n_features_in_, *self._hidden_layer_sizes, self._outputs]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            linear = [nn.Linear(*pair, dtype=torch.float64) for pair in zip(sizes, sizes[1:], strict=False)]
+            linear = [nn.Linear(*pair, dtype=torch.float64) for pair in pairwise(sizes)]
         modules = [module for layer in linear[:-1] for module in (layer, ACTIVATIONS[self.activation]())]
         return nn.Sequential(*modules, linear[-1]).to(self._device, self._dtype)
 
@@ -275,7 +270,7 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
     def _inputs(self, X: ArrayLike) -> Tensor:
         """Checked and scaled inputs for the network."""
         check_is_fitted(self)
-        inputs = self.input_scaling_(validate_data(self, X, dtype=np.float64, reset=False))
+        inputs = self.input_scaling_(checked(self, X, dtype=np.float64, reset=False))
         return torch.as_tensor(inputs).to(self.posterior_.device, self._dtype)
 
     @property
@@ -294,6 +289,24 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
     @property
     def _has_classes(self) -> bool:
         return is_classifier(self)
+
+
+def checked(estimator: BayesianMLP, *args: Any, **options: Any) -> Any:
+    """scikit-learn's ``validate_data``, which was a method before its version 1.6.
+
+    Args:
+        estimator: Whose data they are.
+        args: Inputs, and maybe targets.
+        options: What to check.
+
+    Returns:
+        The data as arrays.
+    """
+    try:
+        from sklearn.utils.validation import validate_data
+    except ImportError:
+        return estimator._validate_data(*args, **options)
+    return validate_data(estimator, *args, **options)
 
 
 def checked_weights(sample_weight: Any, X: Array) -> Array:

@@ -16,8 +16,8 @@ import bayes_kfac as bk
 from bayes_kfac import linalg
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.prediction import CategoricalPrediction, Source, concatenate
-from bayes_kfac.sklearn.base import Array, BayesianMLP, Scaling, checked_weights, validate_data
-from bayes_kfac.sklearn.examples import Examples
+from bayes_kfac.sklearn.base import BayesianMLP, Scaling, checked, checked_weights
+from bayes_kfac.sklearn.examples import Array, Examples
 
 #: Points at which the expectation of class probabilities over logits is taken, and inputs that are looked at together.
 POINTS, TOGETHER = 256, 1024
@@ -68,6 +68,8 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianMLP):  # type: ignore[misc]
         feature_names_in_: Their names, where ``X`` had string names.
     """
 
+    classes_: NDArray[Any]
+
     def partial_fit(
         self,
         X: ArrayLike,
@@ -77,9 +79,9 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianMLP):  # type: ignore[misc]
     ) -> Self:
         """Take in more data; the posterior so far is their prior, so that nothing is forgotten and no data are kept.
 
-        The first call is :meth:`fit`. Later ones find the most probable weights of the new data under the old posterior,
-        and the Laplace posterior there; scales stay those of the first data, so that these should be representative.
-        Structures whose posterior cannot be a prior exactly are refused by an error that says so.
+        The first call is :meth:`fit`. Later ones find the most probable weights of the new data under the old
+        posterior, and the Laplace posterior there; scales stay those of the first data, which should therefore be
+        representative. Structures whose posterior cannot be a prior exactly are refused by an error that says so.
 
         Args:
             X: New inputs, ``[examples, features]``.
@@ -135,17 +137,14 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianMLP):  # type: ignore[misc]
             X: Inputs, ``[examples, features]``.
 
         Returns:
-            With ``probs``, ``entropy``, ``expected_entropy``, ``mutual_information``, ``epistemic_variance`` and more, as
-            tensors of ``[examples]`` or ``[examples, classes]``; classes are by their index in ``classes_``.
+            With ``probs``, ``entropy``, ``expected_entropy``, ``mutual_information``, ``epistemic_variance`` and more,
+            as tensors of ``[examples]`` or ``[examples, classes]``; classes are by their index in ``classes_``.
         """
         return concatenate(list(self._predictions(self._inputs(X))))
 
     def _predictions(self, inputs: Tensor) -> Iterator[CategoricalPrediction]:
-        """Predictions of parts of the inputs.
-
-        The expectation over an input's logits is taken at the same points for each: it does not depend on what other
-        inputs there are, and has no noise of its own.
-        """
+        """Predictions of parts of the inputs."""
+        # the expectation over logits is taken at the same points for each input, whatever others there are
         points = _normal_points(len(self.classes_)).to(inputs)
         source = Source("linearized", len(points), self.posterior_.provenance, "mc")
         for part in inputs.split(TOGETHER):
@@ -157,7 +156,7 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianMLP):  # type: ignore[misc]
     # -- what BayesianMLP asks for ------------------------------------------------------------------------------------
 
     def _checked(self, X: Any, y: Any, sample_weight: Any, *, is_first: bool, classes: Any = None) -> Examples:
-        inputs, labels = validate_data(self, X, y, dtype=np.float64, reset=is_first, ensure_min_samples=1 + is_first)
+        inputs, labels = checked(self, X, y, dtype=np.float64, reset=is_first, ensure_min_samples=1 + is_first)
         check_classification_targets(labels)
         weights = checked_weights(sample_weight, inputs)
         known = np.unique(labels[weights > 0]) if classes is None else np.unique(np.asarray(classes))
@@ -170,8 +169,8 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianMLP):  # type: ignore[misc]
         indices = np.minimum(np.searchsorted(known, labels), len(known) - 1)
         if strangers := sorted({str(label) for label in labels[(known[indices] != labels) & (weights > 0)]}):
             raise ArgumentError(
-                f"y holds {', '.join(strangers)}, which classes={known.tolist()} do not. Pass all classes that there will "
-                "be to the first call of partial_fit."
+                f"y holds {', '.join(strangers)}, which classes={known.tolist()} do not. Pass all classes that there "
+                "will be to the first call of partial_fit."
             )
         self.classes_ = known
         return Examples.of(inputs, indices[:, None].astype(np.float64), weights)

@@ -52,7 +52,7 @@ class Examples:
             The examples.
         """
         rows, row_of = np.unique(np.column_stack([inputs, targets])[weights > 0], axis=0, return_inverse=True)
-        sums = np.bincount(row_of.reshape(-1), weights[weights > 0])
+        sums = np.bincount(row_of.reshape(-1), weights[weights > 0]).astype(np.float64)
         return cls(rows[:, : inputs.shape[1]], rows[:, inputs.shape[1] :], sums)
 
     def __len__(self) -> int:
@@ -68,9 +68,7 @@ class Examples:
         """How many examples were seen, repeated ones as often as they were."""
         return float(self.weights.sum())
 
-    def split(
-        self, fraction: float, random: np.random.RandomState, *, stratified: bool
-    ) -> tuple[Examples, Examples]:
+    def split(self, fraction: float, random: np.random.RandomState, *, stratified: bool) -> tuple[Examples, Examples]:
         """A part for training and one for validation.
 
         Args:
@@ -156,7 +154,7 @@ class Batches:
 
     def __len__(self) -> int:
         """How many batches there are in a pass."""
-        return -(-len(self.examples) // self.size)
+        return max(1, -(-len(self.examples) // self.size))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and targets of a pass's batches."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 import bayes_kfac as bk
 from bayes_kfac.errors import ArgumentError, check_count
 from bayes_kfac.prediction import GaussianOutput, GaussianPrediction, Source
-from bayes_kfac.sklearn.base import Array, BayesianMLP, Scaling, checked_weights, validate_data
-from bayes_kfac.sklearn.examples import Examples
+from bayes_kfac.sklearn.base import BayesianMLP, Scaling, checked, checked_weights
+from bayes_kfac.sklearn.examples import Array, Examples
 
 
 class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # type: ignore[misc]
@@ -67,9 +67,9 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
     def partial_fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Take in more data; the posterior so far is their prior, so that nothing is forgotten and no data are kept.
 
-        The first call is :meth:`fit`. Later ones find the most probable weights of the new data under the old posterior,
-        and the Laplace posterior there; scales stay those of the first data, so that these should be representative.
-        Structures whose posterior cannot be a prior exactly are refused by an error that says so.
+        The first call is :meth:`fit`. Later ones find the most probable weights of the new data under the old
+        posterior, and the Laplace posterior there; scales stay those of the first data, which should therefore be
+        representative. Structures whose posterior cannot be a prior exactly are refused by an error that says so.
 
         Args:
             X: New inputs, ``[examples, features]``.
@@ -81,9 +81,7 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
         """
         return self._partial_fit(X, y, sample_weight)
 
-    def predict(
-        self, X: ArrayLike, return_std: bool = False, return_cov: bool = False
-    ) -> Array | tuple[Array, Array]:
+    def predict(self, X: ArrayLike, return_std: bool = False, return_cov: bool = False) -> Array | tuple[Array, Array]:
         """The mean of the targets, and how far they may be from it.
 
         Standard deviations and covariances are of new targets, noise included; :meth:`predict_distribution` tells
@@ -116,7 +114,7 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
             return mean
         covariance = _array(posterior.function_covariance(inputs).diagonal(dim1=-2, dim2=-1)).copy()
         diagonal = np.arange(len(covariance))
-        covariance[diagonal, diagonal] += _array(posterior.likelihood.noise.variance())
+        covariance[diagonal, diagonal] += _array(self._noise_scale**2)
         return mean, self._as_given(covariance * scaling.scale**2)
 
     def predict_distribution(self, X: ArrayLike) -> GaussianPrediction:
@@ -150,7 +148,7 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
         generator = torch.Generator(inputs.device).manual_seed(seed)
         functions = self.posterior_.function_samples(inputs, n_samples, generator=generator)
         noise = torch.randn(functions.shape, generator=generator, dtype=functions.dtype, device=functions.device)
-        targets = functions + noise * self.posterior_.likelihood.noise.variance().sqrt()
+        targets = functions + noise * self._noise_scale
         scaling = self.target_scaling_
         drawn = _array(targets) * scaling.scale + scaling.location
         return self._as_given(drawn.transpose(1, 0, 2)) if self._is_flat else drawn.transpose(1, 2, 0)
@@ -161,14 +159,20 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
         with torch.no_grad():
             output = posterior.output(inputs, output_covariance=output_covariance)
         scale, location = (
-            torch.as_tensor(values).to(output.mean) for values in (self.target_scaling_.scale, self.target_scaling_.location)
+            torch.as_tensor(values).to(output.mean)
+            for values in (self.target_scaling_.scale, self.target_scaling_.location)
         )
         spread = output.spread * (scale**2 if output.is_diagonal else torch.outer(scale, scale))
         return GaussianPrediction(
             GaussianOutput(output.mean * scale + location, spread),
-            posterior.likelihood.noise.variance() * scale**2,
+            (self._noise_scale * scale) ** 2,
             Source("linearized", None, posterior.provenance),
         )
+
+    @property
+    def _noise_scale(self) -> Tensor:
+        """The noise's standard deviation, ``[outputs]``, for standardised targets."""
+        return cast(bk.likelihoods.Gaussian, self.posterior_.likelihood).noise_scale
 
     def _as_given(self, values: Array) -> Array:
         """Without the dimension of outputs, the last one, where the targets had none."""
@@ -177,15 +181,24 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
     # -- what BayesianMLP asks for ------------------------------------------------------------------------------------
 
     def _checked(self, X: Any, y: Any, sample_weight: Any, *, is_first: bool, classes: Any = None) -> Examples:
-        inputs, targets = validate_data(
-            self, X, y, dtype=np.float64, multi_output=True, y_numeric=True, reset=is_first, ensure_min_samples=1 + is_first
+        inputs, targets = checked(
+            self,
+            X,
+            y,
+            dtype=np.float64,
+            multi_output=True,
+            y_numeric=True,
+            reset=is_first,
+            ensure_min_samples=1 + is_first,
         )
         is_flat, targets = targets.ndim == 1, targets.reshape(len(targets), -1).astype(np.float64)
         if is_first:
             self._is_flat, self._num_targets = is_flat, targets.shape[1]
         elif (is_flat, targets.shape[1]) != (self._is_flat, self._num_targets):
             shape = "[examples]" if self._is_flat else f"[examples, {self._num_targets}]"
-            raise ArgumentError(f"y has {targets.shape[1]} outputs. Allowed: targets shaped {shape}, as at the first fit.")
+            raise ArgumentError(
+                f"y has {targets.shape[1]} outputs. Allowed: targets shaped {shape}, as at the first fit."
+            )
         return Examples.of(inputs, targets, checked_weights(sample_weight, inputs))
 
     def _take_scales(self, examples: Examples) -> None:
@@ -193,9 +206,7 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
         self.target_scaling_ = Scaling.of(examples.targets, examples.weights)
 
     def _scaled(self, examples: Examples) -> Examples:
-        return Examples(
-            self.input_scaling_(examples.inputs), self.target_scaling_(examples.targets), examples.weights
-        )
+        return Examples(self.input_scaling_(examples.inputs), self.target_scaling_(examples.targets), examples.weights)
 
     def _likelihood(self) -> bk.likelihoods.Gaussian:
         unit = torch.ones(self._outputs, dtype=self._dtype)

@@ -42,7 +42,7 @@ class Plan:
         prior_precision: The prior's precision; ``None`` to tune one for each layer by the marginal likelihood.
         temperature: The weight of the prior against the data; 1 is Bayes.
         structure: The family of the posterior's blocks.
-        options: ``damping`` and ``fisher``, where they are not the method's own defaults.
+        options: ``damping`` and ``fisher``, where they are not the method's own.
         patience: Epochs without a better validation score before training stops.
         generator: The source of randomness of weights and sampled targets.
         progress: Whether to show a progress bar.
@@ -53,7 +53,7 @@ class Plan:
     prior_precision: float | None
     temperature: float
     structure: str | Structure
-    options: dict[str, str]
+    options: dict[str, Any]
     patience: int
     generator: torch.Generator
     progress: bool
@@ -68,10 +68,8 @@ class Plan:
         return {"structure": self.structure, **self.scale(batches), **self.options}
 
     def scale(self, batches: Batches) -> dict[str, Any]:
-        """``num_data`` and ``temperature`` with ``num_data / temperature`` the sum of weights over the temperature.
-
-        The number of data must be whole, and no less than a batch holds; the temperature takes up the rest.
-        """
+        """``num_data`` and ``temperature``, whose ratio is the sum of weights over the temperature."""
+        # a number of data is whole, and no less than a batch holds; the temperature takes up the rest
         total = batches.examples.total
         num_data = max(round(total), min(batches.size, len(batches.examples)))
         return {"num_data": num_data, "temperature": self.temperature * num_data / total}
@@ -191,9 +189,7 @@ def train_laplace(
     return fitted().posterior(), record
 
 
-def update_laplace(
-    prior: bk.Posterior, total: float, batches: Batches, plan: Plan
-) -> tuple[bk.Posterior, Record]:
+def update_laplace(prior: bk.Posterior, total: float, batches: Batches, plan: Plan) -> tuple[bk.Posterior, Record]:
     """Take in more data, with the posterior of the data before as their prior.
 
     Args:
@@ -209,6 +205,7 @@ def update_laplace(
     network = cast(nn.Sequential, prior.model)
     network.load_state_dict(prior.mean)
     likelihood = copy.deepcopy(prior.likelihood)
+    old_noise = likelihood.noise_scale**2 if isinstance(likelihood, bk.likelihoods.Gaussian) else torch.zeros(())
 
     def fitted() -> bk.Laplace:
         laplace = bk.Laplace(network, likelihood, prior=prior, generator=plan.generator, **plan.laplace(batches))
@@ -217,8 +214,7 @@ def update_laplace(
     def tune() -> None:
         if isinstance(likelihood, bk.likelihoods.Gaussian):
             new, share = expected_squares(fitted().posterior(), batches), batches.examples.total
-            pooled = (total * prior.likelihood.noise.variance() + share * new) / (total + share)
-            set_noise(likelihood, pooled)
+            set_noise(likelihood, (total * old_noise + share * new) / (total + share))
 
     record = find_mode(network, likelihood, batches, None, plan, prior.penalty, tune)
     tune()
@@ -232,6 +228,13 @@ def expected_squares(posterior: bk.Posterior, batches: Batches) -> Tensor:
     As the noise's variance it is the M-step of expectation maximisation, whose fixed point is the residuals' sum of
     squares over ``num_data`` less the number of directions that the data determine, as that of the evidence is (MacKay
     1992); the residuals alone are too small where a network follows the noise.
+
+    Args:
+        posterior: The posterior.
+        batches: The examples; of many, some are looked at.
+
+    Returns:
+        The means, by the examples' weights.
     """
     chosen = torch.linspace(0, len(batches.inputs) - 1, min(len(batches.inputs), LOOKED_AT)).long()
     output = posterior.output(batches.inputs[chosen])
