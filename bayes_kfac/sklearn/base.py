@@ -322,11 +322,12 @@ def checked_weights(sample_weight: Any, X: Array) -> Array:
     Raises:
         ArgumentError: If they are not.
     """
-    weights: Array = np.asarray(_check_sample_weight(sample_weight, X, dtype=np.float64))
+    weights: Array = np.ones(len(X)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+    if not weights.any():  # before scikit-learn's check, which allows it or not by its version
+        raise ArgumentError("sample_weight is zero for every example. Allowed: at least one weight > 0.")
+    weights = np.asarray(_check_sample_weight(sample_weight, X, dtype=np.float64))
     if (weights < 0).any():
         raise ArgumentError(f"sample_weight holds {weights.min()}. Allowed: how often each example was seen, >= 0.")
-    if not weights.any():
-        raise ArgumentError("sample_weight is zero for every example. Allowed: at least one weight > 0.")
     return weights
 
 
