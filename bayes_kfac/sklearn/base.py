@@ -75,17 +75,19 @@ class Scaling:
 class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
     """A multilayer perceptron with a Gaussian posterior over its weights; see its two children."""
 
+    _default_temperature = 1.0
+
     def __init__(
         self,
         hidden_layer_sizes: Any = (50,),
-        activation: str = "relu",
+        activation: str = "tanh",
         *,
         method: str = "laplace",
         structure: str | Structure = "kron",
         damping: str | None = None,
         fisher: str | None = None,
         prior_precision: float | str = "marginal_likelihood",
-        temperature: float = 1.0,
+        temperature: float | None = None,
         batch_size: int = 64,
         learning_rate_init: float | None = None,
         max_iter: int | None = None,
@@ -216,7 +218,8 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
                 )
         else:
             check_positive("prior_precision", self.prior_precision)
-        check_positive("temperature", self.temperature)
+        if self.temperature is not None:
+            check_positive("temperature", self.temperature)
         for size in self._hidden_layer_sizes:
             check_count("hidden_layer_sizes", size)
         check_count("batch_size", _as_int(self.batch_size))
@@ -237,7 +240,7 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
             epochs=max(EPOCHS, -(-STEPS // steps)) if self.max_iter is None else int(self.max_iter),
             lr=float(self.learning_rate_init or STEP_SIZES[self.method]),
             prior_precision=None if self.prior_precision == TUNED else float(self.prior_precision),
-            temperature=float(self.temperature),
+            temperature=self._default_temperature if self.temperature is None else float(self.temperature),
             structure=self.structure,
             options={name: value for name, value in given.items() if value is not None},
             patience=int(self.n_iter_no_change),

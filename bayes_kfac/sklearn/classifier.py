@@ -31,7 +31,7 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianMLP):  # type: ignore[misc]
 
     Args:
         hidden_layer_sizes: The number of units of each hidden layer; a number for one layer, ``()`` for none.
-        activation: ``"relu"``, ``"tanh"``, ``"logistic"`` or ``"identity"``.
+        activation: ``"tanh"``, ``"relu"``, ``"logistic"`` or ``"identity"``.
         method: ``"laplace"``: the most probable weights by Adam, and the curvature there. ``"noisy"``: noisy natural
             gradient, which trains the posterior itself; some times slower.
         structure: The family of the posterior's blocks: one of ``bayes_kfac.structures.available()``, or a structure
@@ -42,7 +42,8 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianMLP):  # type: ignore[misc]
             for noisy natural gradient.
         prior_precision: The precision of the weights' Gaussian prior, or ``"marginal_likelihood"`` to find one for
             each layer from the training data.
-        temperature: The weight of the prior against the data; 1 is Bayes.
+        temperature: The weight of the prior against the data; by default 0.1. At 1, which is Bayes, the
+            Kronecker posteriors of small data are too wide.
         batch_size: The most examples in a step.
         learning_rate_init: The first step size, which decays along a half cosine; by default 0.01 for Laplace (Adam)
             and 0.1 for noisy natural gradient.
@@ -68,6 +69,7 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianMLP):  # type: ignore[misc]
         feature_names_in_: Their names, where ``X`` had string names.
     """
 
+    _default_temperature = 0.1
     classes_: NDArray[Any]
 
     def partial_fit(
