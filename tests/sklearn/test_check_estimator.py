@@ -13,7 +13,7 @@ from sklearn.utils.estimator_checks import check_estimator
 from bayes_kfac.sklearn import BayesianMLPClassifier, BayesianMLPRegressor
 
 #: As small as still learns what some checks ask for.
-OPTIONS = {"hidden_layer_sizes": (5,), "max_iter": 5, "learning_rate_init": 0.1, "batch_size": 16}
+OPTIONS = {"hidden_layer_sizes": (4,), "max_iter": 2, "learning_rate_init": 0.2, "batch_size": 8}
 
 
 @pytest.mark.filterwarnings("ignore", category=SkipTestWarning)  # of the array API, which is below
