@@ -68,8 +68,9 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
         """Take in more data, with the posterior so far as their prior; no data are kept.
 
         The first call is :meth:`fit`. Later ones find the most probable weights of the new data under the old
-        posterior, and the Laplace posterior there. The past is remembered to second order, and scales stay those of the
-        first data: each call's data should be like the whole. Structures whose posterior cannot be a prior exactly are refused by an error that says so.
+        posterior, and the Laplace posterior there. The past is remembered to second order, and scales stay those of
+        the first data: each call's data should be like the whole. Structures whose
+        posterior cannot be a prior exactly are refused by an error that says so.
 
         Args:
             X: New inputs, ``[examples, features]``.
