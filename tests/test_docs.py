@@ -14,15 +14,21 @@ from bayes_kfac import structures
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     "README.md",
+    "docs/active.md",
+    "docs/active_gaussian.md",
     "docs/cheat_sheet.md",
     "docs/gotchas.md",
     "docs/laplace.md",
     "docs/loops.md",
+    "docs/metrics.md",
     "docs/migrating.md",
     "docs/modules.md",
     "docs/optimizers.md",
+    "docs/plotting.md",
+    "docs/pyro.md",
     "docs/quickstart.md",
     "docs/saving.md",
+    "docs/sklearn.md",
     "docs/uncertainty.md",
 ]
 #: Pages whose examples show their results, ``>>>``.

@@ -1,8 +1,10 @@
 """Active learning: which examples of a pool to label next, and the loop around that question."""
 
 from bayes_kfac.active.base import Acquisition, Gains, available, get, greedy, highest, register
+from bayes_kfac.active.gaussian import GaussianGains, GaussianPredictiveGains
 from bayes_kfac.active.joint import EPIG, BatchBALD, Joint, information_gains, predictive_gains
 from bayes_kfac.active.loop import LoopState, loop
+from bayes_kfac.active.optimizing import ExpectedImprovement, ThompsonSampling
 from bayes_kfac.active.pointwise import (
     BALD,
     Entropy,
@@ -25,7 +27,10 @@ __all__ = [
     "BatchBALD",
     "Committee",
     "Entropy",
+    "ExpectedImprovement",
     "Gains",
+    "GaussianGains",
+    "GaussianPredictiveGains",
     "Joint",
     "Labelled",
     "LeastConfidence",
@@ -40,6 +45,7 @@ __all__ = [
     "Softmax",
     "Softrank",
     "Stochastic",
+    "ThompsonSampling",
     "Variance",
     "VariationRatio",
     "available",
