@@ -287,3 +287,16 @@ def test_pairs_of_positions_are_taken_where_they_are_fewer_operations(columns, s
     J = rows.jacobians()
     assert_close(rows.between(rows), torch.einsum("nck,mdk->nmcd", J, J), **TIGHT)
     assert bool(taken) == by_pairs
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_covariances_within_groups_are_blocks_of_those_of_all_pairs(structure, kind, groups, monkeypatch):
+    """Of groups of different sizes and numbers of columns, at once and a group at a time."""
+    mine, theirs = ROWS[kind](2, 2 * groups, 5), ROWS[kind](3, 3 * groups, 7)
+    gaussian = gaussian_of(structure, mine)
+    left, right = gaussian.whitened_rows(mine), gaussian.whitened_rows(theirs)
+    blocks = left.between(right).unflatten(1, (groups, 3)).unflatten(0, (groups, 2))
+    expected = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    assert_close(left.within_groups(right, groups), expected, **TIGHT)
+    monkeypatch.setattr("bayes_kfac.structures.whitened.CPU_JACOBIAN_BYTES", 1)
+    assert_close(left.within_groups(right, groups), expected, **TIGHT)
