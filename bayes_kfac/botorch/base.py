@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bayes_kfac.errors import ArgumentError, check_count
 from bayes_kfac.likelihoods import Gaussian
 from bayes_kfac.posterior import Posterior
+from bayes_kfac.prediction.forward import call, evaluating
 
 
 class Surrogate(Model):  # type: ignore[misc]  # botorch is not typed
@@ -58,6 +59,7 @@ class Surrogate(Model):  # type: ignore[misc]  # botorch is not typed
         self.likelihood = posterior.likelihood
         self._network_outputs = check_count("num_outputs", num_outputs)
         self._outputs = tuple(range(num_outputs))
+        self._is_checked = False
         # BoTorch asks with hasattr whether there are any
         if input_transform is not None:
             self.input_transform = input_transform
@@ -155,14 +157,22 @@ class Surrogate(Model):  # type: ignore[misc]  # botorch is not typed
                 f"surrogate from posterior.to({X.dtype}); BoTorch's optimizers work best in torch.float64."
             )
         transformed: Tensor = self.transform_inputs(X)
+        self._check_network(transformed)
         return transformed
 
-    def _check_outputs(self, found: int) -> None:
+    def _check_network(self, X: Tensor) -> None:
+        """See once that the network has as many outputs as was said."""
+        if self._is_checked:
+            return
+        weights = self.weight_posterior
+        with evaluating(weights.model), torch.no_grad():
+            found = call(weights.model, weights.mean, X.flatten(0, -2)[:1]).numel()
         if found != self._network_outputs:
             raise ArgumentError(
                 f"num_outputs={self._network_outputs}, but the network has {found} for one input. Pass "
                 f"num_outputs={found}."
             )
+        self._is_checked = True
 
     def _noise(self, observation_noise: bool | Tensor, like: Tensor, chosen: Sequence[int]) -> Tensor:
         """The variance of noise, shaped like outputs ``batch_shape x q x m`` or broadcasting to them."""
@@ -184,6 +194,6 @@ class Surrogate(Model):  # type: ignore[misc]  # botorch is not typed
 
     def _outcome_transform_of(self, chosen: Sequence[int]) -> OutcomeTransform | None:
         transform = getattr(self, "outcome_transform", None)
-        if transform is None or len(chosen) == self.num_outputs and list(chosen) == list(range(self.num_outputs)):
+        if transform is None or list(chosen) == list(range(self.num_outputs)):
             return transform
         return transform.subset_output(list(chosen))

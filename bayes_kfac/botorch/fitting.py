@@ -117,7 +117,9 @@ def _most_evident(
     network: nn.Module, X: Tensor, Y: Tensor, precisions: Tensor, noise_scales: Tensor
 ) -> tuple[float, float]:
     """Where the evidence times the priors is greatest: ``log N(y − f(x) + J M; 0, J Jᵀ/δ + σ² I)``, in its eigenbasis."""
-    some = torch.randperm(len(X), device=X.device)[: max(1, MAX_TARGETS // Y.shape[1])] if Y.numel() > MAX_TARGETS else ...
+    some = (
+        torch.randperm(len(X), device=X.device)[: max(1, MAX_TARGETS // Y.shape[1])] if Y.numel() > MAX_TARGETS else ...
+    )
     X, Y = X[some], Y[some]
     prior = _prior(network, Gaussian(1.0), 1.0)
     linearized = LinearizedModel(prior.model, prior.mean, prior.layers, prior.blocks)

@@ -168,6 +168,7 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):  # type: ignore[misc]  # b
         """
         X = self._transformed(X)
         chosen = self._chosen(output_indices)
+        check_broadcast("X", X, self.batch_shape)
         mean, covariance = moments(self._linearized, X, self._of_network(chosen), self._given)
         if observation_noise is not False:
             noise = self._noise(observation_noise, mean, chosen).expand_as(mean)
@@ -204,6 +205,10 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):  # type: ignore[misc]  # b
                 f"{self.num_outputs}, with at least one observation."
             )
         X = self._transformed(X)
+        check_broadcast("Y", Y, X.shape[:-2])
+        if self._given is not None:
+            check_broadcast("X", X, self._given.X.shape[:-2])
+            check_broadcast("Y", Y, self.batch_shape)
         if hasattr(self, "outcome_transform"):
             Y, _ = self.outcome_transform(Y, X=X)
         variance = self._noise(True if noise is None else noise, Y, self._chosen(None)).expand(
@@ -220,3 +225,23 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):  # type: ignore[misc]  # b
         copy = type(self)(self.weight_posterior, **self._options())
         copy._outputs, copy._linearized, copy._given = self._outputs, self._linearized, self._given
         return copy
+
+
+def check_broadcast(name: str, value: Tensor, batch_shape: torch.Size) -> None:
+    """See that a batch goes with another.
+
+    Args:
+        name: The argument's name, for the message.
+        value: The argument, ``batch_shape' x n x ...``.
+        batch_shape: The other batch.
+
+    Raises:
+        ArgumentError: If not.
+    """
+    try:
+        torch.broadcast_shapes(value.shape[:-2], batch_shape)
+    except RuntimeError:
+        raise ArgumentError(
+            f"{name} has batch shape {tuple(value.shape[:-2])}. Allowed: one that broadcasts with {tuple(batch_shape)}, "
+            "that of the observations."
+        ) from None

@@ -76,7 +76,6 @@ class SampledSurrogate(Surrogate):
         chosen = self._chosen(output_indices)
         weights = self.weight_posterior
         outputs = sampled_outputs(weights.model, weights.mean, self.draws, X.flatten(0, -2)).flatten(2)
-        self._check_outputs(outputs.shape[-1])
         # [draws, batch, m] to batch_shape x draws x q x m
         values = outputs[..., self._of_network(chosen)].unflatten(1, X.shape[:-1]).movedim(0, -3)
         if observation_noise is not False:
