@@ -1,7 +1,7 @@
 """What the surrogates share: the posterior over weights, transforms of inputs and outcomes, noise, and shapes.
 
-Inputs are ``batch_shape x q x d``, outputs ``batch_shape x q x m``. Between the transforms everything is in the network's
-own space: noise variances are, as everywhere in BoTorch, of the transformed outcomes.
+Inputs are ``batch_shape x q x d``, outputs ``batch_shape x q x m``. Between the transforms everything is in the space
+of the network: noise variances are, as everywhere in BoTorch, of the transformed outcomes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bayes_kfac.posterior import Posterior
 from bayes_kfac.prediction.forward import call, evaluating
 
 
-class Surrogate(Model):  # type: ignore[misc]  # botorch is not typed
+class Surrogate(Model):
     """A posterior over the weights of a network as a BoTorch model.
 
     Args:
@@ -47,8 +47,8 @@ class Surrogate(Model):  # type: ignore[misc]  # botorch is not typed
         super().__init__()
         if not isinstance(posterior, Posterior):
             raise ArgumentError(
-                f"posterior is a {type(posterior).__name__}. Allowed: a bayes_kfac.Posterior, as from bayes_kfac.fit() or "
-                "Laplace(...).fit(...).posterior(). To go from data to a surrogate, use the classmethod fit()."
+                f"posterior is a {type(posterior).__name__}. Allowed: a bayes_kfac.Posterior, as from bayes_kfac.fit() "
+                "or Laplace(...).fit(...).posterior(). To go from data to a surrogate, use the classmethod fit()."
             )
         if not isinstance(posterior.likelihood, Gaussian):
             raise ArgumentError(
@@ -187,8 +187,8 @@ class Surrogate(Model):  # type: ignore[misc]  # botorch is not typed
             torch.broadcast_shapes(noise.shape, like.shape[-2:])
         except RuntimeError:
             raise ArgumentError(
-                f"observation_noise has shape {tuple(noise.shape)}. Allowed: variances that broadcast to batch_shape x q "
-                f"x m, here {tuple(like.shape)}."
+                f"observation_noise has shape {tuple(noise.shape)}. Allowed: variances that broadcast to batch_shape x "
+                f"q x m, here {tuple(like.shape)}."
             ) from None
         return noise
 

@@ -1,8 +1,8 @@
 """A linearised model, and the same given observations: a Gaussian process whose kernel is ``J P⁻¹ Jᵀ``.
 
-In the linearised model ``f(x) = f(x; M) + J(x) (w − M)`` Gaussian observations change the Gaussian of the weights exactly.
-In function space that is the regression of Gaussian processes: with ``k(x, x') = J P⁻¹ J'ᵀ``, observations ``y`` at ``x_n``
-of noise ``R``, and ``C = K_nn + R``,
+In the linearised model ``f(x) = f(x; M) + J(x) (w − M)`` Gaussian observations change the Gaussian of the weights
+exactly. In function space that is the regression of Gaussian processes: with ``k(x, x') = J P⁻¹ J'ᵀ``, observations
+``y`` at ``x_n`` of noise ``R``, and ``C = K_nn + R``,
 
     ``mean(x) = f(x; M) + k(x, x_n) C⁻¹ (y − f(x_n; M))``,    ``cov(x, x') = k(x, x') − k(x, x_n) C⁻¹ k(x_n, x')``.
 
@@ -83,8 +83,8 @@ def moments(
         given: What was observed.
 
     Returns:
-        The mean ``batch_shape x q x m``, and the covariance ``batch_shape x q·m x q·m``; the batch shape is broadcast with
-        that of the observations.
+        The mean ``batch_shape x q x m``, and the covariance ``batch_shape x q·m x q·m``; the batch shape is broadcast
+        with that of the observations.
     """
     seen = torch.Size() if given is None else given.X.shape[:-2]
     X = X.expand(*torch.broadcast_shapes(X.shape[:-2], seen), -1, -1)
@@ -116,9 +116,13 @@ def as_matrix(covariance: Tensor) -> Tensor:
 
 
 def with_jitter(covariance: Tensor) -> Tensor:
-    """Positive definite in spite of rounding, where points coincide or a network has fewer weights than there are points.
+    """Positive definite in spite of rounding, where points coincide or are more than weights.
 
-    The relative change of a variance is 1e-10 in float64.
+    Args:
+        covariance: Covariances, ``[..., n, n]``.
+
+    Returns:
+        The same with variances that are larger by a factor of 1 + 1.5e-10 in float64.
     """
     diagonal = covariance.diagonal(dim1=-2, dim2=-1)
     return covariance + torch.diag_embed(0.01 * math.sqrt(torch.finfo(covariance.dtype).eps) * diagonal)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from botorch.acquisition.objective import PosteriorTransform
@@ -10,8 +10,8 @@ from botorch.models.model import FantasizeMixin
 from botorch.models.transforms.input import InputTransform
 from botorch.models.transforms.outcome import OutcomeTransform, Standardize
 from botorch.models.utils import validate_input_scaling
-from botorch.posteriors import Posterior as BotorchPosterior
 from botorch.posteriors.gpytorch import GPyTorchPosterior
+from botorch.posteriors.posterior import Posterior as BotorchPosterior
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from linear_operator import to_linear_operator
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bayes_kfac.botorch.base import Surrogate
 from bayes_kfac.botorch.conditioning import Observations, moments
-from bayes_kfac.botorch.fitting import BATCH_SIZE, default_network, fit_prior
+from bayes_kfac.botorch.fitting import BATCH_SIZE, check_network, default_network, fit_prior
 from bayes_kfac.errors import ArgumentError, check_count, check_positive
 from bayes_kfac.laplace import Laplace
 from bayes_kfac.posterior import Posterior
@@ -30,7 +30,7 @@ from bayes_kfac.structures import Structure
 MAX_EXACT = 4000
 
 
-class LinearizedSurrogate(Surrogate, FantasizeMixin):  # type: ignore[misc]  # botorch is not typed
+class LinearizedSurrogate(Surrogate, FantasizeMixin):
     """The network as an affine function of its weights: a Gaussian process whose kernel is ``J P⁻¹ Jᵀ``.
 
     Args:
@@ -68,7 +68,7 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):  # type: ignore[misc]  # b
         structure: str | Structure | None = None,
         prior_precision: float | None = None,
         noise_scale: float | None = None,
-        steps: int = 800,
+        steps: int = 400,
         input_transform: InputTransform | None = None,
         outcome_transform: OutcomeTransform | None = None,
     ) -> Self:
@@ -88,7 +88,8 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):  # type: ignore[misc]  # b
                 in :class:`bayes_kfac.Laplace`, such as ``"kron"``, whose cost does not grow with ``n``.
             prior_precision: Of the weights; by default chosen.
             noise_scale: The noise's standard deviation, of transformed outcomes; by default chosen.
-            steps: Steps of Adam; a quarter of them suffice for a warm start with few new data.
+            steps: Steps of Adam, before Gauss-Newton steps where outcomes are at most 1000. A quarter of them
+                suffice for a warm start with few new data.
             input_transform: Applied to inputs before the network; such as ``Normalize(d)``. It learns from ``train_X``.
             outcome_transform: Applied to outcomes; by default ``Standardize(m)``. It learns from ``train_Y``.
 
@@ -100,8 +101,8 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):  # type: ignore[misc]  # b
         """
         if train_X.ndim != 2 or train_Y.ndim != 2 or len(train_X) != len(train_Y) or not len(train_X):
             raise ArgumentError(
-                f"train_X has shape {tuple(train_X.shape)} and train_Y {tuple(train_Y.shape)}. Allowed: (n, d) and (n, m), "
-                "with n >= 1."
+                f"train_X has shape {tuple(train_X.shape)} and train_Y {tuple(train_Y.shape)}. Allowed: (n, d) and "
+                "(n, m), with n >= 1."
             )
         if train_X.dtype != train_Y.dtype or not train_X.is_floating_point():
             raise ArgumentError(
@@ -119,10 +120,11 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):  # type: ignore[misc]  # b
         check_count("steps", steps)
         outcome_transform = Standardize(train_Y.shape[1]) if outcome_transform is None else outcome_transform
         with torch.no_grad():
-            X = train_X if input_transform is None else input_transform.to(train_X).train()(train_X)
-            Y, _ = outcome_transform.to(train_Y).train()(train_Y, X=X)
+            X = train_X if input_transform is None else _learned(input_transform, train_X)
+            Y, _ = _learned(outcome_transform, train_Y, X=X)
         validate_input_scaling(train_X=X, train_Y=Y)
         network = default_network(X.shape[1], Y.shape[1], X) if network is None else network
+        check_network(network, X, Y)
         prior = fit_prior(network, X, Y, prior_precision=prior_precision, noise_scale=noise_scale, steps=steps)
         options = {
             "num_outputs": Y.shape[1],
@@ -147,7 +149,7 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):  # type: ignore[misc]  # b
         """The batch shape of the observations that it was conditioned on."""
         return torch.Size() if self._given is None else self._given.batch_shape
 
-    def posterior(
+    def posterior(  # type: ignore[override]  # FantasizeMixin's own signature is not that of Model
         self,
         X: Tensor,
         output_indices: list[int] | None = None,
@@ -174,6 +176,7 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):  # type: ignore[misc]  # b
             noise = self._noise(observation_noise, mean, chosen).expand_as(mean)
             covariance = covariance + torch.diag_embed(noise.flatten(-2))
         operator = to_linear_operator(covariance)
+        posterior: BotorchPosterior
         if len(chosen) == 1:
             posterior = GPyTorchPosterior(MultivariateNormal(mean.squeeze(-1), operator))
         else:
@@ -183,7 +186,9 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):  # type: ignore[misc]  # b
             posterior = transform.untransform_posterior(posterior, X=X)
         return posterior if posterior_transform is None else posterior_transform(posterior, X=X)
 
-    def condition_on_observations(self, X: Tensor, Y: Tensor, noise: Tensor | None = None) -> Self:
+    def condition_on_observations(  # type: ignore[override]  # other keyword arguments would be lost in silence
+        self, X: Tensor, Y: Tensor, noise: Tensor | None = None
+    ) -> Self:
         """The surrogate given more observations: the exact update of the linearised model, without any training.
 
         Observations that the network was trained with are in the posterior already: give it new ones only.
@@ -201,8 +206,8 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):  # type: ignore[misc]  # b
         """
         if X.ndim < 2 or Y.ndim < 2 or X.shape[-2] != Y.shape[-2] or not X.shape[-2] or Y.shape[-1] != self.num_outputs:
             raise ArgumentError(
-                f"X has shape {tuple(X.shape)} and Y {tuple(Y.shape)}. Allowed: batch_shape x n x d and batch_shape' x n x "
-                f"{self.num_outputs}, with at least one observation."
+                f"X has shape {tuple(X.shape)} and Y {tuple(Y.shape)}. Allowed: batch_shape x n x d and batch_shape' x "
+                f"n x {self.num_outputs}, with at least one observation."
             )
         X = self._transformed(X)
         check_broadcast("Y", Y, X.shape[:-2])
@@ -227,6 +232,11 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):  # type: ignore[misc]  # b
         return copy
 
 
+def _learned(transform: nn.Module, value: Tensor, **options: Any) -> Any:
+    """What a transform makes of data that it learns from."""
+    return transform.to(value).train()(value, **options)
+
+
 def check_broadcast(name: str, value: Tensor, batch_shape: torch.Size) -> None:
     """See that a batch goes with another.
 
@@ -242,6 +252,6 @@ def check_broadcast(name: str, value: Tensor, batch_shape: torch.Size) -> None:
         torch.broadcast_shapes(value.shape[:-2], batch_shape)
     except RuntimeError:
         raise ArgumentError(
-            f"{name} has batch shape {tuple(value.shape[:-2])}. Allowed: one that broadcasts with {tuple(batch_shape)}, "
-            "that of the observations."
+            f"{name} has batch shape {tuple(value.shape[:-2])}. Allowed: one that broadcasts with "
+            f"{tuple(batch_shape)}, that of the observations."
         ) from None

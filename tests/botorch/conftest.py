@@ -1,4 +1,4 @@
-"""BoTorch is imported here, since a library below it uses what torch has deprecated, and warnings are errors in tests."""
+"""BoTorch is imported here: a library below it uses what torch has deprecated, and warnings are errors in tests."""
 
 from __future__ import annotations
 
