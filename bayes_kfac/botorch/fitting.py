@@ -2,8 +2,8 @@
 
 The weights are the mode under a prior ``N(0, I/δ)`` and noise ``σ``. The linearised model is a Gaussian process of
 kernel ``J Jᵀ / δ``, whose evidence for the training data is exact (all layers together, no Kronecker factors), and
-tells ``δ`` and ``σ``; weights and these two are found in turn. A Kronecker approximation would not do here: it counts more
-directions than there are data, and where data are few takes for noise what a network fits.
+tells ``δ`` and ``σ``; weights and these two are found in turn. A Kronecker approximation would not do here: it counts
+more directions than there are data, and where data are few takes for noise what a network fits.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
         # at the mode the data move nothing: what they say of the mean is in the weights, what of the covariance is here
         with torch.no_grad():
             fitted = surrogate._linearized.features(X).mean
-        variance = prior.likelihood.noise_scale.square().expand_as(fitted)
+        variance = surrogate._noise(True, fitted, surrogate._chosen(None)).expand_as(fitted)
         surrogate._given = Observations(surrogate._linearized, X, fitted, variance, surrogate._outputs)
         return surrogate
 
