@@ -7,7 +7,7 @@ from bayes_kfac.prediction.classification import (
     MeanBernoulliPrediction,
     MeanCategoricalPrediction,
 )
-from bayes_kfac.prediction.linearized import MEMORY_BUDGET, LinearizedModel
+from bayes_kfac.prediction.linearized import MEMORY_BUDGET, Features, LinearizedModel
 from bayes_kfac.prediction.links import LINKS
 from bayes_kfac.prediction.output import GaussianOutput
 from bayes_kfac.prediction.regression import GaussianPrediction, MixturePrediction
@@ -21,6 +21,7 @@ __all__ = [
     "CategoricalPrediction",
     "DirichletPrediction",
     "Draws",
+    "Features",
     "GaussianOutput",
     "GaussianPrediction",
     "LinearizedModel",

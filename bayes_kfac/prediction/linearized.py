@@ -48,6 +48,32 @@ class _Sizes:
         return max(1, budget // (COPIES * self.bytes) - 1)
 
 
+@dataclass(frozen=True)
+class Features:
+    """A linearised model at some inputs: its output is ``mean + Φ z`` with ``z ~ N(0, I)``.
+
+    Attributes:
+        mean: ``[batch, outputs]``.
+        whitened: The rows of ``Φ``, the Jacobians in the coordinates in which the weights are white, of each layer.
+    """
+
+    mean: Tensor
+    whitened: Mapping[str, Whitened]
+
+    def covariance(self, other: Features, groups: int = 1) -> Tensor:
+        """The covariances ``Φ Φ'ᵀ`` within groups of examples.
+
+        Args:
+            other: The same model at other inputs.
+            groups: How many groups of consecutive examples both batches are made of.
+
+        Returns:
+            ``[groups, size, other size, outputs, other outputs]``.
+        """
+        mine, theirs = self.whitened, other.whitened
+        return _total([mine[name].within_groups(theirs[name], groups) for name in mine if name in theirs])
+
+
 @dataclass
 class LinearizedModel:
     """A model that is affine in its weights.
@@ -128,6 +154,22 @@ class LinearizedModel:
             return torch.cat(list(self._in_parts(products, others, memory_budget)), dim=1)
 
         return torch.cat(list(self._in_parts(lambda part: against(whitened(part)), inputs, memory_budget)))
+
+    def features(self, inputs: Any, outputs: Sequence[int] | None = None) -> Features:
+        """The model at some inputs, for covariances of which not all pairs are wanted; all of the batch at once.
+
+        Args:
+            inputs: The model's input.
+            outputs: Which elements of an example's output; by default all of them.
+
+        Returns:
+            Means and whitened Jacobians.
+        """
+        with self._forward(inputs) as (output, pull_back):
+            columns, mean = _unit_vectors(output), output.flatten(1)
+            if outputs is not None:
+                columns, mean = columns[list(outputs)], mean[:, list(outputs)]
+            return Features(mean, self._whitened(pull_back, columns))
 
     def draws(self, inputs: Any, changes: Mapping[str, Tensor], *, memory_budget: int = MEMORY_BUDGET) -> Tensor:
         """The affine model's outputs under draws of the weights: the same functions at every call.

@@ -49,7 +49,7 @@ class Draws:
 
 
 def sampled_outputs(model: nn.Module, state: Mapping[str, Tensor], draws: Draws, inputs: Any) -> Tensor:
-    """The model's outputs under each draw.
+    """The model's outputs under each draw; differentiable in inputs that require gradients.
 
     Args:
         model: The model; left as it was.
@@ -60,7 +60,11 @@ def sampled_outputs(model: nn.Module, state: Mapping[str, Tensor], draws: Draws,
     Returns:
         ``[num_samples, batch, ...]``.
     """
-    with evaluating(model), torch.no_grad():
+    keeps_graph = torch.is_grad_enabled() and any(
+        leaf.requires_grad for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)
+    )
+    state = {name: value.detach() for name, value in state.items()}
+    with evaluating(model), torch.set_grad_enabled(keeps_graph):
         # the first draw as a plain call: errors of the model itself are raised as they are
         first, *others = draws
         output = call(model, {**state, **first}, inputs)

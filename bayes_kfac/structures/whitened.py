@@ -59,6 +59,21 @@ class Whitened(ABC):
         """
         return torch.einsum("nck,mdk->nmcd", self.jacobians(), other.jacobians())
 
+    def within_groups(self, other: Whitened, groups: int) -> Tensor:
+        """``⟨J_c, J'_d⟩`` for pairs of examples of one group, ``[groups, size, other size, columns, other columns]``.
+
+        Args:
+            other: Those of other examples, by the same Gaussian.
+            groups: How many groups of consecutive examples both batches are made of.
+
+        Returns:
+            The products.
+        """
+        if groups == 1:
+            return self.between(other).unsqueeze(0)
+        mine, theirs = (own.jacobians().unflatten(0, (groups, -1)) for own in (self, other))
+        return torch.einsum("gnck,gmdk->gnmcd", mine, theirs)
+
 
 @dataclass(frozen=True)
 class WhitenedJacobians(Whitened):
@@ -151,6 +166,35 @@ class WhitenedRows(Whitened):
                 for mine in (part.jacobians() for part in self.parts())
             ]
         )
+
+    def within_groups(self, other: Whitened, groups: int) -> Tensor:  # noqa: D102
+        assert isinstance(other, WhitenedRows)
+        if groups == 1 or self._shared > 1 or other._shared > 1 or self._is_sparse:
+            return super().within_groups(other, groups)
+        (mine, own), (theirs, others) = self._by_group(groups), other._by_group(groups)
+        if self.weights is None:
+            return torch.einsum("c...gno,d...gmo,...gnm->gnmcd", own, others, mine @ theirs.mT)
+        pairs = mine.shape[-2] * theirs.shape[-2] * self.gradients.shape[1:-3].numel()
+        size = pairs * (mine.shape[-1] + (1 + self._columns) * own.shape[-1]) * own.element_size()
+        step = max(1, jacobian_bytes(own.device) // size)
+        parts = (slice(start, start + step) for start in range(0, groups, step))
+        products = (
+            torch.einsum(
+                "c...gno,d...gmo,...gnmo->gnmcd",
+                own[..., part, :, :],
+                others[..., part, :, :],
+                (mine[..., part, :, None, :] * theirs[..., part, None, :, :]) @ self.weights.mT[..., None, None, :, :],
+            )
+            for part in parts
+        )
+        return torch.cat(list(products))
+
+    def _by_group(self, groups: int) -> tuple[Tensor, Tensor]:
+        """Inputs ``[*blocks, groups, size, in]`` and gradients ``[columns, *blocks, groups, size, out]``."""
+        assert isinstance(self.inputs, Tensor)
+        inputs = self.inputs.squeeze(-2)
+        gradients = self.gradients.squeeze(-2).expand(-1, *inputs.shape[:-1], -1)
+        return inputs.unflatten(-2, (groups, -1)), gradients.unflatten(-2, (groups, -1))
 
     def _between_by_pairs(self, other: WhitenedRows) -> Tensor:
         """``Σ_o g_co g'_do Σ_i w_oi a_i a'_i`` of examples with one position."""

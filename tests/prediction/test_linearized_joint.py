@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from bayes_kfac import Posterior
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.likelihoods import Categorical, Gaussian
-from bayes_kfac.prediction import Draws
+from bayes_kfac.prediction import Draws, LinearizedModel
 from tests.helpers import randn, rng, seeded
 from tests.posteriors import (
     FAMILIES,
@@ -218,3 +218,20 @@ def test_the_kind_of_output_covariance_is_checked(kind):
     posterior, inputs = posterior_of(MODELS["mlp"])
     with pytest.raises(ArgumentError, match=r"output_covariance=.* is unknown. Allowed: 'full', 'diagonal'"):
         posterior.predict(inputs, output_covariance=kind)
+
+
+# Features: covariances of which not all pairs are wanted
+
+
+@with_structures
+@pytest.mark.parametrize("name", ["mlp", "cnn", "recurrent"])
+def test_features_have_the_covariances_within_groups(name, structure, damping):
+    """Of some outputs with all outputs, between groups of two and of one example."""
+    posterior, inputs = posterior_of(MODELS[name], structure=structure, damping=damping)
+    linearized = LinearizedModel(posterior.model, posterior.mean, posterior.layers, posterior.blocks)
+    mine, theirs = linearized.features(inputs[:4], outputs=[1]), linearized.features(inputs[3:])
+    assert_close(mine.mean, dense_mean(posterior, inputs[:4])[:, [1]], **CLOSE)
+    expected = dense_function_covariance(posterior, inputs[:4], inputs[3:])[:, :, [1]]
+    assert_close(mine.covariance(theirs), expected.unsqueeze(0), **CLOSE)
+    within = mine.covariance(theirs, groups=2)
+    assert_close(within, torch.stack([expected[:2, :1], expected[2:, 1:]]), **CLOSE)

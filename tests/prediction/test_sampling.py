@@ -258,3 +258,21 @@ def test_a_sharp_posteriors_moments_are_the_linearised_ones(name: str, monkeypat
     assert_close(sampled.mean, linearized.mean, rtol=1e-5, atol=1e-5)
     scale = linearized.epistemic_variance.mean()
     assert_close(sampled.epistemic_covariance / scale, linearized.epistemic_covariance / scale, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [2, 12], ids=["one by one", "at once"])
+def test_outputs_are_differentiable_in_inputs_that_ask(count: int) -> None:
+    """By finite differences; in nothing else, and not where gradients are off."""
+    posterior = random_posterior(mlp(), Gaussian(0.5))
+    draws, x = posterior.sample(count, generator=rng(0)), randn(2, 3, seed=1).requires_grad_()
+
+    def outputs(inputs: Tensor) -> Tensor:
+        return sampled_outputs(posterior.model, posterior.mean, draws, inputs)
+
+    assert torch.autograd.gradcheck(outputs, x, fast_mode=True)
+    assert not outputs(x.detach()).requires_grad
+    with torch.no_grad():
+        assert not outputs(x).requires_grad
+    outputs(x).sum().backward()
+    for tensor in (*posterior.model.parameters(), *posterior.mean.values(), *draws.values.values()):
+        assert tensor.grad is None

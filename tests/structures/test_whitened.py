@@ -301,3 +301,16 @@ def test_products_with_few_others_form_no_jacobians(monkeypatch):
     assert not formed
     assert_close(few, rows.between(rows)[:, 7:9], **TIGHT)
     assert formed
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_covariances_within_groups_are_blocks_of_those_of_all_pairs(structure, kind, groups, monkeypatch):
+    """Of groups of different sizes and numbers of columns, at once and a group at a time."""
+    mine, theirs = ROWS[kind](2, 2 * groups, 5), ROWS[kind](3, 3 * groups, 7)
+    gaussian = gaussian_of(structure, mine)
+    left, right = gaussian.whitened_rows(mine), gaussian.whitened_rows(theirs)
+    blocks = left.between(right).unflatten(1, (groups, 3)).unflatten(0, (groups, 2))
+    expected = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    assert_close(left.within_groups(right, groups), expected, **TIGHT)
+    monkeypatch.setattr("bayes_kfac.structures.whitened.CPU_JACOBIAN_BYTES", 1)
+    assert_close(left.within_groups(right, groups), expected, **TIGHT)

@@ -1,0 +1,199 @@
+"""What the surrogates share: the posterior over weights, transforms of inputs and outcomes, noise, and shapes.
+
+Inputs are ``batch_shape x q x d``, outputs ``batch_shape x q x m``. Between the transforms everything is in the space
+of the network: noise variances are, as everywhere in BoTorch, of the transformed outcomes.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from botorch.models.model import Model
+from botorch.models.transforms.input import InputTransform
+from botorch.models.transforms.outcome import OutcomeTransform
+from torch import Tensor, nn
+
+from bayes_kfac.errors import ArgumentError, check_count
+from bayes_kfac.likelihoods import Gaussian
+from bayes_kfac.posterior import Posterior
+from bayes_kfac.prediction.forward import call, evaluating
+
+
+class Surrogate(Model):
+    """A posterior over the weights of a network as a BoTorch model.
+
+    Args:
+        posterior: The posterior, of a ``Gaussian`` likelihood. The network takes ``[batch, d]``.
+        num_outputs: The outputs of the network for one input.
+        input_transform: Applied to inputs before the network; such as ``Normalize``.
+        outcome_transform: What the targets of the network were transformed by; such as ``Standardize``. Predictions are
+            transformed back.
+
+    Raises:
+        ArgumentError: If the likelihood is not ``Gaussian``.
+    """
+
+    def __init__(
+        self,
+        posterior: Posterior,
+        *,
+        num_outputs: int = 1,
+        input_transform: InputTransform | None = None,
+        outcome_transform: OutcomeTransform | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(posterior, Posterior):
+            raise ArgumentError(
+                f"posterior is a {type(posterior).__name__}. Allowed: a bayes_kfac.Posterior, as from bayes_kfac.fit() "
+                "or Laplace(...).fit(...).posterior(). To go from data to a surrogate, use the classmethod fit()."
+            )
+        if not isinstance(posterior.likelihood, Gaussian):
+            raise ArgumentError(
+                f"The posterior's likelihood is {type(posterior.likelihood).__name__}. Allowed: Gaussian; a surrogate "
+                "predicts real numbers."
+            )
+        self.weight_posterior = posterior
+        self.likelihood = posterior.likelihood
+        self._network_outputs = check_count("num_outputs", num_outputs)
+        self._outputs = tuple(range(num_outputs))
+        self._is_checked = False
+        # BoTorch asks with hasattr whether there are any
+        if input_transform is not None:
+            self.input_transform = input_transform
+        if outcome_transform is not None:
+            self.outcome_transform = outcome_transform
+        self.eval()
+
+    @property
+    def num_outputs(self) -> int:
+        """The number of outputs."""
+        return len(self._outputs)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The batch shape of the model itself: empty, but for fantasies."""
+        return torch.Size()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the network, which inputs must have."""
+        return next(value.dtype for value in self.weight_posterior.mean.values() if value.is_floating_point())
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the transforms. The weights are what they are, and the network is always evaluated.
+
+        Args:
+            mode: Whether transforms learn from what they see next.
+
+        Returns:
+            This object.
+        """
+        # Model.train() rewrites a GP's training inputs, and warns where there are none
+        nn.Module.train(self, mode)
+        return self
+
+    def eval(self) -> Self:
+        """Set the transforms to apply what they have learned.
+
+        Returns:
+            This object.
+        """
+        return self.train(False)
+
+    def subset_output(self, idcs: list[int]) -> Self:
+        """The same surrogate for some of the outputs; the others are not computed.
+
+        Args:
+            idcs: Their indices.
+
+        Returns:
+            A new surrogate, of the same weights.
+        """
+        chosen = self._chosen(idcs)
+        subset = self._copy()
+        subset._outputs = tuple(self._outputs[index] for index in chosen)
+        if hasattr(self, "outcome_transform"):
+            subset.outcome_transform = self.outcome_transform.subset_output(chosen)
+        return subset
+
+    @abstractmethod
+    def _copy(self) -> Self:
+        """A surrogate of its own with the same parts."""
+
+    def _options(self) -> dict[str, Any]:
+        """The keyword arguments that make such a surrogate."""
+        return {
+            "num_outputs": self._network_outputs,
+            "input_transform": getattr(self, "input_transform", None),
+            "outcome_transform": getattr(self, "outcome_transform", None),
+        }
+
+    def _chosen(self, output_indices: Sequence[int] | None) -> list[int]:
+        """Indices of outputs, from 0; of all where none are given."""
+        if output_indices is None:
+            return list(range(self.num_outputs))
+        if not output_indices or any(not -self.num_outputs <= index < self.num_outputs for index in output_indices):
+            raise ArgumentError(
+                f"output_indices={output_indices!r} is not allowed. Allowed: a list of integers from 0 to "
+                f"{self.num_outputs - 1}."
+            )
+        return [index % self.num_outputs for index in output_indices]
+
+    def _of_network(self, chosen: Sequence[int]) -> list[int]:
+        """The network's own indices of chosen outputs."""
+        return [self._outputs[index] for index in chosen]
+
+    def _transformed(self, X: Tensor) -> Tensor:
+        """Checked inputs as the network takes them, ``batch_shape x q x d``."""
+        self.eval()
+        if X.ndim < 2:
+            raise ArgumentError(f"X has shape {tuple(X.shape)}. Allowed: batch_shape x q x d, such as (q, d).")
+        if X.dtype != self.dtype:
+            raise ArgumentError(
+                f"X is {X.dtype}, but the network's weights are {self.dtype}. Pass X.to({self.dtype}), or make the "
+                f"surrogate from posterior.to({X.dtype}); BoTorch's optimizers work best in torch.float64."
+            )
+        transformed: Tensor = self.transform_inputs(X)
+        self._check_network(transformed)
+        return transformed
+
+    def _check_network(self, X: Tensor) -> None:
+        """See once that the network has as many outputs as was said."""
+        if self._is_checked:
+            return
+        weights = self.weight_posterior
+        with evaluating(weights.model), torch.no_grad():
+            found = call(weights.model, weights.mean, X.flatten(0, -2)[:1]).numel()
+        if found != self._network_outputs:
+            raise ArgumentError(
+                f"num_outputs={self._network_outputs}, but the network has {found} for one input. Pass "
+                f"num_outputs={found}."
+            )
+        self._is_checked = True
+
+    def _noise(self, observation_noise: bool | Tensor, like: Tensor, chosen: Sequence[int]) -> Tensor:
+        """The variance of noise, shaped like outputs ``batch_shape x q x m`` or broadcasting to them."""
+        if isinstance(observation_noise, Tensor):
+            noise = observation_noise.to(like)
+            if noise.ndim and noise.shape[-1] == self.num_outputs:
+                noise = noise[..., list(chosen)]
+        else:
+            learned = self.likelihood.noise.variance().detach().to(like)
+            noise = learned.broadcast_to((1, self._network_outputs))[:, self._of_network(chosen)]
+        try:
+            torch.broadcast_shapes(noise.shape, like.shape[-2:])
+        except RuntimeError:
+            raise ArgumentError(
+                f"observation_noise has shape {tuple(noise.shape)}. Allowed: variances that broadcast to batch_shape x "
+                f"q x m, here {tuple(like.shape)}."
+            ) from None
+        return noise
+
+    def _outcome_transform_of(self, chosen: Sequence[int]) -> OutcomeTransform | None:
+        transform = getattr(self, "outcome_transform", None)
+        if transform is None or list(chosen) == list(range(self.num_outputs)):
+            return transform
+        return transform.subset_output(list(chosen))

@@ -1,0 +1,137 @@
+"""A linearised model, and the same given observations: a Gaussian process whose kernel is ``J P⁻¹ Jᵀ``.
+
+In the linearised model ``f(x) = f(x; M) + J(x) (w − M)`` Gaussian observations change the Gaussian of the weights
+exactly. In function space that is the regression of Gaussian processes: with ``k(x, x') = J P⁻¹ J'ᵀ``, observations
+``y`` at ``x_n`` of noise ``R``, and ``C = K_nn + R``,
+
+    ``mean(x) = f(x; M) + k(x, x_n) C⁻¹ (y − f(x_n; M))``,    ``cov(x, x') = k(x, x') − k(x, x_n) C⁻¹ k(x_n, x')``.
+
+Inputs are ``batch_shape x q x d``; the outputs of one point follow each other, so that covariances are
+``batch_shape x q·m x q·m``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bayes_kfac import linalg
+from bayes_kfac.prediction import Features, LinearizedModel
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Observations of a linearised model, and what is needed of them at every prediction.
+
+    Attributes:
+        linearized: The model.
+        X: Where, ``batch_shape x n x d``.
+        Y: What was seen, ``batch_shape' x n x m``, of the network's outputs.
+        noise: Its variance, likewise.
+        outputs: Which elements of the network's output were seen.
+        features: The model at these inputs.
+        root: The Cholesky factor of ``C``.
+        weights: ``C⁻¹ (y − f(x_n; M))``, ``... x n·m x 1``.
+    """
+
+    linearized: LinearizedModel
+    X: Tensor
+    Y: Tensor
+    noise: Tensor
+    outputs: Sequence[int]
+    features: Features = field(init=False)
+    root: Tensor = field(init=False)
+    weights: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        batch, size = self.X.shape[:-2], self.Y.shape[-2:].numel()
+        features = self.linearized.features(self.X.flatten(0, -2), self.outputs)
+        covariance = as_matrix(features.covariance(features, batch.numel())).reshape(*batch, size, size)
+        root = linalg.cholesky(covariance + torch.diag_embed(self.noise.flatten(-2)), ["the observations"])
+        residual = (self.Y - features.mean.reshape(*self.X.shape[:-1], -1)).flatten(-2).unsqueeze(-1)
+        object.__setattr__(self, "features", features)
+        object.__setattr__(self, "root", root)
+        object.__setattr__(self, "weights", torch.cholesky_solve(residual, root))
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The batch shape of all of it."""
+        return self.weights.shape[:-2]
+
+    def and_more(self, X: Tensor, Y: Tensor, noise: Tensor) -> Observations:
+        """These observations and others, of the same outputs."""
+        return Observations(
+            self.linearized, _joined(self.X, X), _joined(self.Y, Y), _joined(self.noise, noise), self.outputs
+        )
+
+
+def moments(
+    linearized: LinearizedModel, X: Tensor, outputs: Sequence[int], given: Observations | None
+) -> tuple[Tensor, Tensor]:
+    """The joint Gaussian of the outputs at each batch of points.
+
+    Points of different batches never meet, so that the covariance between them is not computed.
+
+    Args:
+        linearized: The model.
+        X: The points, ``batch_shape x q x d``.
+        outputs: Which elements of the network's output.
+        given: What was observed.
+
+    Returns:
+        The mean ``batch_shape x q x m``, and the covariance ``batch_shape x q·m x q·m``; the batch shape is broadcast
+        with that of the observations.
+    """
+    seen = torch.Size() if given is None else given.X.shape[:-2]
+    X = X.expand(*torch.broadcast_shapes(X.shape[:-2], seen), -1, -1)
+    # batches that have observations of their own come first: they are the groups within which points meet these
+    of_group = [False] * (X.ndim - 2 - len(seen)) + [size > 1 for size in seen]
+    order = sorted(range(X.ndim - 2), key=lambda dim: not of_group[dim])
+    back = [order.index(dim) for dim in range(X.ndim - 2)]
+    X = X.permute(*order, -2, -1)
+    batch, groups = X.shape[:-2], seen.numel()
+
+    features = linearized.features(X.flatten(0, -2), outputs)
+    mean = features.mean.reshape(*X.shape[:-1], -1)
+    size = mean.shape[-2:].numel()
+    covariance = as_matrix(features.covariance(features, batch.numel())).reshape(*batch, size, size)
+    covariance = with_jitter(covariance)
+    mean, covariance = mean.permute(*back, -2, -1), covariance.permute(*back, -2, -1)
+    if given is None:
+        return mean, covariance
+    cross = as_matrix(features.covariance(given.features, groups)).reshape(*batch, size, -1).permute(*back, -2, -1)
+    mean = mean + (cross @ given.weights).reshape(*_broadcast(cross, given.weights), *mean.shape[-2:])
+    explained = torch.linalg.solve_triangular(given.root, cross.mT, upper=False)
+    covariance = covariance - explained.mT @ explained
+    return mean, covariance.expand(*mean.shape[:-2], size, size)
+
+
+def as_matrix(covariance: Tensor) -> Tensor:
+    """``[groups, n, m, c, d]`` as matrices ``[groups, n·c, m·d]``."""
+    return covariance.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+def with_jitter(covariance: Tensor) -> Tensor:
+    """Positive definite in spite of rounding, where points coincide or are more than weights.
+
+    Args:
+        covariance: Covariances, ``[..., n, n]``.
+
+    Returns:
+        The same with variances that are larger by a factor of 1 + 1.5e-10 in float64.
+    """
+    diagonal = covariance.diagonal(dim1=-2, dim2=-1)
+    return covariance + torch.diag_embed(0.01 * math.sqrt(torch.finfo(covariance.dtype).eps) * diagonal)
+
+
+def _broadcast(*tensors: Tensor) -> torch.Size:
+    return torch.broadcast_shapes(*(tensor.shape[:-2] for tensor in tensors))
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    batch = _broadcast(first, second)
+    return torch.cat([tensor.expand(*batch, *tensor.shape[-2:]) for tensor in (first, second)], dim=-2)
