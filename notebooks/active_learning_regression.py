@@ -320,8 +320,8 @@ for name, problem in problems.items():
 #
 # On *yacht* they are not: random is ahead until 60 labels, and the small lead of BALD and BatchBALD at 80 is within two
 # standard errors. One of its six inputs explains 99 % of the target's variance (a random forest on it alone). The
-# posterior does not know that from twenty labels, and what is picked for being far out in the other five teaches little:
-# a likely reason, not tested here.
+# posterior does not know that from twenty labels, and what is picked for being far out in the other five teaches
+# little: a likely reason, not tested here.
 #
 # ## What to take from it
 #
