@@ -157,7 +157,15 @@ ax.set(yscale="log", xlabel="experiments after the first eight", ylabel="regret"
 ax.legend()
 for name, regret in regrets.items():
     last = regret[:, -1]
-    print(f"{name:28s} median regret at the end {last.median():7.4f}, from {last.min():.4f} to {last.max():.4f}")
+    print(f"{name:28s} median regret at the end {last.quantile(0.5):7.4f}, from {last.min():.4f} to {last.max():.4f}")
+
+# %% [markdown]
+# The Gaussian process wins, and not by a little: after 18 experiments its regret is some thirty times smaller. The
+# function is as smooth as its kernel supposes, and eight points suffice to tell the scales of two inputs. The
+# network, too, is well ahead of quasi-random search, and loses little by experiments in threes. But it learns the
+# shape of the function and its noise from the same few points, allows for noise of a tenth of the outcomes' spread
+# that is not there, and is slow to settle in a maximum that it has found. On a smooth function of few inputs, take a
+# Gaussian process.
 
 # %% [markdown]
 # ## Many inputs, several outcomes, more data
@@ -216,7 +224,12 @@ for name, (fit, count) in rows.items():
     print(f"{name:26s}", "  ".join(cells))
 
 # %% [markdown]
-# TEXT2
+# With 300 experiments the network errs less than the Gaussian process (0.33 to 0.47 standard deviations), since it
+# learns which mixtures of the inputs matter, and from all outcomes; and its 90 % intervals hold 96 % of new readings,
+# those of the Gaussian process 85 %. With 8000 the network's error is half of that again. But its intervals are too
+# narrow: they hold 70 %. Kronecker factors take the data for more than they are, layer by layer, as long as there are
+# not many more data than weights. As a surrogate for exploration, the posterior that is conditioned on the data is to
+# be preferred wherever it can be afforded.
 #
 # An acquisition function of several outcomes is a few lines more. Here four new experiments at once are to make the
 # first reading large while the second stays near zero.

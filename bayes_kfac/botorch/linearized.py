@@ -113,7 +113,7 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
             )
         if train_X.dtype != torch.float64:
             warnings.warn(
-                f"train_X is {train_X.dtype}: BoTorch's optimizers, and covariances of close points, need torch.float64.",
+                f"train_X is {train_X.dtype}: BoTorch's optimizers and covariances of close points need torch.float64.",
                 InputDataWarning,
                 stacklevel=2,
             )
