@@ -29,6 +29,7 @@ import matplotlib.pyplot as plt
 import torch
 from botorch.acquisition import LogExpectedImprovement
 from botorch.acquisition.logei import qLogExpectedImprovement
+from botorch.acquisition.objective import GenericMCObjective
 from botorch.fit import fit_gpytorch_mll
 from botorch.models import SingleTaskGP
 from botorch.optim import optimize_acqf
@@ -156,43 +157,48 @@ ax.set(yscale="log", xlabel="experiments after the first eight", ylabel="regret"
 ax.legend()
 for name, regret in regrets.items():
     last = regret[:, -1]
-    print(f"{name:28s} median regret at the end {last.median():7.4f}, from {last.min():.4f} to {last.max():.4f}")
+    print(f"{name:28s} median regret at the end {last.quantile(0.5):7.4f}, from {last.min():.4f} to {last.max():.4f}")
 
 # %% [markdown]
-# ## Many data, many inputs, several outcomes
+# The Gaussian process wins, and not by a little: after 18 experiments its regret is some thirty times smaller. The
+# function is as smooth as its kernel supposes, and eight points suffice to tell the scales of two inputs. The
+# network, too, is well ahead of quasi-random search, and loses little by experiments in threes. But it learns the
+# shape of the function and its noise from the same few points, allows for noise of a tenth of the outcomes' spread
+# that is not there, and is slow to settle in a maximum that it has found. On a smooth function of few inputs, take a
+# Gaussian process.
+
+# %% [markdown]
+# ## Many inputs, several outcomes, more data
 #
-# Now 20 inputs, 1000 experiments that were done already, and three outcomes that depend on the same few hidden
-# quantities, as the readings of one machine do. All data are noisy. `structure="kron"` is the Kronecker-factored
-# posterior, whose cost grows with the number of data only as that of training does. The Gaussian process is BoTorch's
-# default, one for each outcome.
+# Now 20 inputs, and three outcomes that depend on the same four hidden quantities, as the readings of one machine do.
+# All readings are noisy. The Gaussian process is BoTorch's default, one for each outcome; the network is fitted as
+# above, and learns the hidden quantities from all outcomes together. Then 8000 experiments were done already: too
+# many for a Gaussian process of this kind, and for conditioning on all of them. With `structure="kron"` the network
+# has a Kronecker-factored posterior, whose cost is that of training.
 
 # %%
-INPUTS, DATA, TEST, REPEATS = (6, 60, 50, 1) if SMOKE else (20, 1000, 1000, 3)
+INPUTS, FEW, MANY, TEST, REPEATS = (6, 40, 80, 50, 1) if SMOKE else (20, 300, 8000, 1000, 3)
 
 
-def machine(seed):
-    """A function of three outcomes of four hidden quantities, which are periodic in mixtures of the inputs."""
+def machine(seed, count):
+    """Experiments with three outcomes of four hidden quantities, which are periodic in mixtures of the inputs."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(INPUTS, 4, generator=generator, dtype=torch.float64) / INPUTS**0.5
     read = torch.randn(4, 3, generator=generator, dtype=torch.float64)
-
-    def outcomes(X):
-        return torch.sin(8 * (X - 0.5) @ mix) @ read
-
-    X = torch.rand(DATA + TEST, INPUTS, generator=generator, dtype=torch.float64)
-    clean = outcomes(X)
+    X = torch.rand(TEST + count, INPUTS, generator=generator, dtype=torch.float64)
+    clean = torch.sin(4 * (X - 0.5) @ mix) @ read
     Y = clean + 0.1 * torch.randn(clean.shape, generator=generator, dtype=torch.float64)
-    return X[:DATA], Y[:DATA], X[DATA:], Y[DATA:]
+    return X[TEST:], Y[TEST:], X[:TEST], Y[:TEST]
 
 
 def kronecker(X, Y):
     return bk.botorch.LinearizedSurrogate.fit(X, Y, structure="kron", steps=20 if SMOKE else 2000)
 
 
-def scores(fit, seed):
+def scores(fit, count, seed):
     """Root mean square error, log-density of a new reading, coverage of the 90 % interval, and seconds."""
     torch.manual_seed(seed)
-    X, Y, at, expected = machine(seed)
+    X, Y, at, expected = machine(seed, count)
     start = time.perf_counter()
     model = fit(X, Y)
     seconds = time.perf_counter() - start
@@ -205,23 +211,35 @@ def scores(fit, seed):
     return torch.tensor([rmse, density, covered, seconds])
 
 
-print(f"{'':20s}   RMSE / std   log-density   90 % coverage   seconds")
-for name, fit in {"Gaussian process": gaussian_process, "network": kronecker}.items():
-    table = torch.stack([scores(fit, seed) for seed in range(REPEATS)])
+rows = {
+    f"Gaussian process, {FEW}": (gaussian_process, FEW),
+    f"network, {FEW}": (network, FEW),
+    f"network, Kronecker, {MANY}": (kronecker, MANY),
+}
+print(f"{'':26s}   RMSE / std       log-density     90 % coverage    seconds")
+for name, (fit, count) in rows.items():
+    table = torch.stack([scores(fit, count, seed) for seed in range(REPEATS)])
     middle, error = table.mean(0), table.std(0, correction=min(1, REPEATS - 1)) / REPEATS**0.5
     cells = [f"{value:6.3f} ± {spread:5.3f}" for value, spread in zip(middle, error, strict=True)]
-    print(f"{name:18s}", "  ".join(cells))
+    print(f"{name:26s}", "  ".join(cells))
 
 # %% [markdown]
-# With such a surrogate an acquisition function of several outcomes is the same few lines. Here four new experiments
-# at once are to make the first reading large while the second stays near zero.
+# Mean ± standard error over three machines; the seconds are of a busy computer, one core.
+#
+# With 300 experiments the network errs less than the Gaussian process (0.33 to 0.47 standard deviations), since it
+# learns which mixtures of the inputs matter, and from all outcomes; and its 90 % intervals hold 96 % of new readings,
+# those of the Gaussian process 85 %. With 8000 the network's error is half of that again. But its intervals are too
+# narrow: they hold 70 %. Kronecker factors take the data for more than they are, layer by layer, as long as there are
+# not many more data than weights. As a surrogate for exploration, the posterior that is conditioned on the data is to
+# be preferred wherever it can be afforded.
+#
+# An acquisition function of several outcomes is a few lines more. Here four new experiments at once are to make the
+# first reading large while the second stays near zero.
 
 # %%
-from botorch.acquisition.objective import GenericMCObjective
-
-X, Y, _, _ = machine(0)
+X, Y, _, _ = machine(0, FEW)
 torch.manual_seed(0)
-surrogate = kronecker(X, Y)
+surrogate = network(X, Y)
 goal = GenericMCObjective(lambda samples, X=None: samples[..., 0] - samples[..., 1].square())
 best = (Y[:, 0] - Y[:, 1].square()).max()
 cube = torch.stack([torch.zeros(INPUTS), torch.ones(INPUTS)]).double()

@@ -105,8 +105,8 @@ def moments(
         return mean, covariance
     cross = as_matrix(features.covariance(given.features, groups)).reshape(*batch, size, -1).permute(*back, -2, -1)
     mean = mean + (cross @ given.weights).reshape(*_broadcast(cross, given.weights), *mean.shape[-2:])
-    explained = torch.linalg.solve_triangular(given.root, cross.mT, upper=False)
-    covariance = covariance - explained.mT @ explained
+    explained = _solved(given.root, cross)
+    covariance = covariance - explained @ explained.mT
     return mean, covariance.expand(*mean.shape[:-2], size, size)
 
 
@@ -126,6 +126,19 @@ def with_jitter(covariance: Tensor) -> Tensor:
     """
     diagonal = covariance.diagonal(dim1=-2, dim2=-1)
     return covariance + torch.diag_embed(0.01 * math.sqrt(torch.finfo(covariance.dtype).eps) * diagonal)
+
+
+def _solved(root: Tensor, rows: Tensor) -> Tensor:
+    """``(L⁻¹ Rᵀ)ᵀ`` of rows ``[..., r, n]``, without a copy of ``L`` for every batch that shares it."""
+    batch = _broadcast(root, rows)
+    own = [1] * (len(batch) - root.ndim + 2) + list(root.shape[:-2])
+    order = sorted(range(len(batch)), key=lambda dim: own[dim] == 1)
+    back = [order.index(dim) for dim in range(len(batch))]
+    roots = [size for size in own if size > 1]
+    moved = rows.expand(*batch, -1, -1).permute(*order, -2, -1)
+    folded = moved.flatten(len(roots), -2)  # what shares a root is one matrix of rows
+    solved = torch.linalg.solve_triangular(root.reshape(*roots, *root.shape[-2:]), folded.mT, upper=False).mT
+    return solved.reshape(moved.shape).permute(*back, -2, -1)
 
 
 def _broadcast(*tensors: Tensor) -> torch.Size:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Self
 
 import torch
 from botorch.acquisition.objective import PosteriorTransform
+from botorch.exceptions.warnings import InputDataWarning
 from botorch.models.model import FantasizeMixin
 from botorch.models.transforms.input import InputTransform
 from botorch.models.transforms.outcome import OutcomeTransform, Standardize
@@ -109,6 +111,12 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
                 f"train_X is {train_X.dtype} and train_Y {train_Y.dtype}. Allowed: one floating-point dtype, best "
                 "torch.float64."
             )
+        if train_X.dtype != torch.float64:
+            warnings.warn(
+                f"train_X is {train_X.dtype}: BoTorch's optimizers and covariances of close points need torch.float64.",
+                InputDataWarning,
+                stacklevel=2,
+            )
         if structure is None and train_Y.numel() > MAX_EXACT:
             raise ArgumentError(
                 f"structure=None is for {MAX_EXACT} outcomes at most, but train_Y holds {train_Y.numel()}. Pass "
@@ -125,7 +133,8 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
         validate_input_scaling(train_X=X, train_Y=Y)
         network = default_network(X.shape[1], Y.shape[1], X) if network is None else network
         check_network(network, X, Y)
-        prior = fit_prior(network, X, Y, prior_precision=prior_precision, noise_scale=noise_scale, steps=steps)
+        with torch.inference_mode(False), torch.enable_grad():  # training needs gradients, wherever this is called
+            prior = fit_prior(network, X, Y, prior_precision=prior_precision, noise_scale=noise_scale, steps=steps)
         options = {
             "num_outputs": Y.shape[1],
             "input_transform": input_transform,

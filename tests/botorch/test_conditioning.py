@@ -129,6 +129,20 @@ def test_outcomes_are_transformed():
     assert_close(found.variance, transform.stdvs**2 * inner.variance, **CLOSE)
 
 
+def test_many_batches_share_one_factor(monkeypatch):
+    """The Cholesky factor of the observations is not copied for each batch of points: memory would be its product."""
+    surrogate = surrogate_of().condition_on_observations(randn(20, D, seed=1), randn(20, M, seed=2))
+    shapes, solve = [], torch.linalg.solve_triangular
+
+    def spy(factor: Tensor, rows: Tensor, **options: bool) -> Tensor:
+        shapes.append((factor.shape, rows.shape))
+        return solve(factor, rows, **options)
+
+    monkeypatch.setattr("torch.linalg.solve_triangular", spy)
+    surrogate.posterior(randn(7, 5, 3, D, seed=3))
+    assert shapes == [((20 * M, 20 * M), (20 * M, 7 * 5 * 3 * M))]
+
+
 # Fantasies
 
 

@@ -163,6 +163,15 @@ def test_transforms_learn_from_the_data():
     assert surrogate.posterior(X).mean.shape == (12, 2)
 
 
+def test_fits_wherever_it_is_called_and_warns_of_single_precision():
+    with torch.no_grad():
+        surrogate = LinearizedSurrogate.fit(inputs(6), outcomes(inputs(6)), steps=1)
+    assert not surrogate.posterior(inputs(2)).mean.requires_grad
+    with pytest.warns(InputDataWarning, match="float64"):
+        surrogate = LinearizedSurrogate.fit(inputs(6).float(), outcomes(inputs(6)).float(), steps=1)
+    assert surrogate.posterior(inputs(2).float()).variance.dtype == torch.float32
+
+
 def test_inputs_outside_of_the_unit_cube_are_warned_of_as_in_botorch():
     with pytest.warns(InputDataWarning, match="unit cube"):
         LinearizedSurrogate.fit(9 * inputs(6), outcomes(inputs(6)), steps=1)
