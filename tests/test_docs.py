@@ -16,6 +16,7 @@ PAGES = [
     "README.md",
     "docs/active.md",
     "docs/active_gaussian.md",
+    "docs/botorch.md",
     "docs/cheat_sheet.md",
     "docs/gotchas.md",
     "docs/laplace.md",
