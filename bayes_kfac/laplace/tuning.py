@@ -60,6 +60,7 @@ def maximize_evidence(
 
     Raises:
         ArgumentError: If ``per`` is unknown.
+        NonFiniteError: If there is no largest evidence, since the targets have no noise.
     """
     check_choice("per", per, GROUPINGS)
     layers, like = fitted.layers, fitted.measurement.nll
@@ -115,6 +116,12 @@ def maximize_evidence(
         if last - now <= TOLERANCE * abs(now):
             break
         last = now
+    if noise and not bool(torch.isfinite(log_scale)):
+        raise NonFiniteError(
+            "noise=True, but the evidence grows without bound as the noise's scale goes to 0: up to rounding, the model "
+            "fits all targets exactly. Nothing was changed. Leave noise=False with a known scale, likelihoods.Gaussian("
+            "0.1), or check whether the targets are the model's own outputs."
+        )
     with torch.no_grad():
         found = {name: as_prior(value.detach(), layers[name]) for name, value in priors().items()}
     return found, log_scale.detach().exp() if noise else noise_scale

@@ -15,15 +15,16 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from bayes_kfac import linalg
-from bayes_kfac.prediction.quadrature import JOINT_NODES, joint_normal_nodes, normal_rule, trapezoid
+from bayes_kfac.prediction.quadrature import JOINT_NODES, NODES, joint_normal_nodes, normal_rule, trapezoid
 
 #: Newton's steps to the mode. From the start of a generalised linear model's fit a handful is enough; it need not be
 #: exact, since nodes around a point nearby are as good.
 STEPS = 25
 #: How far nodes of one dimension go: the integrand's left tail may be only exponential.
 REACH = 14.0
-#: The same of a log-gamma variable, the left tail of which is exponential at a count of 0.
-GAMMA_REACH = 20.0
+#: The same of a log-gamma variable, whose left tail is exponential at a count of 0, and whose right tail is lighter than
+#: a normal's.
+GAMMA_ENDS = (-26.0, 9.0)
 
 
 class PoissonLogNormal(Distribution):
@@ -110,7 +111,7 @@ def marginal_cdf(loc: Tensor, stddev: Tensor, value: Tensor) -> Tensor:
     mean, deviation = loc.double().unsqueeze(-1), stddev.double().unsqueeze(-1)
     nodes, log_weights = normal_rule(mean)
     by_rate = (log_weights.exp() * torch.special.gammaincc(count + 1, (mean + deviation * nodes).exp())).sum(-1)
-    away, _ = trapezoid(GAMMA_REACH, mean)
+    away = torch.linspace(*GAMMA_ENDS, NODES, dtype=mean.dtype, device=mean.device)
     log_gamma = (count + 1).log() + away * (count + 1).rsqrt()
     weights = ((count + 1) * log_gamma - log_gamma.exp()).softmax(-1)
     by_gamma = (weights * torch.special.ndtr((log_gamma - mean) / deviation.clamp(min=1e-300))).sum(-1)

@@ -114,17 +114,11 @@ def test_training_finds_the_noise() -> None:
     """``bk.fit`` from a poor start comes near the truth's log-likelihood of the data, which no one scale does."""
     x, y, log_scale = toy(200)
     torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 2)).double()
     loader = [(x[n::4], y[n::4]) for n in range(4)]
+    options = {"lr": 0.1, "prior_precision": 0.1, "temperature": 0.1}
     posterior = bk.fit(
-        network(),
-        HeteroscedasticGaussian(),
-        loader,
-        num_data=len(x),
-        epochs=60,
-        lr=0.1,
-        kl_clip=None,
-        temperature=0.1,
-        progress=False,
+        model, HeteroscedasticGaussian(), loader, num_data=len(x), epochs=150, progress=False, **options
     )
     prediction, residual = posterior.predict(x), y - torch.sin(3 * x)
     truth = Normal(torch.sin(3 * x), log_scale.exp()).log_prob(y).mean()

@@ -8,10 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import integrate, stats
 from torch import Tensor, nn
+from torch.distributions import MixtureSameFamily
 from torch.testing import assert_close
 
 import bayes_kfac as bk
@@ -99,9 +98,9 @@ def test_density_is_that_of_its_distribution(prediction) -> None:
     distribution = prediction.distribution
     assert distribution.batch_shape == (5,)
     assert_close(prediction.log_prob(target), distribution.log_prob(target.reshape(5, *distribution.event_shape)))
-    variance = distribution.variance.reshape(prediction.variance.shape)
-    is_joint = isinstance(prediction, HeteroscedasticPrediction) and distribution.event_shape != prediction.mean.shape[1:]
-    assert_close(variance, prediction.variance, **({"rtol": 0.05, "atol": 0.0} if is_joint else TIGHT))
+    assert_close(distribution.mean.reshape(prediction.mean.shape), prediction.mean, rtol=0.0, atol=0.02)
+    if not isinstance(distribution, MixtureSameFamily) or isinstance(prediction, HeteroscedasticMixturePrediction):
+        assert_close(distribution.variance.reshape(prediction.mean.shape), prediction.variance, rtol=1e-6, atol=0.0)
 
 
 def test_targets_of_other_shapes_and_links_are_refused(prediction) -> None:
@@ -159,7 +158,7 @@ def test_density_of_one_target_is_the_integral(spread: list[list[float]]) -> Non
     prediction = HeteroscedasticPrediction(GaussianOutput(mean, covariance), CLOSED)
     for target in (-3.0, -0.2, 0.31, 2.0):
         expected = math.log(density_by_scipy(mean[0], covariance[0], target))
-        assert_close(prediction.log_prob(torch.tensor([[target]]).double()).item(), expected, rtol=0.0, atol=1e-9)
+        assert_close(prediction.log_prob(torch.tensor([[target]], dtype=torch.float64)).item(), expected, rtol=0.0, atol=1e-9)
 
 
 @pytest.mark.parametrize(("event", "bound"), [((1,), 0.02), ((2,), 0.03), ((2, 2), 0.06)])
@@ -220,23 +219,26 @@ def test_a_certain_output_is_its_likelihood() -> None:
 
 def information_by_quadrature(prediction: HeteroscedasticPrediction) -> Tensor:
     """``H[y] − E H[y | w]`` of one target: the first is ``−∫ p log p``, on a grid that is fine where ``p`` is."""
-    quantile = torch.linspace(-9, 9, 4001, dtype=torch.float64)
     deviation = (prediction.epistemic_variance + (2 * prediction.expected_log_scale).exp()).sqrt()
-    grid = prediction.mean + deviation * quantile.sinh() / 20
-    log_density = torch.stack([prediction.log_prob(column.unsqueeze(1)) for column in grid.mT], 1)
-    entropy = torch.trapezoid(-log_density.exp() * log_density, grid)
+    steps = torch.linspace(-6, 6, 2001, dtype=torch.float64)
+    grid = prediction.mean + deviation * steps.sinh() / 4
+    size, count = grid.shape
+    whole = GaussianOutput(
+        prediction.output.mean.repeat_interleave(count, 0), prediction.output.spread.repeat_interleave(count, 0)
+    )
+    log_density = HeteroscedasticPrediction(whole, CLOSED).log_prob(grid.reshape(-1, 1)).reshape(size, count)
+    entropy = torch.trapezoid(-log_density.exp() * log_density * deviation * steps.cosh() / 4, steps)
     return entropy - prediction.expected_entropy
 
 
-@settings(deadline=None, max_examples=8)
-@given(size=st.floats(0.001, 0.6), seed=st.integers(0, 100))
-def test_information_is_a_bound_that_is_tight_where_little_is_uncertain(size: float, seed: int) -> None:
-    covariance = size * random_spd(3, 2, seed=seed)
+@pytest.mark.parametrize(("size", "gap"), [(1e-4, 1e-2), (1e-2, 0.2), (0.3, 1.0)])
+def test_information_is_a_bound_that_is_tight_where_little_is_uncertain(size: float, gap: float) -> None:
+    covariance = size * random_spd(3, 2, seed=0)
     mean = torch.stack([torch.zeros(3), torch.linspace(-1, 0.5, 3)], 1).double()
     prediction = HeteroscedasticPrediction(GaussianOutput(mean, covariance), CLOSED)
-    exact = information_by_quadrature(prediction)
-    assert (prediction.mutual_information >= exact - 1e-6).all()
-    assert_close(exact, prediction.mutual_information, rtol=0.01 + 3 * size, atol=1e-5)
+    exact, bound = information_by_quadrature(prediction), prediction.mutual_information
+    assert (bound >= exact - 1e-9).all()
+    assert (bound <= (1 + gap) * exact).all()
 
 
 def test_float32_is_enough() -> None:
