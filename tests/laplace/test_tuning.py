@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import bayes_kfac as bk
-from bayes_kfac.errors import ArgumentError
+from bayes_kfac.errors import ArgumentError, NonFiniteError
 from bayes_kfac.laplace import tuning
 from bayes_kfac.likelihoods import Categorical, Gaussian
 from tests.helpers import randn, rng, seeded
