@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from bayes_kfac.batches import Batch, call, count_examples, expect_output_tensor, unpack
 from bayes_kfac.curvature import check_types, find_covered, unwrapped
-from bayes_kfac.errors import ArgumentError, UsageError, check_choice, check_count
+from bayes_kfac.errors import ArgumentError, check_choice, check_count
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.progress import progress_bar
@@ -84,7 +84,6 @@ def fit(
 
     Raises:
         ArgumentError: If ``num_data`` is not given and the loader cannot tell, or the loader is empty.
-        UsageError: If no forward pass of the first epoch used a layer; the model is at the mean, as ever.
 
     Example:
         >>> import bayes_kfac as bk, torch
@@ -125,8 +124,6 @@ def fit(
         with progress_bar(total=epochs, desc="fit", unit="epoch", shown=progress) as bar:
             for epoch in range(1, epochs + 1):
                 nll = _train_epoch(model, likelihood, loader, optimizer)
-                if epoch == 1:
-                    _check_used(optimizer)
                 schedule.step()
                 if tune is not None and 10 * epoch > epochs:
                     tune_prior_precision(optimizer)
@@ -167,16 +164,6 @@ def _train_epoch(
             f"loader={loader!r} yielded no batch. An iterator is used up after one epoch: pass a DataLoader or a list."
         )
     return float(total / count)
-
-
-def _check_used(optimizer: NoisyNaturalGradient) -> None:
-    """Refuse layers that nothing is known of after an epoch: there would be no posterior at the end either."""
-    if missing := sorted(name for name, state in optimizer.blocks.items() if state.statistics is None):
-        raise UsageError(
-            f"No forward pass of the first epoch used the layers {missing}, so that nothing is known of their "
-            "curvature. Freeze them before training, model.get_submodule(name).requires_grad_(False); if they run under "
-            "activation checkpointing, pass use_reentrant=False, as no hook sees them otherwise."
-        )
 
 
 def _one_for_each_layer(model: nn.Module, options: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -471,9 +471,11 @@ def test_a_value_whose_predictions_are_not_finite_is_never_the_best() -> None:
 @pytest.mark.parametrize("per", ["model", "layer", "parameter"])
 def test_no_noise_is_found_where_the_targets_are_the_models_own_outputs(per: str, size: float) -> None:
     """The evidence has no maximum there: an error that says so, and the fit as it was; also up to rounding."""
-    model = mlp()
-    targets = model(X).detach() + size * randn(*model(X).shape, seed=9)
-    laplace = fitted(model, Gaussian(torch.tensor(0.7, dtype=torch.float64)), batches(X, targets), prior_precision=2.0)
+    model = seeded(nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)))
+    x = randn(30, 2, seed=8)
+    y = model(x).detach() + size * randn(30, 1, seed=9)
+    likelihood = Gaussian(torch.tensor(0.7, dtype=torch.float64))
+    laplace = bk.Laplace(model, likelihood, prior_precision=2.0).fit([(x, y)], progress=False)
     before, evidence = dict(laplace.prior_precision), laplace.log_marginal_likelihood()
     with pytest.raises(NonFiniteError, match=r"as the noise's scale goes to 0.*Nothing was changed.*noise=False"):
         laplace.optimize_prior_precision(noise=True, per=per)
