@@ -52,9 +52,7 @@ class HeteroscedasticGaussian(Likelihood):
     def sample_gradient(self, output: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:  # noqa: D102
         # a target μ + σε has the gradient −ε/σ by μ, and 1 − ε² by log σ
         mean, log_scale = output.chunk(2, -1)
-        noise = torch.randn(
-            (num_samples, *mean.shape), dtype=output.dtype, device=output.device, generator=generator
-        )
+        noise = torch.randn((num_samples, *mean.shape), dtype=output.dtype, device=output.device, generator=generator)
         return torch.cat([-noise * (-log_scale).exp(), 1 - noise.square()], -1)
 
     def fisher_root(self, output: Tensor) -> Tensor:  # noqa: D102

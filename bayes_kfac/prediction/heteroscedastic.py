@@ -179,7 +179,9 @@ class HeteroscedasticPrediction(ScalePrediction):
         means, log_scales = self._indices
         order, count = torch.cat([log_scales, means]), len(means)
         covariance = self.output.spread[part][:, order][:, :, order].double()
-        floor = 1e-12 * linalg.trace(covariance).abs() + torch.finfo(torch.float32).tiny  # what is certain has no factor
+        floor = (
+            1e-12 * linalg.trace(covariance).abs() + torch.finfo(torch.float32).tiny
+        )  # what is certain has no factor
         root = linalg.cholesky(linalg.add_to_diagonal(covariance, floor), ["output covariance"])
         nodes = joint_normal_nodes(count, root)
         flat = self.output.mean[part].flatten(1).double().unsqueeze(1)  # [batch, 1, outputs], against [nodes, targets]

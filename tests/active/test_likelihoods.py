@@ -49,7 +49,7 @@ def test_information_of_batches_is_refused(likelihood, outputs) -> None:
     """It is in closed form for one noise, and over draws for classes: neither is right here."""
     net = posterior(likelihood, outputs)
     for acquisition in (BatchBALD(), EPIG()):
-        with pytest.raises(UsageError, match="needs sampled_probs, which a .* does not know"):
+        with pytest.raises(UsageError, match=r"needs sampled_probs, which a .* does not know"):
             acquisition.look(net, X)
     with pytest.raises(ArgumentError, match="Allowed: Gaussian"):
         GaussianGains(net, X)

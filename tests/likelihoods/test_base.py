@@ -300,7 +300,9 @@ def test_only_a_belief_has_a_divergence(case: Case) -> None:
 
 
 def test_registry_lists_the_likelihoods() -> None:
-    assert {"Bernoulli", "Categorical", "Gaussian", "HeteroscedasticGaussian", "Poisson"} <= set(likelihoods.available())
+    assert {"Bernoulli", "Categorical", "Gaussian", "HeteroscedasticGaussian", "Poisson"} <= set(
+        likelihoods.available()
+    )
 
 
 def test_unknown_name_says_what_there_is() -> None:

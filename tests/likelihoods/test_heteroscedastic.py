@@ -117,9 +117,7 @@ def test_training_finds_the_noise() -> None:
     model = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 2)).double()
     loader = [(x[n::4], y[n::4]) for n in range(4)]
     options = {"lr": 0.1, "prior_precision": 0.1, "temperature": 0.1}
-    posterior = bk.fit(
-        model, HeteroscedasticGaussian(), loader, num_data=len(x), epochs=150, progress=False, **options
-    )
+    posterior = bk.fit(model, HeteroscedasticGaussian(), loader, num_data=len(x), epochs=150, progress=False, **options)
     prediction, residual = posterior.predict(x), y - torch.sin(3 * x)
     truth = Normal(torch.sin(3 * x), log_scale.exp()).log_prob(y).mean()
     one_scale = Normal(0.0, residual.std()).log_prob(residual).mean()
@@ -156,6 +154,8 @@ def test_laplace_of_one_linear_layer_is_the_dense_fisher() -> None:
     )
     log_scale = model(x)[:, 1].detach()
     rows = torch.cat([x, torch.ones(9, 1, dtype=torch.float64)], 1)
-    blocks = [torch.einsum("n,ni,nj->ij", w, rows, rows) for w in ((-2 * log_scale).exp(), 2 * torch.ones_like(log_scale))]
+    blocks = [
+        torch.einsum("n,ni,nj->ij", w, rows, rows) for w in ((-2 * log_scale).exp(), 2 * torch.ones_like(log_scale))
+    ]
     expected = torch.block_diag(*blocks) + 0.7 * torch.eye(8, dtype=torch.float64)
     assert_close(posterior.blocks["0"].to_dense(), expected, rtol=1e-10, atol=1e-10)

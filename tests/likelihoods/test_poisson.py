@@ -111,9 +111,7 @@ def test_training_finds_the_rate() -> None:
     x, y, rate = toy()
     torch.manual_seed(0)
     loader = [(x[n::6], y[n::6]) for n in range(6)]
-    posterior = bk.fit(
-        network(), Poisson(), loader, num_data=len(x), epochs=60, lr=0.1, kl_clip=1e-2, progress=False
-    )
+    posterior = bk.fit(network(), Poisson(), loader, num_data=len(x), epochs=60, lr=0.1, kl_clip=1e-2, progress=False)
     assert (posterior.predict(x).mean / rate).log().abs().max() < 0.3
 
 

@@ -110,7 +110,12 @@ def test_wrong_input_is_refused(prediction) -> None:
         prediction.quantile(0)
     with pytest.raises(ArgumentError, match="link='mc' is for class probabilities"):
         from_gaussian(
-            Poisson(), GaussianOutput(double([[0.0]]), double([[[1.0]]])), CLOSED, link="mc", num_samples=3, generator=None
+            Poisson(),
+            GaussianOutput(double([[0.0]]), double([[[1.0]]])),
+            CLOSED,
+            link="mc",
+            num_samples=3,
+            generator=None,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -110,9 +111,7 @@ def test_targets_of_other_shapes_and_links_are_refused(prediction) -> None:
     with pytest.raises(ArgumentError, match="probability=1"):
         prediction.quantile(1.0)
     with pytest.raises(ArgumentError, match="link='probit' is for class probabilities"):
-        from_gaussian(
-            HeteroscedasticGaussian(), output(1), CLOSED, link="probit", num_samples=3, generator=None
-        )
+        from_gaussian(HeteroscedasticGaussian(), output(1), CLOSED, link="probit", num_samples=3, generator=None)
 
 
 def test_information_is_never_negative_and_entropy_adds_up(prediction) -> None:
@@ -147,7 +146,9 @@ def density_by_scipy(mean: Tensor, covariance: Tensor, target: float) -> float:
         return float(stats.norm.pdf(log_scale, s, ll**0.5) * stats.norm.pdf(target, given, deviation))
 
     edges = s + ll**0.5 * np.arange(-10, 11)
-    return sum(integrate.quad(integrand, a, b, epsabs=0, epsrel=1e-9)[0] for a, b in zip(edges, edges[1:], strict=False))
+    return sum(
+        integrate.quad(integrand, a, b, epsabs=0, epsrel=1e-9)[0] for a, b in itertools.pairwise(edges)
+    )
 
 
 @pytest.mark.parametrize("spread", [[[0.3, 0.1], [0.1, 0.2]], [[0.3, -0.5], [-0.5, 1.0]], [[0.0, 0.0], [0.0, 1.0]]])
@@ -158,7 +159,9 @@ def test_density_of_one_target_is_the_integral(spread: list[list[float]]) -> Non
     prediction = HeteroscedasticPrediction(GaussianOutput(mean, covariance), CLOSED)
     for target in (-3.0, -0.2, 0.31, 2.0):
         expected = math.log(density_by_scipy(mean[0], covariance[0], target))
-        assert_close(prediction.log_prob(torch.tensor([[target]], dtype=torch.float64)).item(), expected, rtol=0.0, atol=1e-9)
+        assert_close(
+            prediction.log_prob(torch.tensor([[target]], dtype=torch.float64)).item(), expected, rtol=0.0, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize(("event", "bound"), [((1,), 0.02), ((2,), 0.03), ((2, 2), 0.06)])
