@@ -1,7 +1,8 @@
 """Predictions of counts: mixtures of Poisson distributions over what the rate may be.
 
 The linearised output is a Gaussian over log-rates: the rate is lognormal, its mean and variance in closed form, and the
-probability of a count is the integral over the log-rate, by quadrature (:mod:`bayes_kfac.prediction.poisson_lognormal`).
+probability of a count is the integral over the log-rate, by quadrature; see
+:mod:`bayes_kfac.prediction.poisson_lognormal`.
 """
 
 from __future__ import annotations

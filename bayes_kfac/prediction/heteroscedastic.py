@@ -175,6 +175,9 @@ class HeteroscedasticPrediction(ScalePrediction):
 
         With the Cholesky factor ``[[A, 0], [B, C]]`` of log-scales and means their mean is ``E[m] + B z`` and their
         covariance ``C Cᵀ + diag(exp(2 l))``.
+
+        Returns:
+            The mixture, over ``[batch, targets]``.
         """
         means, log_scales = self._indices
         order, count = torch.cat([log_scales, means]), len(means)

@@ -1,4 +1,4 @@
-"""Counts whose log-rates are Gaussian: the Poisson-lognormal distribution (Aitchison & Ho 1989), as a torch distribution.
+"""Counts whose log-rates are Gaussian: the Poisson-lognormal distribution (Aitchison & Ho 1989).
 
 The probability of counts ``y`` is ``∫ Π_i Poisson(y_i | exp f_i) N(f; μ, R Rᵀ) df``. Where counts are large, what they
 say of ``f`` is far narrower than what was known before, so that nodes placed by ``N(f; μ, R Rᵀ)`` would miss it. With
@@ -22,8 +22,8 @@ from bayes_kfac.prediction.quadrature import JOINT_NODES, NODES, joint_normal_no
 STEPS = 25
 #: How far nodes of one dimension go: the integrand's left tail may be only exponential.
 REACH = 14.0
-#: The same of a log-gamma variable, whose left tail is exponential at a count of 0, and whose right tail is lighter than
-#: a normal's.
+#: The same of a log-gamma variable: its left tail is exponential at a count of 0, its right one lighter than a
+#: normal's.
 GAMMA_ENDS = (-26.0, 9.0)
 
 
@@ -39,7 +39,7 @@ class PoissonLogNormal(Distribution):
         validate_args: Whether arguments are checked.
     """
 
-    arg_constraints = {"loc": constraints.real_vector}
+    arg_constraints = {"loc": constraints.real_vector}  # noqa: RUF012, as in torch
     support = constraints.independent(constraints.nonnegative_integer, 1)
     has_rsample = False
 
@@ -57,8 +57,8 @@ class PoissonLogNormal(Distribution):
         """That of the rates, ``(exp(s²) − 1) mean²``, plus their mean, ``[..., d]``."""
         return self.mean + self._log_variance.expm1() * self.mean.square()
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: D102
-        shape = self._extended_shape(sample_shape)
+    def sample(self, sample_shape: Any = ()) -> Tensor:  # noqa: D102
+        shape = self._extended_shape(torch.Size(sample_shape))
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         with torch.no_grad():
             return torch.poisson((self.loc + (self.scale_root @ noise.unsqueeze(-1)).squeeze(-1)).exp())
@@ -124,6 +124,9 @@ def _mode(loc: Tensor, root: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Where ``½ |u|² + Σ exp(f) − y f`` with ``f = μ + R u`` is least, and about its curvature there.
 
     The first step is that of a generalised linear model's fit, from rates at the counts themselves.
+
+    Returns:
+        The mode, ``[..., d]``, and the curvature, ``[..., d, d]``.
     """
     identity = torch.eye(loc.shape[-1]).to(loc)
     weight = counts + 0.5

@@ -146,9 +146,7 @@ def density_by_scipy(mean: Tensor, covariance: Tensor, target: float) -> float:
         return float(stats.norm.pdf(log_scale, s, ll**0.5) * stats.norm.pdf(target, given, deviation))
 
     edges = s + ll**0.5 * np.arange(-10, 11)
-    return sum(
-        integrate.quad(integrand, a, b, epsabs=0, epsrel=1e-9)[0] for a, b in itertools.pairwise(edges)
-    )
+    return sum(integrate.quad(integrand, a, b, epsabs=0, epsrel=1e-9)[0] for a, b in itertools.pairwise(edges))
 
 
 @pytest.mark.parametrize("spread", [[[0.3, 0.1], [0.1, 0.2]], [[0.3, -0.5], [-0.5, 1.0]], [[0.0, 0.0], [0.0, 1.0]]])
