@@ -175,7 +175,8 @@ print("largest difference of the precisions:", f"{(ours - expected).abs().max().
 # The network gets two outputs, the mean $\mu$ and the logarithm $s$ of the standard deviation. The negative
 # log-likelihood is $\frac12 e^{-2s}(y-\mu)^2 + s + \frac12\log 2\pi$; with $y = \mu + e^s\varepsilon$ its gradient is
 # $(-\varepsilon e^{-s},\, 1 - \varepsilon^2)$, and the Fisher of the output is $\operatorname{diag}(e^{-2s}, 2)$.
-# That is all a likelihood has to know.
+# That is all a likelihood has to know. The library has this one, `likelihoods.HeteroscedasticGaussian`; here it is written
+# anew, with predictions by draws, to show what one of your own takes.
 
 
 # %%

@@ -3,9 +3,9 @@
 Why the logarithm of the scale, and not the natural parameters ``(μ/σ², −1/(2σ²))`` of Immer et al. (2023), "Effective
 Bayesian heteroscedastic regression with deep neural networks", in which the loss is convex: predictions linearise the
 model, and in these coordinates the linearised output is a Gaussian with a meaning. The mean stays one in the target's
-units, the scale is lognormal and always positive, and every moment is in closed form; a ratio of two Gaussians has none.
-the The Fisher is diagonal and closed here too. What is known to go wrong with mean and scale under plain gradient descent,
-where noisy regions hardly pull at the mean, is scaled away by the Fisher in a natural gradient.
+units, the scale is lognormal and always positive, and every moment is in closed form; a ratio of two Gaussians has
+none. The Fisher is diagonal and closed here too. What is known to go wrong with mean and scale under plain gradient
+descent, where noisy regions hardly pull at the mean, is scaled away by the Fisher in a natural gradient.
 """
 
 from __future__ import annotations

@@ -69,23 +69,12 @@ class PoissonLogNormal(Distribution):
             self._validate_sample(value)
         loc, root, counts = self.loc.double(), self.scale_root.double(), value.double()
         mode, curvature = _mode(loc.detach(), root.detach(), counts)
-        factor = linalg.cholesky(curvature, ["curvature at the mode"])
-        dims = loc.shape[-1]
-        if dims == 1:
-            nodes, distance = trapezoid(REACH, loc)
-            nodes, log_weights = nodes.unsqueeze(-1), math.log(distance)
-        else:
-            nodes = joint_normal_nodes(dims, loc)
-            log_weights = 0.5 * nodes.square().sum(-1) + 0.5 * dims * math.log(2 * math.pi) - math.log(JOINT_NODES)
-        # u = mode + L⁻ᵀ z with the curvature L Lᵀ, so that du = dz / det L
-        spread = torch.linalg.solve_triangular(factor.mT, nodes.mT, upper=True).mT
-        u = mode.unsqueeze(-2) + spread  # [..., nodes, d]
+        factor = linalg.cholesky(curvature, ["curvature at the mode"])  # L with L Lᵀ
+        u, log_weights = (_line if loc.shape[-1] == 1 else _cloud)(mode, factor)
         log_rate = loc.unsqueeze(-2) + u @ root.mT
         counts = counts.unsqueeze(-2)
         of_counts = (counts * log_rate - log_rate.exp() - torch.lgamma(counts + 1)).sum(-1)
-        of_u = -0.5 * u.square().sum(-1) - 0.5 * dims * math.log(2 * math.pi)
-        logdet = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return (torch.logsumexp(of_counts + of_u + log_weights, -1) - logdet).to(self.loc.dtype)
+        return torch.logsumexp(of_counts + _log_normal(u) + log_weights, -1).to(self.loc.dtype)
 
     @property
     def _log_variance(self) -> Tensor:
@@ -118,6 +107,31 @@ def marginal_cdf(loc: Tensor, stddev: Tensor, value: Tensor) -> Tensor:
     is_rate_narrower = (deviation.square() * (count + 1) < 1).squeeze(-1)
     probability = torch.where(is_rate_narrower, by_rate, by_gamma).clamp(0, 1)
     return torch.where(value < 0, 0.0, probability).to(loc.dtype)
+
+
+def _line(mode: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Equally spaced nodes around the mode, ``[..., nodes, 1]``, and the logarithms of their distances."""
+    nodes, distance = trapezoid(REACH, mode)
+    return mode.unsqueeze(-2) + nodes.unsqueeze(-1) / factor, math.log(distance) - factor.squeeze(-1).log()
+
+
+def _cloud(mode: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes around the mode, ``[..., nodes, d]``, and the logarithms of their importance weights.
+
+    Half of them are spread as by the curvature at the mode, and half as ``u`` itself, which is wider: towards rates of
+    zero the integrand falls off no faster than that, and the weights of the first half alone would have no bound.
+    """
+    nodes = joint_normal_nodes(mode.shape[-1], mode)
+    narrow = torch.linalg.solve_triangular(factor.mT, nodes.mT, upper=True).mT
+    away = torch.cat([narrow, nodes.expand_as(narrow)], dim=-2)
+    logdet = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)
+    densities = torch.logaddexp(_log_normal(away @ factor) + logdet, _log_normal(away)) - math.log(2)
+    return mode.unsqueeze(-2) + away, -densities - math.log(2 * JOINT_NODES)
+
+
+def _log_normal(u: Tensor) -> Tensor:
+    """The log-density of a standard normal, ``[...]`` of ``[..., d]``."""
+    return -0.5 * u.square().sum(-1) - 0.5 * u.shape[-1] * math.log(2 * math.pi)
 
 
 def _mode(loc: Tensor, root: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
