@@ -175,12 +175,13 @@ print("largest difference of the precisions:", f"{(ours - expected).abs().max().
 # The network gets two outputs, the mean $\mu$ and the logarithm $s$ of the standard deviation. The negative
 # log-likelihood is $\frac12 e^{-2s}(y-\mu)^2 + s + \frac12\log 2\pi$; with $y = \mu + e^s\varepsilon$ its gradient is
 # $(-\varepsilon e^{-s},\, 1 - \varepsilon^2)$, and the Fisher of the output is $\operatorname{diag}(e^{-2s}, 2)$.
-# That is all a likelihood has to know.
+# That is all a likelihood has to know. The library has this one, `likelihoods.HeteroscedasticGaussian`; here it is
+# written anew, with predictions by draws, to show what one of your own takes.
 
 
 # %%
 @bk.likelihoods.register
-class HeteroscedasticGaussian(bk.likelihoods.Likelihood):
+class TwoOutputGaussian(bk.likelihoods.Likelihood):
     """``target ~ N(μ, exp(s)²)`` for outputs ``(μ, s)``, ``[batch, 2]``, and targets ``[batch]``."""
 
     def check(self, output, target):
@@ -207,7 +208,7 @@ class HeteroscedasticGaussian(bk.likelihoods.Likelihood):
         return {}
 
 
-likelihood = HeteroscedasticGaussian()
+likelihood = TwoOutputGaussian()
 output = torch.randn(3, 2)
 g = likelihood.sample_gradient(output, 200_000, torch.Generator().manual_seed(0))
 roots = likelihood.fisher_root(output)
@@ -255,12 +256,12 @@ class HeteroscedasticPrediction(Prediction):
 
 
 @from_outputs.register
-def _(likelihood: HeteroscedasticGaussian, outputs, source):
+def _(likelihood: TwoOutputGaussian, outputs, source):
     return HeteroscedasticPrediction(outputs, source)
 
 
 @from_gaussian.register
-def _(likelihood: HeteroscedasticGaussian, output, source, *, link, num_samples, generator):
+def _(likelihood: TwoOutputGaussian, output, source, *, link, num_samples, generator):
     return HeteroscedasticPrediction(output.sample(num_samples, generator), source)
 
 
@@ -276,7 +277,7 @@ torch.manual_seed(1)
 columns = DataLoader(TensorDataset(x, y[:, None]), batch_size=50, shuffle=True)
 one = bk.fit(network(1), bk.likelihoods.Gaussian("learned"), columns, **settings)
 torch.manual_seed(1)
-own = bk.fit(network(2), HeteroscedasticGaussian(), loader, **settings)
+own = bk.fit(network(2), TwoOutputGaussian(), loader, **settings)
 
 generator = torch.Generator().manual_seed(0)
 p_one, p_own = one.predict(x_test), own.predict(x_test, num_samples=256, generator=generator)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bayes_kfac.batches import widened
 from bayes_kfac.errors import UsageError, check_choice
 from bayes_kfac.likelihoods import Likelihood
 
@@ -41,7 +40,7 @@ def output_gradients(
         output: The model's output, ``[batch, ...]``.
         fisher: ``"mc"``, ``"exact"``, ``"empirical"`` or ``"recursive"``.
         target: The targets; needed for ``"empirical"`` only.
-        mask: Which elements of the output weigh, ``[batch, *leading dimensions]``; the others have no gradient.
+        mask: Which targets weigh, as the likelihood takes it; outputs of the others have no gradient.
         num_samples: How many targets to sample for ``"mc"``.
         generator: The source of randomness for ``"mc"``.
 
@@ -63,4 +62,4 @@ def output_gradients(
         gradients = likelihood.target_gradient(output, target, mask).unsqueeze(0)
     if mask is None:
         return gradients
-    return torch.where(widened(mask, output), gradients, torch.zeros_like(gradients))
+    return torch.where(likelihood.output_mask(mask, output), gradients, torch.zeros_like(gradients))

@@ -361,6 +361,8 @@ class Laplace:
 
         Raises:
             ArgumentError: If arguments do not go with the method.
+            NonFiniteError: If the noise is to be chosen where the model fits all targets exactly; the fit stays as it
+                was.
             UsageError: If nothing was fitted.
 
         Example:

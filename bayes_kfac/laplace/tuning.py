@@ -60,6 +60,7 @@ def maximize_evidence(
 
     Raises:
         ArgumentError: If ``per`` is unknown.
+        NonFiniteError: If there is no largest evidence, since the targets have no noise.
     """
     check_choice("per", per, GROUPINGS)
     layers, like = fitted.layers, fitted.measurement.nll
@@ -115,9 +116,22 @@ def maximize_evidence(
         if last - now <= TOLERANCE * abs(now):
             break
         last = now
+    if noise:
+        _check_noise(log_scale.detach(), 0.5 * variance.log(), next(iter(fitted.layers.values())).like.dtype)
     with torch.no_grad():
         found = {name: as_prior(value.detach(), layers[name]) for name, value in priors().items()}
     return found, log_scale.detach().exp() if noise else noise_scale
+
+
+def _check_noise(log_scale: Tensor, measured: Tensor, dtype: torch.dtype) -> None:
+    """Refuse a scale of the noise that is nothing but rounding of losses at the measured one."""
+    if not bool(log_scale > measured + 0.5 * math.log(torch.finfo(dtype).eps)):  # so that NaN is refused too
+        raise NonFiniteError(
+            "noise=True, but the evidence grows without bound as the noise's scale goes to 0: up to rounding, the "
+            "model fits all targets exactly. Nothing was changed. Leave noise=False; or check whether the targets are the "
+            f"model's own outputs; or, where noise of far less than {float(measured.exp()):.3g} is meant, fit again "
+            "with likelihoods.Gaussian(...) of about its scale."
+        )
 
 
 def best_on_validation(

@@ -4,7 +4,9 @@ from bayes_kfac.likelihoods.base import Likelihood, available, from_config, regi
 from bayes_kfac.likelihoods.bernoulli import Bernoulli
 from bayes_kfac.likelihoods.categorical import Categorical
 from bayes_kfac.likelihoods.gaussian import Gaussian
+from bayes_kfac.likelihoods.heteroscedastic import HeteroscedasticGaussian
 from bayes_kfac.likelihoods.noise import FixedNoise, GammaNoise, LearnedNoise, Noise
+from bayes_kfac.likelihoods.poisson import Poisson
 
 __all__ = [
     "Bernoulli",
@@ -12,9 +14,11 @@ __all__ = [
     "FixedNoise",
     "GammaNoise",
     "Gaussian",
+    "HeteroscedasticGaussian",
     "LearnedNoise",
     "Likelihood",
     "Noise",
+    "Poisson",
     "available",
     "from_config",
     "register",

@@ -51,7 +51,7 @@ class Likelihood(nn.Module, ABC):
             target = torch.where(widened(mask, target), target, torch.zeros_like(target))
         self.check(output, target)
         if mask is not None:
-            output = torch.where(widened(mask, output), output, torch.zeros_like(output))
+            output = torch.where(self.output_mask(mask, output), output, torch.zeros_like(output))
         losses = self._elementwise(output, target)
         if mask is not None:
             losses = torch.where(widened(mask, losses), losses, torch.zeros_like(losses))
@@ -87,6 +87,10 @@ class Likelihood(nn.Module, ABC):
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """What rebuilds this likelihood through :func:`from_config`, in numbers, strings, lists and dictionaries."""
+
+    def output_mask(self, mask: Tensor, output: Tensor) -> Tensor:
+        """Which elements of the output a mask of the targets leaves, boolean, broadcasting against ``output``."""
+        return widened(mask, output)
 
     def at_noise_scale(self, nll: Tensor, num_targets: float, noise_scale: Tensor) -> tuple[Tensor, Tensor]:
         """What another scale of the noise makes of a negative log-likelihood, and the factor on the Fisher.

@@ -7,6 +7,8 @@ from bayes_kfac.prediction.classification import (
     MeanBernoulliPrediction,
     MeanCategoricalPrediction,
 )
+from bayes_kfac.prediction.counts import PoissonMixturePrediction, PoissonPrediction
+from bayes_kfac.prediction.heteroscedastic import HeteroscedasticMixturePrediction, HeteroscedasticPrediction
 from bayes_kfac.prediction.linearized import MEMORY_BUDGET, Features, LinearizedModel
 from bayes_kfac.prediction.links import LINKS
 from bayes_kfac.prediction.output import GaussianOutput
@@ -24,10 +26,14 @@ __all__ = [
     "Features",
     "GaussianOutput",
     "GaussianPrediction",
+    "HeteroscedasticMixturePrediction",
+    "HeteroscedasticPrediction",
     "LinearizedModel",
     "MeanBernoulliPrediction",
     "MeanCategoricalPrediction",
     "MixturePrediction",
+    "PoissonMixturePrediction",
+    "PoissonPrediction",
     "Prediction",
     "Source",
     "batch_dim",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,7 +18,7 @@ from bayes_kfac.errors import ArgumentError
 from bayes_kfac.likelihoods import Gaussian
 from bayes_kfac.likelihoods.base import check_same_shape
 from bayes_kfac.prediction.output import GaussianOutput
-from bayes_kfac.prediction.results import Prediction, Source, batch_dim, from_gaussian, from_outputs
+from bayes_kfac.prediction.results import Prediction, Source, batch_dim, from_gaussian, from_outputs, refuse_link
 
 
 class RegressionPrediction(Prediction):
@@ -86,8 +87,7 @@ class RegressionPrediction(Prediction):
         Raises:
             ArgumentError: If ``level`` is not between 0 and 1.
         """
-        if not 0 < level < 1:
-            raise ArgumentError(f"level={level!r} is out of range. Allowed: 0 < level < 1, such as 0.95.")
+        check_level(level)
         return self.quantile((1 - level) / 2), self.quantile((1 + level) / 2)
 
     @abstractmethod
@@ -177,7 +177,7 @@ class GaussianPrediction(RegressionPrediction):
 
     def quantile(self, probability: float) -> Tensor:
         """The quantile of each target on its own, shaped like the mean."""
-        _check_probability(probability)
+        check_probability(probability)
         return Normal(self.mean, self.stddev).icdf(self.mean.new_tensor(probability))
 
     def _cdf(self, value: Tensor) -> Tensor:
@@ -239,17 +239,8 @@ class MixturePrediction(RegressionPrediction):
 
     def quantile(self, probability: float) -> Tensor:
         """The quantile of each target's mixture, by bisection, shaped like the mean."""
-        _check_probability(probability)
-        spread = self.stddev
-        lower, upper = self.mean - spread, self.mean + spread
-        while bool((self._cdf(lower) > probability).any()) or bool((self._cdf(upper) < probability).any()):
-            spread = 2 * spread
-            lower, upper = self.mean - spread, self.mean + spread
-        for _ in range(_bisections(self.mean.dtype)):
-            middle = (lower + upper) / 2
-            below = self._cdf(middle) < probability
-            lower, upper = torch.where(below, middle, lower), torch.where(below, upper, middle)
-        return (lower + upper) / 2
+        check_probability(probability)
+        return bisected(self._cdf, probability, self.mean, self.stddev)
 
     def _cdf(self, value: Tensor) -> Tensor:
         components = self._components
@@ -262,7 +253,51 @@ class MixturePrediction(RegressionPrediction):
         return components.cdf(value).mean(0)
 
 
-def _check_probability(probability: float) -> None:
+def bisected(cdf: Callable[[Tensor], Tensor], probability: float, centre: Tensor, spread: Tensor) -> Tensor:
+    """The quantile of continuous distribution functions.
+
+    Args:
+        cdf: The distribution functions, elementwise.
+        probability: Of which probability.
+        centre: Where to begin.
+        spread: How far to go first; doubled until the quantile is inside.
+
+    Returns:
+        The quantiles, shaped like ``centre``.
+    """
+    lower, upper = centre - spread, centre + spread
+    while bool((cdf(lower) > probability).any()) or bool((cdf(upper) < probability).any()):
+        spread = 2 * spread
+        lower, upper = centre - spread, centre + spread
+    for _ in range(_bisections(centre.dtype)):
+        middle = (lower + upper) / 2
+        below = cdf(middle) < probability
+        lower, upper = torch.where(below, middle, lower), torch.where(below, upper, middle)
+    return (lower + upper) / 2
+
+
+def check_level(level: float) -> None:
+    """Refuse levels that no interval has.
+
+    Args:
+        level: The probability that an interval holds.
+
+    Raises:
+        ArgumentError: If it is not between 0 and 1.
+    """
+    if not 0 < level < 1:
+        raise ArgumentError(f"level={level!r} is out of range. Allowed: 0 < level < 1, such as 0.95.")
+
+
+def check_probability(probability: float) -> None:
+    """Refuse probabilities that no quantile has.
+
+    Args:
+        probability: The probability.
+
+    Raises:
+        ArgumentError: If it is not between 0 and 1.
+    """
     if not 0 < probability < 1:
         raise ArgumentError(f"probability={probability!r} is out of range. Allowed: 0 < probability < 1.")
 
@@ -282,11 +317,7 @@ def _(
     num_samples: int,
     generator: torch.Generator | None,
 ) -> GaussianPrediction:
-    if link is not None:
-        raise ArgumentError(
-            f"link={link!r} is for class probabilities, but the prediction of a {type(likelihood).__name__} likelihood "
-            "is in closed form. Allowed: None. Leave link= out."
-        )
+    refuse_link(likelihood, link)
     return GaussianPrediction(output, likelihood.noise.variance().detach(), source)
 
 

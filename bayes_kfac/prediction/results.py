@@ -142,6 +142,23 @@ def from_outputs(likelihood: Likelihood, outputs: Tensor, source: Source) -> Pre
     raise ArgumentError(f"{type(likelihood).__name__} has no prediction: register it with from_outputs.register.")
 
 
+def refuse_link(likelihood: Likelihood, link: str | None) -> None:
+    """Refuse a link where there is none to choose.
+
+    Args:
+        likelihood: What the output means.
+        link: What was asked for.
+
+    Raises:
+        ArgumentError: If anything was.
+    """
+    if link is not None:
+        raise ArgumentError(
+            f"link={link!r} is for class probabilities, but the prediction of a {type(likelihood).__name__} likelihood "
+            "is in closed form. Allowed: None. Leave link= out."
+        )
+
+
 def concatenate(predictions: Sequence[P]) -> P:
     """One prediction for the examples of several, in their order: the results of a loader's batches, say.
 

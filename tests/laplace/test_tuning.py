@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import bayes_kfac as bk
-from bayes_kfac.errors import ArgumentError
+from bayes_kfac.errors import ArgumentError, NonFiniteError
 from bayes_kfac.laplace import tuning
 from bayes_kfac.likelihoods import Categorical, Gaussian
 from tests.helpers import randn, rng, seeded
@@ -465,3 +465,20 @@ def test_a_value_whose_predictions_are_not_finite_is_never_the_best() -> None:
         assert tuning.least({name: losses[name] for name in order}) == "best"
     with pytest.raises(bk.errors.NonFiniteError, match="At no value of the grid"):
         tuning.least({"bad": math.nan, "worst": math.inf})
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-9])
+@pytest.mark.parametrize("per", ["model", "layer", "parameter"])
+def test_no_noise_is_found_where_the_targets_are_the_models_own_outputs(per: str, size: float) -> None:
+    """The evidence has no maximum there: an error that says so, and the fit as it was; also up to rounding."""
+    model = seeded(nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)))
+    x = randn(30, 2, seed=8)
+    y = model(x).detach() + size * randn(30, 1, seed=9)
+    likelihood = Gaussian(torch.tensor(0.7, dtype=torch.float64))
+    laplace = bk.Laplace(model, likelihood, prior_precision=2.0).fit([(x, y)], progress=False)
+    before, evidence = dict(laplace.prior_precision), laplace.log_marginal_likelihood()
+    with pytest.raises(NonFiniteError, match=r"as the noise's scale goes to 0.*Nothing was changed.*noise=False"):
+        laplace.optimize_prior_precision(noise=True, per=per)
+    assert laplace.prior_precision == before
+    assert torch.equal(laplace.log_marginal_likelihood(), evidence)
+    assert float(laplace.posterior().likelihood.noise_scale) == pytest.approx(0.7)

@@ -14,14 +14,17 @@ from torch.distributions import Distribution, Laplace
 from torch.testing import assert_close
 
 from bayes_kfac import likelihoods
+from bayes_kfac.curvature import output_gradients
 from bayes_kfac.errors import ArgumentError, BayesKfacError, TargetError
 from bayes_kfac.likelihoods import (
     Bernoulli,
     Categorical,
     GammaNoise,
     Gaussian,
+    HeteroscedasticGaussian,
     LearnedNoise,
     Likelihood,
+    Poisson,
     base,
     from_config,
 )
@@ -57,6 +60,10 @@ class Case:
         if isinstance(likelihood, Categorical):
             return likelihood, output, torch.randint(self.event[-1], output.shape[:-1], generator=generator)
         noise = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        if isinstance(likelihood, HeteroscedasticGaussian):
+            return likelihood, output, noise.chunk(2, -1)[0]
+        if isinstance(likelihood, Poisson):
+            return likelihood, output, torch.poisson((output + noise).exp(), generator=generator)
         return likelihood, output, (noise > 0).double() if isinstance(likelihood, Bernoulli) else noise
 
 
@@ -69,6 +76,12 @@ CASES = {
     "gaussian-learned-image": Case(lambda: gaussian(noise_scale="learned"), (2, 2, 2)),
     "gaussian-gamma": Case(lambda: moved_gamma(()), (2,)),
     "gaussian-gamma-per-output": Case(lambda: moved_gamma((3,)), (2, 3)),
+    "heteroscedastic": Case(HeteroscedasticGaussian, (2,)),
+    "heteroscedastic-outputs": Case(HeteroscedasticGaussian, (6,)),
+    "heteroscedastic-sequence": Case(HeteroscedasticGaussian, (3, 4)),
+    "poisson-no-event": Case(Poisson, ()),
+    "poisson": Case(Poisson, (3,)),
+    "poisson-image": Case(Poisson, (2, 2)),
     "categorical": Case(Categorical, (4,)),
     "categorical-sequence": Case(Categorical, (3, 4)),
     "categorical-image": Case(Categorical, (2, 2, 3)),
@@ -187,6 +200,29 @@ def test_without_generator_the_global_one_serves(case: Case) -> None:
     assert torch.equal(first, again)
 
 
+# Masks
+
+
+def test_masked_targets_are_as_if_they_were_not_there(case: Case) -> None:
+    """Losses, gradients and Fisher roots of each target alone: none for masked ones, whatever they and outputs hold."""
+    likelihood, output, target = case.data()
+    mask = torch.rand(target.shape, generator=torch.Generator().manual_seed(7)) < 0.6
+    of_output = likelihood.output_mask(mask, output).expand_as(output)
+    assert 0 < of_output.sum() < of_output.numel()
+    broken = torch.where(mask, target, -1 if isinstance(likelihood, Categorical) else torch.nan)
+    torn = torch.where(of_output, output, torch.nan)
+    losses = likelihood.negative_log_likelihood(torn, broken, mask)
+    gradient = likelihood.target_gradient(torn, broken, mask)
+    assert_close(gradient, torch.where(of_output, likelihood.target_gradient(output, target), 0.0), **TIGHT)
+    positions = likelihood._elementwise(output, target)
+    expected = torch.where(mask, positions, 0.0).reshape(BATCH, -1).sum(1)
+    assert_close(losses, expected, **TIGHT)
+    for kind in ("exact", "mc", "empirical"):
+        columns = output_gradients(likelihood, output, kind, target=target, mask=mask)
+        assert (columns[:, ~of_output] == 0).all()
+        assert (columns[:, of_output] != 0).any()
+
+
 # The Fisher
 
 
@@ -199,15 +235,22 @@ def fisher(likelihood: Likelihood, output: Tensor) -> Tensor:
 
 
 def test_fisher_root_is_the_hessian_of_the_expected_loss(case: Case) -> None:
-    """``Σ_c u_c u_cᵀ`` is autograd's Hessian, which for these canonical parameters is the same at any target."""
+    """``Σ_c u_c u_cᵀ`` is autograd's expected Hessian, which for canonical parameters is the same at any target.
+
+    Where it is not, it is quadratic in the target: its mean over ``mean ± stddev`` is its expectation.
+    """
     likelihood, output, target = case.data()
     analytic = fisher(likelihood, output)
     assert not likelihood.fisher_root(output).requires_grad
     for n in range(BATCH):
-        own = target[n : n + 1]
+        own = [target[n : n + 1]]
+        if isinstance(likelihood, HeteroscedasticGaussian):
+            density = likelihood.distribution(output[n : n + 1])
+            own = [density.mean - density.stddev, density.mean + density.stddev]
 
-        def loss(event: Tensor, own: Tensor = own) -> Tensor:
-            return likelihood.negative_log_likelihood(event.unsqueeze(0), own).sum()
+        def loss(event: Tensor, own: list[Tensor] = own) -> Tensor:
+            losses = [likelihood.negative_log_likelihood(event.unsqueeze(0), each).sum() for each in own]
+            return torch.stack(losses).mean()
 
         hessian = torch.autograd.functional.hessian(loss, output[n])
         assert_close(analytic[n], hessian.reshape(analytic[n].shape), **TIGHT)
@@ -257,11 +300,13 @@ def test_only_a_belief_has_a_divergence(case: Case) -> None:
 
 
 def test_registry_lists_the_likelihoods() -> None:
-    assert {"Bernoulli", "Categorical", "Gaussian"} <= set(likelihoods.available())
+    assert {"Bernoulli", "Categorical", "Gaussian", "HeteroscedasticGaussian", "Poisson"} <= set(
+        likelihoods.available()
+    )
 
 
 def test_unknown_name_says_what_there_is() -> None:
-    with pytest.raises(ArgumentError, match=r"'Poison' is unknown.*'Gaussian'") as caught:
+    with pytest.raises(ArgumentError, match=r"'Poison' is unknown.*'Gaussian'.*'Poisson'") as caught:
         from_config("Poison", {})
     assert isinstance(caught.value, BayesKfacError)
 

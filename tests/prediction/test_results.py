@@ -20,9 +20,13 @@ from bayes_kfac.prediction import (
     DirichletPrediction,
     GaussianOutput,
     GaussianPrediction,
+    HeteroscedasticMixturePrediction,
+    HeteroscedasticPrediction,
     MeanBernoulliPrediction,
     MeanCategoricalPrediction,
     MixturePrediction,
+    PoissonMixturePrediction,
+    PoissonPrediction,
     Prediction,
     Source,
     batch_dim,
@@ -40,11 +44,16 @@ LIKELIHOOD = Gaussian(GammaNoise(5.0, 2.0, (2,))).double().requires_grad_(False)
 Make = Callable[[slice], Prediction]
 MEAN, COVARIANCE = randn(9, 2, seed=0), random_spd(9, 2, seed=1)
 DRAWS = randn(6, 9, 2, seed=2)
+OUTPUTS, OUTPUT_COVARIANCE, OUTPUT_DRAWS = randn(9, 4, seed=3), 0.3 * random_spd(9, 4, seed=4), randn(6, 9, 4, seed=5)
 #: Every kind of result for some of nine examples. With draws, the batch is not the first dimension of what it holds.
 KINDS: dict[str, Make] = {
     "gaussian": lambda n: GaussianPrediction(GaussianOutput(MEAN[n], COVARIANCE[n]), NOISE, SOURCE),
     "gaussian-diagonal": lambda n: GaussianPrediction(GaussianOutput(MEAN[n], MEAN[n].square()), NOISE, SOURCE),
     "mixture": lambda n: MixturePrediction(DRAWS[:, n], LIKELIHOOD, SOURCE),
+    "heteroscedastic": lambda n: HeteroscedasticPrediction(GaussianOutput(OUTPUTS[n], OUTPUT_COVARIANCE[n]), SOURCE),
+    "heteroscedastic-mixture": lambda n: HeteroscedasticMixturePrediction(OUTPUT_DRAWS[:, n], SOURCE),
+    "poisson": lambda n: PoissonPrediction(GaussianOutput(MEAN[n], COVARIANCE[n]), SOURCE),
+    "poisson-mixture": lambda n: PoissonMixturePrediction(DRAWS[:, n], SOURCE),
     "categorical": lambda n: CategoricalPrediction(DRAWS[:, n], SOURCE),
     "bernoulli": lambda n: BernoulliPrediction(DRAWS[:, n], SOURCE),
     "mean-categorical": lambda n: MeanCategoricalPrediction(MEAN[n], SOURCE),

@@ -172,3 +172,32 @@ def test_models_of_other_dtypes_train_with_factors_of_at_least_float32(dtype):
     prediction = posterior.predict(x[:5].to(dtype), "sampling")
     assert bool(torch.isfinite(prediction.mean).all())
     assert posterior.mean["0.weight"].dtype == dtype
+
+
+@pytest.mark.parametrize("tune", [None, "marginal_likelihood"])
+def test_a_layer_that_no_pass_uses_is_named_after_the_first(tune):
+    """Not after all epochs; the model is whole, in its mode, at finite weights that the next call may start from."""
+
+    class Forgetful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused, self.idle = nn.Linear(3, 1), nn.Linear(3, 1), nn.Linear(2, 2)
+
+        def forward(self, x):
+            passes.append(len(x))
+            return self.used(x)
+
+    passes = []
+    model = Forgetful().eval()
+    start = model.unused.weight.detach().clone()
+    data = [(torch.randn(8, 3), torch.randn(8, 1)) for _ in range(2)]
+    options = {"num_data": 16, "epochs": 50, "tune": tune, "progress": False}
+    with pytest.raises(bk.errors.UsageError, match=r"'unused' has no curvature.*requires_grad_\(False\)"):
+        bk.fit(model, bk.likelihoods.Gaussian(0.5), data, **options)
+    assert len(passes) == 1
+    assert not model.training
+    assert torch.equal(model.unused.weight, start)  # at the mean, without the noise of a sample
+    for name in ("idle", "unused"):  # the remedy that the message names
+        model.get_submodule(name).requires_grad_(False)
+    posterior = bk.fit(model, bk.likelihoods.Gaussian(0.5), data, **(options | {"epochs": 2}))
+    assert list(posterior.blocks) == ["used"]
