@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bayes_kfac.active.base import Acquisition, check_enough
+from bayes_kfac.active.predictors import ask, parts, predict
 from bayes_kfac.batches import inputs_of
 from bayes_kfac.errors import ArgumentError, check_choice, check_count
-from bayes_kfac.prediction import Prediction
+from bayes_kfac.prediction import concatenate
 
 GOALS = ("minimize", "maximize")
 #: Below so many standard deviations the improvement is a difference of numbers that agree in half of their digits; the
@@ -61,13 +62,14 @@ class ExpectedImprovement(Acquisition):
             raise ArgumentError(f"best={value!r} is out of range. Allowed: a finite number.")
         self._best = number
 
-    def look(self, predictor: Any, inputs: Any, *, generator: torch.Generator | None = None) -> Prediction:
+    def look(self, predictor: Any, inputs: Any, *, generator: torch.Generator | None = None) -> Any:
         """The prediction of the candidates.
 
         Args:
-            predictor: A posterior of a regression, or what predicts a ``mean`` and an ``epistemic_variance``.
+            predictor: A posterior of a regression, a regressor of scikit-learn that gives standard deviations, a
+                :class:`Committee`, or what predicts a ``mean`` and an ``epistemic_variance``.
             inputs: The candidates.
-            generator: Not used: nothing is drawn.
+            generator: The source of randomness, where the predictor draws.
 
         Returns:
             The prediction.
@@ -75,12 +77,10 @@ class ExpectedImprovement(Acquisition):
         Raises:
             ArgumentError: If the predictor does not predict.
         """
-        if not hasattr(predictor, "predict"):
-            raise ArgumentError(f"predictor is a {type(predictor).__name__} without predict. Allowed: a Posterior.")
-        prediction: Prediction = predictor.predict(inputs)
-        return prediction
+        views = (predict(predictor, part, {}, generator=generator) for part in parts(predictor, inputs))
+        return concatenate(list(views)) if isinstance(inputs, DataLoader) else next(views)
 
-    def scores(self, view: Prediction) -> Tensor:
+    def scores(self, view: Any) -> Tensor:
         """The logarithm of the expected improvement of each candidate, ``[n]``, in float64.
 
         Args:
@@ -91,9 +91,11 @@ class ExpectedImprovement(Acquisition):
 
         Raises:
             ArgumentError: If the target has several outputs.
+            UsageError: If the prediction does not know its epistemic variance.
         """
-        mean = _one_output(view.mean).double()
-        stddev = _one_output(view.epistemic_variance).double().clamp(min=0).sqrt().clamp(min=TINY)
+        mean, variance = (_one_output(ask(view, name, type(self).__name__)) for name in ("mean", "epistemic_variance"))
+        mean = mean.double()
+        stddev = variance.double().clamp(min=0).sqrt().clamp(min=TINY)
         improvement = mean - self.best if self.goal == "maximize" else self.best - mean
         return stddev.log() + _log_standard_improvement(improvement / stddev)
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from bayes_kfac import Posterior
+from bayes_kfac.active import Committee, loop
 from bayes_kfac.active.optimizing import ExpectedImprovement, ThompsonSampling, _log_standard_improvement
-from bayes_kfac.errors import ArgumentError
+from bayes_kfac.errors import ArgumentError, UsageError
 from bayes_kfac.likelihoods import Categorical, Gaussian
+from bayes_kfac.sklearn import BayesianMLPRegressor
 from tests.helpers import randn, rng, seeded
 from tests.posteriors import dense_function_covariance, dense_mean, random_posterior
 
@@ -117,6 +122,59 @@ def test_best_is_set_anew():
     assert bool((acquisition.scores(own) < before).all())
 
 
+def regressor_of_sklearns(noise: float = 0.0) -> Any:
+    from sklearn.gaussian_process import GaussianProcessRegressor
+
+    inputs = randn(9, 3, seed=2).double().numpy()
+    return GaussianProcessRegressor(alpha=1e-6 + noise, optimizer=None).fit(inputs, np.sin(inputs.sum(1)))
+
+
+def test_regressors_with_standard_deviations_drop_in():
+    """Jones's expected improvement of the mean and the standard deviation that scikit-learn's regressor gives."""
+    own, candidates = regressor_of_sklearns(), pool().double()
+    mean, stddev = own.predict(candidates.numpy(), return_std=True)
+    z = (mean - 0.2) / stddev
+    expected = stddev * (stats.norm.pdf(z) + z * stats.norm.cdf(z))
+    acquisition = ExpectedImprovement(0.2, "maximize")
+    assert_close(acquisition.scores(acquisition.look(own, candidates)).exp(), torch.as_tensor(expected))
+
+
+def test_bayesian_regressors_drop_in_in_the_units_of_the_data():
+    """The estimator's epistemic variance, not that of a noisy target."""
+    inputs, candidates = randn(20, 3, seed=2).double(), pool().double()
+    own = BayesianMLPRegressor((4,), max_iter=5, random_state=0).fit(inputs.numpy(), 100 + inputs.sum(1).numpy())
+    prediction = own.predict_distribution(candidates.numpy())
+    acquisition = ExpectedImprovement(101.0, "minimize")
+    assert_close(acquisition.scores(acquisition.look(own, candidates)), acquisition.scores(prediction))
+    assert abs(float(acquisition.look(own, candidates).mean.mean()) - 100) < 10
+
+
+def test_a_committee_drops_in():
+    own = Committee([regressor_of_sklearns(noise) for noise in (0.0, 0.1, 1.0)])
+    means = torch.as_tensor(np.stack([each.predict(pool().double().numpy()) for each in own.members]))
+    acquisition = ExpectedImprovement(0.2, "maximize")
+    expected = acquisition.scores(SimpleNamespace(mean=means.mean(0), epistemic_variance=means.var(0, correction=0)))
+    assert_close(acquisition.scores(acquisition.look(own, pool().double())), expected)
+
+
+def test_best_is_set_anew_in_a_loop():
+    """Each round picks what improves most on the best label so far, by scikit-learn's regressor."""
+    from sklearn.gaussian_process import GaussianProcessRegressor
+
+    grid = torch.linspace(-2, 2, 41, dtype=torch.float64).unsqueeze(1)
+    targets = torch.sin(2 * grid[:, 0]) - grid[:, 0] ** 2 / 4
+    acquisition = ExpectedImprovement(float(targets[:2].max()), "maximize")
+    learner, predictor = GaussianProcessRegressor(alpha=1e-6, optimizer=None), None
+    for state in loop(grid, targets, acquisition, learner, initial=[0, 1], rounds=8, progress=False):
+        if predictor is not None:
+            rest = torch.ones(len(grid), dtype=torch.bool)
+            rest[state.labelled[:-1]] = False
+            scores = acquisition.scores(acquisition.look(predictor, grid))
+            assert int(state.chosen) == int(scores.masked_fill(~rest, -torch.inf).argmax())
+        acquisition.best, predictor = float(state.data.targets.max()), state.predictor
+    assert acquisition.best == pytest.approx(float(targets.max()), abs=1e-3)
+
+
 # Thompson sampling
 
 
@@ -207,8 +265,17 @@ def test_refuses_more_picks_than_there_are():
 
 
 def test_refuses_predictors_that_predict_nothing():
-    with pytest.raises(ArgumentError, match="predictor is a Linear without predict"):
+    with pytest.raises(ArgumentError, match="A Linear has neither predict nor predict_proba"):
         ExpectedImprovement(0.0, "maximize").look(nn.Linear(3, 1), pool())
+
+
+def test_refuses_regressors_that_do_not_know_how_sure_they_are():
+    from sklearn.linear_model import LinearRegression
+
+    own = LinearRegression().fit(pool().numpy(), pool().sum(1).numpy())
+    acquisition = ExpectedImprovement(0.0, "maximize")
+    with pytest.raises(UsageError, match="ExpectedImprovement needs epistemic_variance, which a Means does not know"):
+        acquisition.scores(acquisition.look(own, pool()))
 
 
 def test_refuses_predictors_that_draw_no_functions():
