@@ -320,6 +320,46 @@ def test_labels_on_the_disk_are_never_overwritten(tmp_path):
     assert not list(tmp_path.glob("*.unfinished"))
 
 
+def test_a_file_that_cannot_be_written_is_told_before_a_label_is_paid_for(tmp_path):
+    oracle = Failing(noisy, at=1)
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "none" / "labels", "a folder that does not exist")):
+        with pytest.raises(ArgumentError, match=message):
+            loop(POOL, oracle, "random", ridge(), checkpoint=path)
+    assert oracle.calls == 0
+
+
+class Own(Random):
+    """An acquisition of a user's that makes any scores and selects anything."""
+
+    def __init__(self, scores: object, chosen: object) -> None:
+        self.given, self.chosen = scores, chosen
+
+    def scores(self, view: Tensor) -> Tensor:
+        return self.given
+
+    def select(self, view: Tensor, count: int, *, generator: torch.Generator | None = None) -> Tensor:
+        return self.chosen
+
+
+@pytest.mark.parametrize(
+    ("scores", "chosen", "message"),
+    [
+        (torch.zeros(30), torch.tensor([1, 1]), r"selected tensor\(\[1, 1\]\).*2 distinct indices from 0 to 29"),
+        (torch.zeros(30), torch.arange(3), "2 distinct"),
+        (torch.zeros(30), torch.tensor([0, 30]), "2 distinct"),
+        (torch.zeros(30), torch.tensor([0, -1]), "2 distinct"),
+        (torch.zeros(30), torch.zeros(2), "2 distinct"),
+        (torch.zeros(30), [0, 1], "2 distinct"),
+        (torch.zeros(29), torch.arange(2), r"shape \(29,\)\. Allowed: \(30,\)"),
+        (torch.zeros(30, 1), torch.arange(2), r"shape \(30, 1\)"),
+        (np.zeros(30), torch.arange(2), "ndarray"),
+    ],
+)
+def test_no_candidate_is_chosen_twice_whatever_an_acquisition_of_a_user_selects(scores, chosen, message):
+    with pytest.raises(ArgumentError, match=message):
+        run(POOL, VALUES, Own(scores, chosen), ridge_of_column(), batch_size=2, rounds=1)
+
+
 def test_another_loop_is_not_gone_on_with(tmp_path):
     path = tmp_path / "state.safetensors"
     state = run(POOL, VALUES, "variance", ridge_of_column(), rounds=0)[0]
@@ -446,6 +486,7 @@ def test_answers_of_another_kind_are_refused():
         ({"initial": [-1]}, "not distinct indices. Allowed: 0 to 39"),
         ({"initial": [0.5]}, "a count, or one index or more"),
         ({"initial": []}, "a count, or one index or more"),
+        ({"initial": torch.arange(40) < 5}, r"Of a mask pass mask\.nonzero"),
         ({"start": "lukewarm"}, "start='lukewarm' is unknown"),
         ({"candidates": 2, "batch_size": 3}, "candidates=2"),
         ({"seed": -1}, "seed=-1"),
@@ -486,6 +527,10 @@ def test_a_learner_that_returns_nothing_is_told():
 def test_the_progress_bar_counts_labels(capsys):
     list(loop(POOL, VALUES, Random(), ridge_of_column(), batch_size=5, budget=20))
     assert "20/20" in capsys.readouterr().err
+    states = list(loop(POOL, VALUES, Random(), ridge_of_column(), batch_size=5, rounds=2))
+    assert "20/20" in capsys.readouterr().err
+    list(loop(POOL, VALUES, Random(), ridge_of_column(), batch_size=5, rounds=3, resume=states[1]))
+    assert "25/25" in capsys.readouterr().err
     run(POOL, VALUES, Random(), ridge_of_column(), batch_size=5, budget=20)
     assert not capsys.readouterr().err
 
