@@ -84,13 +84,17 @@ def inputs_of(batch: Any, device: torch.device) -> Any:
     Returns:
         The inputs, on that device.
     """
+    return _moved(without_target(batch), device)
+
+
+def without_target(batch: Any) -> Any:
+    """The inputs of a batch, or of an item of a data set, where they are; see :func:`inputs_of`."""
     if isinstance(batch, list | tuple) and len(batch) == 1:
         batch = batch[0]
     try:
-        inputs = unpack(batch).inputs
+        return unpack(batch).inputs
     except ArgumentError:
-        inputs = batch
-    return _moved(inputs, device)
+        return batch
 
 
 def _arguments(inputs: Any) -> Any:

@@ -232,7 +232,7 @@ def check_selection(chosen: Tensor, count: int, candidates: int) -> Tensor:
     Raises:
         ArgumentError: If it is not.
     """
-    are_indices = isinstance(chosen, Tensor) and chosen.shape == (count,) and not chosen.is_floating_point()
+    are_indices = isinstance(chosen, Tensor) and chosen.shape == (count,) and chosen.dtype in (torch.long, torch.int32)
     if not are_indices or len(chosen.unique()) < count or chosen.min() < 0 or chosen.max() >= candidates:
         raise ArgumentError(
             f"The acquisition selected {reprlib.repr(chosen)}. Allowed: a tensor of {count} distinct indices from 0 to "

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bayes_kfac.active.base import Acquisition, check_scores, check_selection, get
 from bayes_kfac.active.learners import Trainer, trainer_of
-from bayes_kfac.active.pool import Labelled, answer, candidates_at, check_oracle, size_of
+from bayes_kfac.active.pool import Labelled, answer, candidates_at, check_oracle, check_pool, size_of
 from bayes_kfac.active.record import Record
 from bayes_kfac.errors import ArgumentError, check_count
 from bayes_kfac.progress import progress_bar
@@ -125,7 +125,7 @@ def loop(
             has the same examples in the same order is not seen), or the checkpoint cannot be written, or exists and is
             not resumed from.
     """
-    size = size_of(pool)
+    size = check_pool(pool)
     check_oracle(oracle, size)
     check_count("batch_size", batch_size)
     check_count("pool_batch_size", pool_batch_size)

@@ -404,6 +404,45 @@ def test_a_dataset_is_streamed(acquisition, with_targets):
     assert_close(streamed[-1].data.inputs, POOL[streamed[-1].labelled])
 
 
+@pytest.mark.parametrize(
+    "pool",
+    [
+        TensorDataset(POOL),
+        TensorDataset(POOL, VALUES, VALUES),
+        [{"input": row, "label": 0} for row in POOL],
+        [((row,), 0) for row in POOL],
+    ],
+    ids=["alone", "with a mask", "by name", "arguments"],
+)
+def test_items_of_a_dataset_are_what_its_loader_would_make_a_batch_of(pool):
+    def learner(data: Labelled, previous: None) -> bk.Posterior:
+        model = nn.Linear(2, 3).double()
+        return bk.Laplace(model, bk.likelihoods.Categorical()).fit(DataLoader(data, 8), progress=False).posterior()
+
+    options = {"batch_size": 3, "rounds": 1}
+    state = run(pool, LABELS, "batch_bald", learner, **options)[-1]
+    assert repr(state.data) == "Labelled(13 of 40 examples)"
+    assert_same(state, run(POOL, LABELS, "batch_bald", learner, **options)[-1])
+
+
+def test_a_model_of_two_arguments():
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 1).double()
+
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            return self.layer(left + right)
+
+    def learner(data: Labelled, previous: None) -> bk.Posterior:
+        likelihood = bk.likelihoods.Gaussian(torch.tensor(0.1, dtype=torch.float64))
+        return bk.Laplace(Sum(), likelihood).fit(DataLoader(data, 8), progress=False).posterior()
+
+    pool = [((row / 2, row / 2), value) for row, value in zip(POOL, VALUES, strict=True)]
+    for acquisition in ("bald", "batch_bald", "epig"):
+        assert len(run(pool, VALUES, acquisition, learner, batch_size=3, rounds=1)[-1].labelled) == 13
+
+
 def test_small_batches_of_a_dataset_give_the_same_choice():
     options = {"batch_size": 3, "rounds": 2}
     for acquisition in ("bald", "batch_bald", "epig"):
@@ -454,6 +493,7 @@ def test_oracles_of_any_kind_are_asked_for_what_was_chosen():
         (lambda x: x[:-1, 0], TargetError, "one for each"),
         (lambda x: 0.0, TargetError, r"shape \(\)"),
         (lambda x: ["cat"] * len(x), TargetError, "Encode classes"),
+        (lambda x: None, TargetError, "Is a return missing"),
         (VALUES[:30], ArgumentError, "oracle holds 30 targets for a pool of 40"),
         (lambda x: x[:, 0] * torch.nan, NonFiniteError, "NaN or infinity for the indices"),
         (lambda x: x * torch.nan, NonFiniteError, "NaN or infinity for the indices"),
@@ -511,6 +551,7 @@ def test_wrong_arguments_are_refused_before_anything_is_asked(options, message):
         (POOL[1:], "bald", ridge(), "oracle holds 40 targets for a pool of 39"),
         (torch.tensor(1.0), "bald", ridge(), "without dimensions"),
         (iter([1]), "bald", ridge(), "pool is a list_iterator"),
+        (POOL.tolist(), "bald", ridge(), r"pool is a list of numbers.*Pass torch\.tensor\(pool\)"),
         (DataLoader(POOL), "bald", ridge(), "Pass the data set of a loader"),
     ],
 )
@@ -539,5 +580,7 @@ def test_a_stratified_set_has_as_many_of_each_class():
     chosen = stratified(LABELS, 3, seed=1)
     assert LABELS[chosen].bincount().tolist() == [3, 3, 3]
     assert torch.equal(chosen, stratified(LABELS.numpy(), 3, seed=1))
-    with pytest.raises(ArgumentError, match="per_class=30 is more than"):
-        stratified(LABELS, 30)
+    names = pd.Series(["none", "one", "two"])[LABELS.numpy()]
+    assert torch.equal(chosen, stratified(names, 3, seed=1))
+    with pytest.raises(ArgumentError, match="per_class=30 is more than the 14 examples of class 'none'"):
+        stratified(names, 30)
