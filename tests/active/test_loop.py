@@ -545,6 +545,7 @@ def test_wrong_arguments_are_refused_before_anything_is_asked(options, message):
     [
         (POOL, "best", ridge(), "acquisition='best' is unknown"),
         (POOL, "bald", 3, "learner=3 is a int"),
+        (POOL, "bald", nn.Linear(2, 1), r"is a Linear.*a function learner\(data, previous\)"),
         (POOL, "bald", "ridge", "learner='ridge' is a str"),
         (POOL, "bald", BayesianRidge, r"learner=BayesianRidge is a class.*Pass BayesianRidge\(...\)"),
         (POOL, "bald", lambda data: None, r"learner\(data\) does not take the two arguments"),
