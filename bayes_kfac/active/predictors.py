@@ -173,6 +173,11 @@ def for_posterior(posterior: Posterior, inputs: Any) -> Any:
     """Tensors on the posterior's device, and arrays as tensors of its dtype; anything else as it is."""
     if isinstance(inputs, Tensor):
         return inputs.to(posterior.device)
+    if hasattr(inputs, "iloc"):
+        raise ArgumentError(
+            f"inputs are a {type(inputs).__name__}, and the predictor is a Posterior. Allowed: what its model takes. "
+            "Pass an array, frame.to_numpy(), or a tensor, as the pool."
+        )
     if not isinstance(inputs, np.ndarray):
         return inputs
     dtype = next(value.dtype for value in posterior.mean.values() if value.is_floating_point())
@@ -282,10 +287,11 @@ class Committee:
         kinds = {hasattr(each, "predict_proba") for each in self.members}
         for each in self.members:
             if len(kinds) > 1 or isinstance(each, Posterior) or not (kinds == {True} or hasattr(each, "predict")):
+                names = ", ".join(sorted({type(own).__name__ for own in self.members}))
                 raise ArgumentError(
-                    f"members hold a {type(each).__name__}. Allowed: models that all have predict_proba, or that all "
-                    "have predict, which returns numbers. Wrap a network in an object with one of the two; a Posterior "
-                    "knows how its own draws differ, and needs no Committee."
+                    f"members hold {names}. Allowed: models that all have predict_proba, or that all have predict, "
+                    "which returns numbers. Wrap a network in an object with one of the two; a Posterior knows how its "
+                    "own draws differ, and needs no Committee."
                 )
 
     def predict(self, inputs: Any) -> SampledProbabilities | Moments:
@@ -309,7 +315,7 @@ class Committee:
                 f"members predict {sorted({each.shape[1] for each in probs})} classes. Allowed: models of the same "
                 "classes. Train each on data that hold all of them."
             )
-        names = [list(each.classes_) for each in self.members if hasattr(each, "classes_")]
+        names = [np.asarray(each.classes_).tolist() for each in self.members if hasattr(each, "classes_")]
         if any(each != names[0] for each in names):
             raise ArgumentError(
                 f"members predict different classes: {next(each for each in names if each != names[0])} and "

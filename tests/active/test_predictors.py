@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
@@ -112,8 +113,15 @@ def test_committees_that_cannot_vote_are_refused():
     "members", [[LogisticRegression(), LinearRegression()], [nn.Linear(3, 1)] * 2, [regression(), regression()]]
 )
 def test_members_are_all_classifiers_or_all_regressors(members):
-    with pytest.raises(ArgumentError, match=r"members hold a .*Allowed: models that all have predict_proba"):
+    names = r"(Linear|LinearRegression, LogisticRegression|Posterior)"
+    with pytest.raises(ArgumentError, match=rf"members hold {names}\. Allowed: models that all have predict_proba"):
         Committee(members)
+
+
+@pytest.mark.parametrize("acquisition", [Entropy(), BatchBALD()], ids=repr)
+def test_a_posterior_takes_no_data_frame(acquisition):
+    with pytest.raises(ArgumentError, match=r"inputs are a DataFrame.*frame\.to_numpy\(\)"):
+        scores(acquisition, posterior(), pd.DataFrame(X))
 
 
 def test_logits_are_no_probabilities():
