@@ -1,8 +1,9 @@
 """What batches, inputs and outputs may look like: tensors, and the collections that people pass around.
 
 A batch is ``(inputs, target)`` or ``(inputs, target, mask)``, or a mapping or dataclass with a field for the target.
-Inputs are one argument of the model, a tuple of arguments, or a mapping of keyword arguments. An output is a tensor
-``[batch, ...]``, or a collection in which one tensor stands out.
+Inputs are one argument of the model, a tuple of arguments, or a mapping of keyword arguments; in a batch a list of
+tensors is such a tuple too, because loaders make one of it. An output is a tensor ``[batch, ...]``, or a collection in
+which one tensor stands out.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def unpack(batch: Any) -> Batch:
     """
     fields_of_tuple = getattr(batch, "_fields", ("inputs", "target", "mask"))
     if isinstance(batch, tuple | list) and (len(batch) == 2 or (len(batch) == 3 and fields_of_tuple[2] == "mask")):
-        return Batch(*batch)
+        inputs, *others = batch
+        return Batch(_arguments(inputs), *others)
     has_names = isinstance(batch, Mapping) or is_dataclass(batch) or hasattr(batch, "_fields")
     named = _named(batch) if has_names else {}
     found = [name for name in TARGET_NAMES if name in named]
@@ -82,13 +84,23 @@ def inputs_of(batch: Any, device: torch.device) -> Any:
     Returns:
         The inputs, on that device.
     """
+    return _moved(without_target(batch), device)
+
+
+def without_target(batch: Any) -> Any:
+    """The inputs of a batch, or of an item of a data set, where they are; see :func:`inputs_of`."""
     if isinstance(batch, list | tuple) and len(batch) == 1:
         batch = batch[0]
     try:
-        inputs = unpack(batch).inputs
+        return unpack(batch).inputs
     except ArgumentError:
-        inputs = batch
-    return _moved(inputs, device)
+        return batch
+
+
+def _arguments(inputs: Any) -> Any:
+    """A tuple of arguments of the list that ``default_collate`` makes of it; anything else as it is."""
+    is_list = isinstance(inputs, list) and all(isinstance(each, Tensor) for each in inputs)
+    return tuple(inputs) if is_list else inputs
 
 
 def _moved(collection: Any, device: torch.device) -> Any:

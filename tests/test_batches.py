@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
 
 from bayes_kfac.batches import Batch, call, count_examples, expect_output_tensor, inputs_of, output_tensor, unpack
 from bayes_kfac.errors import ArgumentError
@@ -47,6 +49,14 @@ def test_a_triple_has_a_mask(kind):
 @pytest.mark.parametrize("inputs", [(INPUTS, INPUTS), {"left": INPUTS}])
 def test_inputs_of_a_pair_may_be_several(inputs):
     assert unpack((inputs, TARGET)).inputs is inputs
+
+
+def test_several_inputs_of_a_data_set_are_several_arguments_though_its_loader_makes_a_list_of_them():
+    pairs = [((row, 2 * row), label) for row, label in zip(INPUTS, TARGET, strict=True)]
+    (batch,) = DataLoader(pairs, batch_size=3)
+    assert isinstance(batch[0], list)
+    for inputs in (unpack(batch).inputs, inputs_of(batch, torch.device("cpu"))):
+        assert_close(call(torch.add, inputs), 3 * INPUTS)
 
 
 @pytest.mark.parametrize("name", ["target", "targets", "label", "labels"])

@@ -9,6 +9,7 @@ An acquisition of your own is one class, and one line, ``@register("name")``, if
 
 from __future__ import annotations
 
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -85,13 +86,27 @@ def register(name: str) -> Callable[[A], A]:
 
     Returns:
         The decorator.
+
+    Raises:
+        ArgumentError: If it is no string, or the name of another acquisition. One that is defined again, as when a cell
+            of a notebook runs a second time, takes its own place.
     """
+    if not isinstance(name, str):
+        raise ArgumentError(f'name={name!r} is not a string. Write @register("name") over the class.')
 
     def decorate(acquisition: A) -> A:
+        held = _ACQUISITIONS.get(name, acquisition)
+        if _origin(held) != _origin(acquisition):
+            raise ArgumentError(f"name={name!r} is that of {_origin(held)}. Allowed: a name that is not in use.")
         _ACQUISITIONS[name] = acquisition
         return acquisition
 
     return decorate
+
+
+def _origin(acquisition: Callable[..., Acquisition]) -> str:
+    """Where an acquisition was defined."""
+    return f"{acquisition.__module__}.{getattr(acquisition, '__qualname__', type(acquisition).__qualname__)}"
 
 
 def available() -> tuple[str, ...]:
@@ -135,7 +150,7 @@ def highest(scores: Tensor, count: int) -> Tensor:
         ArgumentError: If there are fewer candidates.
         NonFiniteError: If a score is not a number.
     """
-    check_enough(count, len(scores))
+    check_enough(count, len(check_scores(scores)))
     return _numbers(scores).topk(count).indices.cpu()
 
 
@@ -178,6 +193,52 @@ def check_enough(count: int, candidates: int) -> None:
     """
     if check_count("count", count) > candidates:
         raise ArgumentError(f"count={count} is more than the {candidates} candidates. Allowed: 1 to {candidates}.")
+
+
+def check_scores(scores: Tensor, candidates: int | None = None) -> Tensor:
+    """The scores, if they are one number for each candidate.
+
+    Args:
+        scores: What an acquisition made.
+        candidates: How many candidates there are, where that is known.
+
+    Returns:
+        The scores.
+
+    Raises:
+        ArgumentError: If they are not.
+    """
+    if not isinstance(scores, Tensor):
+        raise ArgumentError(
+            f"scores are a {type(scores).__name__}. Allowed: a tensor [n]. Use torch.as_tensor(scores)."
+        )
+    if scores.ndim != 1 or candidates not in (None, len(scores)):
+        many = "n" if candidates is None else candidates
+        raise ArgumentError(f"scores have the shape {tuple(scores.shape)}. Allowed: ({many},), one for each candidate.")
+    return scores
+
+
+def check_selection(chosen: Tensor, count: int, candidates: int) -> Tensor:
+    """The selection, if it is as many distinct indices of candidates as were asked for.
+
+    Args:
+        chosen: What an acquisition selected.
+        count: How many it was asked for.
+        candidates: How many candidates there are.
+
+    Returns:
+        The selection.
+
+    Raises:
+        ArgumentError: If it is not.
+    """
+    are_indices = isinstance(chosen, Tensor) and chosen.shape == (count,) and chosen.dtype in (torch.long, torch.int32)
+    if not are_indices or len(chosen.unique()) < count or chosen.min() < 0 or chosen.max() >= candidates:
+        raise ArgumentError(
+            f"The acquisition selected {reprlib.repr(chosen)}. Allowed: a tensor of {count} distinct indices from 0 to "
+            f"{candidates - 1}."
+        )
+    return chosen
 
 
 def _numbers(scores: Tensor) -> Tensor:

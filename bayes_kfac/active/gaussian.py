@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 
 from bayes_kfac.active.base import Gains
+from bayes_kfac.active.predictors import check_order
 from bayes_kfac.batches import inputs_of
 from bayes_kfac.errors import ArgumentError, NonFiniteError, UsageError, check_count
 from bayes_kfac.likelihoods import Gaussian
@@ -203,11 +204,7 @@ class _Targets:
                 f"The posterior's likelihood is {type(posterior.likelihood).__name__}. Allowed: Gaussian, for which "
                 "information is in closed form. Use an acquisition on draws."
             )
-        if isinstance(inputs, DataLoader) and isinstance(inputs.sampler, RandomSampler):
-            raise ArgumentError(
-                f"{name}=DataLoader(shuffle=True) yields another order in every pass, so that an index means nothing. "
-                "Allowed: shuffle=False."
-            )
+        check_order(name, inputs)
         self._name, self._posterior, self._inputs, self._memory_budget = name, posterior, inputs, memory_budget
         covariances = []
         self._sizes: list[int] = []

@@ -20,7 +20,7 @@ from bayes_kfac.active.base import Acquisition, Gains, greedy, register
 from bayes_kfac.active.gaussian import GaussianGains, GaussianPredictiveGains
 from bayes_kfac.active.predictors import count, for_posterior, predict_jointly
 from bayes_kfac.active.sampled import SampledGains, SampledPredictiveGains
-from bayes_kfac.errors import ArgumentError
+from bayes_kfac.errors import ArgumentError, check_count
 from bayes_kfac.likelihoods import Gaussian, Likelihood
 from bayes_kfac.prediction import MEMORY_BUDGET
 
@@ -199,10 +199,16 @@ class EPIG(Joint):
         num_samples: As in :class:`Joint`.
         num_configurations: As in :class:`Joint`.
         memory_budget: As in :class:`Joint`.
+
+    Raises:
+        ArgumentError: If ``num_targets`` is no count.
     """
 
     target_inputs: Any = field(default=None, repr=False)
     num_targets: int = 100
+
+    def __post_init__(self) -> None:
+        check_count("num_targets", self.num_targets)
 
     def look(self, predictor: Any, inputs: Any, *, generator: torch.Generator | None = None) -> Gains:  # noqa: D102
         likelihood = getattr(predictor, "likelihood", None)

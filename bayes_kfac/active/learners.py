@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayes_kfac.active.pool import Labelled
 from bayes_kfac.errors import ArgumentError, check_choice
@@ -40,10 +41,10 @@ def trainer_of(learner: Any, start: str) -> Trainer:
         raise ArgumentError(f"learner={learner.__name__} is a class. Allowed: an object. Pass {learner.__name__}(...).")
     if callable(getattr(learner, "fit", None)):
         return _going_on(learner) if is_warm else _fitted_anew(learner)
-    if not callable(learner):
+    if not callable(learner) or isinstance(learner, nn.Module):
         raise ArgumentError(
-            f"learner={learner!r} is a {type(learner).__name__}. Allowed: a function learner(data, previous) that "
-            "returns a predictor, or an object with fit(inputs, targets) and predict."
+            f"learner={reprlib.repr(learner)} is a {type(learner).__name__}. Allowed: a function "
+            "learner(data, previous) that returns a predictor, or an object with fit(inputs, targets) and predict."
         )
     _check_arguments(learner)
     return lambda data, _, previous: learner(data, previous)

@@ -7,6 +7,7 @@ resumed from the labels it had, goes on exactly as it would have.
 from __future__ import annotations
 
 import random
+import reprlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayes_kfac.active.base import Acquisition, get
+from bayes_kfac.active.base import Acquisition, check_scores, check_selection, get
 from bayes_kfac.active.learners import Trainer, trainer_of
-from bayes_kfac.active.pool import Labelled, answer, candidates_at, check_oracle, size_of
+from bayes_kfac.active.pool import Labelled, answer, candidates_at, check_oracle, check_pool, size_of
 from bayes_kfac.active.record import Record
 from bayes_kfac.errors import ArgumentError, check_count
 from bayes_kfac.progress import progress_bar
@@ -120,10 +121,11 @@ def loop(
         An iterator over the states.
 
     Raises:
-        ArgumentError: If an argument is out of range, the file is of another pool or seed, or the checkpoint exists and
-            is not resumed from.
+        ArgumentError: If an argument is out of range, the file is of another seed or size of the pool (that the pool
+            has the same examples in the same order is not seen), or the checkpoint cannot be written, or exists and is
+            not resumed from.
     """
-    size = size_of(pool)
+    size = check_pool(pool)
     check_oracle(oracle, size)
     check_count("batch_size", batch_size)
     check_count("pool_batch_size", pool_batch_size)
@@ -138,12 +140,7 @@ def loop(
     held = len(first if record is None else record.indices)
     if held > limit:
         raise ArgumentError(f"budget={budget} is less than the {held} labels to start with. Allowed: {held} or more.")
-    path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and path.exists() and (not isinstance(resume, str | Path) or Path(resume) != path):
-        raise ArgumentError(
-            f"checkpoint={str(path)!r} exists, and the labels in it would be lost. Pass resume={str(path)!r} to go on "
-            "from them, or another file."
-        )
+    path = None if checkpoint is None else _writable(Path(checkpoint), resume)
     run = _Run(
         pool=pool,
         oracle=oracle,
@@ -182,7 +179,7 @@ class _Run:
         started = time.perf_counter()
         if record is None:
             record = self._asked(Record.empty(self.seed, size_of(self.pool)), first, None)
-        with progress_bar(shown=progress, total=self.limit, desc="active", unit="label") as bar:
+        with progress_bar(shown=progress, total=self._total(record), desc="active", unit="label") as bar:
             state = self._trained(record, self._replayed(record), started)
             while True:
                 bar.update(len(state.labelled) - bar.n)
@@ -194,6 +191,13 @@ class _Run:
                 chosen, scores = self._choose(state, count)
                 record = self._asked(state.record, chosen, scores)
                 state = self._trained(record, state.predictor if self.is_warm else None, started)
+
+    def _total(self, record: Record) -> int:
+        """How many labels there will be in the end."""
+        if self.rounds is None:
+            return self.limit
+        missing = max(self.rounds - record.round, 0)
+        return min(self.limit, len(record.indices) + missing * self.batch_size)
 
     def _replayed(self, record: Record) -> Any:
         """The predictor before the last round of a record: of a warm start that of all rounds before, trained again."""
@@ -230,11 +234,12 @@ class _Run:
                 indices = indices[order.sort().values]
             inputs = candidates_at(self.pool, indices, self.pool_batch_size)
             view = self.acquisition.look(state.predictor, inputs, generator=generator)
-            candidate_scores = self.acquisition.scores(view).detach().cpu()
+            candidate_scores = check_scores(self.acquisition.scores(view), len(indices)).detach().cpu()
             chosen = self.acquisition.select(view, count, generator=generator)
+            chosen = check_selection(chosen, count, len(indices)).cpu()
         scores = torch.full((len(unlabelled),), torch.nan, dtype=candidate_scores.dtype)
         scores[indices] = candidate_scores
-        return indices[chosen.cpu()], scores
+        return indices[chosen], scores
 
     def _asked(self, record: Record, indices: Tensor, scores: Tensor | None) -> Record:
         """The record with the oracle's answers, which are safe on the disk before anything else happens."""
@@ -246,6 +251,19 @@ class _Run:
         return record
 
 
+def _writable(path: Path, resume: str | Path | LoopState | None) -> Path:
+    """The file for labels, before the first of them is paid for."""
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+        raise ArgumentError(f"checkpoint={str(path)!r} {what}. Allowed: a file in a folder that exists.")
+    if path.exists() and (not isinstance(resume, str | Path) or Path(resume) != path):
+        raise ArgumentError(
+            f"checkpoint={str(path)!r} exists, and the labels in it would be lost. Pass resume={str(path)!r} to go on "
+            "from them, or another file."
+        )
+    return path
+
+
 def _initial(initial: int | Sequence[int] | Tensor, size: int, seed: int) -> Tensor:
     """The indices of the initial set."""
     if isinstance(initial, Integral):  # numpy's too
@@ -255,7 +273,10 @@ def _initial(initial: int | Sequence[int] | Tensor, size: int, seed: int) -> Ten
             return torch.randperm(size, generator=generator)[: int(initial)]
     indices = torch.as_tensor(initial).cpu()
     if indices.ndim != 1 or len(indices) == 0 or indices.is_floating_point() or indices.dtype == torch.bool:
-        raise ArgumentError(f"initial={initial!r} is not allowed. Allowed: a count, or one index or more.")
+        advice = " Of a mask pass mask.nonzero().squeeze(1)." if indices.dtype == torch.bool else ""
+        raise ArgumentError(
+            f"initial={reprlib.repr(initial)} is not allowed. Allowed: a count, or one index or more.{advice}"
+        )
     if int(indices.min()) < 0 or int(indices.max()) >= size or len(indices.unique()) < len(indices):
         raise ArgumentError(
             f"initial={indices.tolist()} are not distinct indices. Allowed: 0 to {size - 1}, each once."

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bayes_kfac.active.base import Acquisition, register
+from bayes_kfac.active.base import Acquisition, check_scores, register
 from bayes_kfac.active.predictors import ask, count, parts, predict
 from bayes_kfac.prediction.classification import OfBinaryTargets
 
@@ -50,8 +50,11 @@ class Pointwise(Acquisition):
 
         Returns:
             The scores.
+
+        Raises:
+            ArgumentError: If they are not one for each candidate.
         """
-        return view if isinstance(view, Tensor) else self.judge(view)
+        return check_scores(view if isinstance(view, Tensor) else self.judge(view))
 
     @abstractmethod
     def judge(self, prediction: Any) -> Tensor:

@@ -2,18 +2,22 @@
 
 A pool is anything with rows: a tensor or array ``[n, ...]``, a data frame, or a map-style torch ``Dataset``, which may
 be larger than memory: its examples are read in batches, and only scores or probabilities are kept. Items of a data set
-are inputs, or pairs of which the first is the input; targets come from the oracle alone.
+are inputs, or what a loader would make a batch of, such as pairs of input and target; targets come from the oracle
+alone.
 """
 
 from __future__ import annotations
 
+from numbers import Number
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
+from bayes_kfac.batches import without_target
 from bayes_kfac.errors import ArgumentError, NonFiniteError, TargetError, check_count
 
 
@@ -39,6 +43,28 @@ def size_of(pool: Any) -> int:
             "with a length. Pass the data set of a loader."
         )
     return len(pool)
+
+
+def check_pool(pool: Any) -> int:
+    """See that a pool has rows, and is no nested list of numbers, whose items would be taken for pairs.
+
+    Args:
+        pool: The pool.
+
+    Returns:
+        How many examples it has.
+
+    Raises:
+        ArgumentError: If it has none, or is such a list.
+    """
+    size = size_of(pool)
+    first = pool[0] if isinstance(pool, list | tuple) and pool else None
+    if isinstance(first, Number | list | tuple) and all(isinstance(leaf, Number) for leaf in tree_leaves(first)):
+        raise ArgumentError(
+            f"pool is a {type(pool).__name__} of numbers. Allowed: a tensor or array [n, ...], a data frame, or a "
+            "torch Dataset with a length. Pass torch.tensor(pool)."
+        )
+    return size
 
 
 def inputs_at(pool: Any, indices: Tensor) -> Any:
@@ -69,7 +95,7 @@ def input_at(pool: Any, index: int) -> Any:
         The input, without a target.
     """
     item = getattr(pool, "iloc", pool)[index]
-    return item[0] if isinstance(item, tuple | list) and len(item) == 2 else item
+    return item if hasattr(pool, "shape") else without_target(item)
 
 
 def candidates_at(pool: Any, indices: Tensor, batch_size: int) -> Any:
@@ -99,6 +125,9 @@ class Labelled(Dataset[tuple[Any, Tensor]]):
 
     def __init__(self, pool: Any, indices: Tensor, targets: Tensor) -> None:
         self.pool, self.indices, self.targets = pool, indices, targets
+
+    def __repr__(self) -> str:
+        return f"Labelled({len(self)} of {size_of(self.pool)} examples)"
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -159,7 +188,10 @@ def answer(oracle: Any, pool: Any, indices: Tensor) -> Tensor:
         array = np.asarray(targets)
         if array.dtype.kind not in "biuf":
             raise TargetError(
-                f"The oracle gave targets of dtype {array.dtype}. Allowed: numbers. Encode classes as 0, 1, ..."
+                "The oracle returned None. Allowed: the targets. Is a return missing?"
+                if targets is None
+                else f"The oracle gave targets of dtype {array.dtype}. Allowed: numbers. Encode classes as 0, 1, ...: "
+                "names, labels = numpy.unique(labels, return_inverse=True)."
             )
         targets = torch.tensor(array)  # a copy: arrays of frames may be read-only
     targets = targets.detach().cpu()
@@ -177,7 +209,7 @@ def stratified(targets: Any, per_class: int, *, seed: int = 0) -> Tensor:
     """As many examples of each class, drawn at random: an initial set for a benchmark, where all targets are known.
 
     Args:
-        targets: The class of each example of the pool, ``[n]``.
+        targets: The class of each example of the pool, ``[n]``: a number or a name.
         per_class: How many of each class.
         seed: Of the choice.
 
@@ -188,14 +220,13 @@ def stratified(targets: Any, per_class: int, *, seed: int = 0) -> Tensor:
         ArgumentError: If a class has fewer examples.
     """
     check_count("per_class", per_class)
-    classes = torch.as_tensor(np.asarray(targets)).flatten()
+    names, codes = np.unique(np.asarray(targets), return_inverse=True)
+    classes = torch.tensor(codes).flatten()
     generator = torch.Generator().manual_seed(seed)
     chosen = []
-    for each in classes.unique():
-        members = (classes == each).nonzero().squeeze(1)
+    for code, name in enumerate(names.tolist()):
+        members = (classes == code).nonzero().squeeze(1)
         if len(members) < per_class:
-            raise ArgumentError(
-                f"per_class={per_class} is more than the {len(members)} examples of class {each.item()}."
-            )
+            raise ArgumentError(f"per_class={per_class} is more than the {len(members)} examples of class {name!r}.")
         chosen.append(members[torch.randperm(len(members), generator=generator)[:per_class]])
     return torch.cat(chosen)

@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 from bayes_kfac.batches import inputs_of
 from bayes_kfac.errors import ArgumentError, UsageError
@@ -56,9 +56,10 @@ def predict(
     if hasattr(predictor, "predict_proba"):
         return ClassProbabilities(_probabilities(predictor, inputs))
     if not callable(getattr(predictor, "predict", None)):
+        advice = " Return its .posterior()." if callable(getattr(predictor, "posterior", None)) else ""
         raise ArgumentError(
             f"A {type(predictor).__name__} has neither predict nor predict_proba. Allowed: a Posterior, an estimator, "
-            "or any object with one of the two."
+            f"or any object with one of the two.{advice}"
         )
     inputs = _as_estimator_takes(predictor, inputs)
     prediction = _with_stddev(predictor, inputs) or predictor.predict(inputs)
@@ -115,9 +116,27 @@ def parts(predictor: Any, inputs: Any) -> Iterator[Any]:
     if not isinstance(inputs, DataLoader):
         yield inputs
         return
+    check_order("inputs", inputs)
     device = predictor.device if isinstance(predictor, Posterior) else torch.device("cpu")
     for batch in inputs:
         yield inputs_of(batch, device)
+
+
+def check_order(name: str, inputs: Any) -> None:
+    """See that an index into the inputs means something.
+
+    Args:
+        name: The argument's name, for the message.
+        inputs: The inputs, of any kind.
+
+    Raises:
+        ArgumentError: If they are a loader that shuffles.
+    """
+    if isinstance(inputs, DataLoader) and isinstance(inputs.sampler, RandomSampler):
+        raise ArgumentError(
+            f"{name}=DataLoader(shuffle=True) yields another order in every pass, so that an index means nothing. "
+            "Allowed: shuffle=False."
+        )
 
 
 def count(inputs: Any) -> int:
@@ -142,9 +161,10 @@ def ask(prediction: Any, name: str, who: str) -> Any:
         UsageError: If it has none.
     """
     if not hasattr(prediction, name):
+        known = getattr(prediction, "known", f"a {type(prediction).__name__} does not know")
         raise UsageError(
-            f"{who} needs {name}, which a {type(prediction).__name__} does not know. Predictions of a "
-            "bayes_kfac.Posterior do, where its likelihood has it; a Committee of several models knows how they differ."
+            f"{who} needs {name}, which {known}. Predictions of a bayes_kfac.Posterior know it, where its likelihood "
+            "has it; a Committee of several models knows how they differ."
         )
     return getattr(prediction, name)
 
@@ -153,6 +173,11 @@ def for_posterior(posterior: Posterior, inputs: Any) -> Any:
     """Tensors on the posterior's device, and arrays as tensors of its dtype; anything else as it is."""
     if isinstance(inputs, Tensor):
         return inputs.to(posterior.device)
+    if hasattr(inputs, "iloc"):
+        raise ArgumentError(
+            f"inputs are a {type(inputs).__name__}, and the predictor is a Posterior. Allowed: what its model takes. "
+            "Pass an array, frame.to_numpy(), or a tensor, as the pool."
+        )
     if not isinstance(inputs, np.ndarray):
         return inputs
     dtype = next(value.dtype for value in posterior.mean.values() if value.is_floating_point())
@@ -171,6 +196,8 @@ class Means:
         mean: ``[n, ...]``.
     """
 
+    known: ClassVar[str] = "predict alone does not tell; a classifier with predict_proba tells more"
+
     mean: Tensor = field(metadata=batch_dim(0))
 
 
@@ -184,6 +211,8 @@ class Moments:
             ``GaussianProcessRegressor`` with a ``WhiteKernel``, it is the same for all candidates and changes no rank.
     """
 
+    known: ClassVar[str] = "a mean and a standard deviation do not tell: how much of it is noise is not known"
+
     mean: Tensor = field(metadata=batch_dim(0))
     epistemic_variance: Tensor = field(metadata=batch_dim(0))
 
@@ -195,6 +224,8 @@ class ClassProbabilities:
     Attributes:
         probs: ``[n, classes]``.
     """
+
+    known: ClassVar[str] = "predict_proba does not tell, as it has the mean probabilities alone"
 
     probs: Tensor = field(metadata=batch_dim(0))
 
@@ -242,16 +273,26 @@ class Committee:
     members' mean divergence from their average, :class:`VariationRatio` their vote.
 
     Args:
-        members: At least two models; all with ``predict_proba``, for the same classes, or all with ``predict``.
+        members: At least two models; all with ``predict_proba``, for the same classes, or all with ``predict``, which
+            returns numbers.
 
     Raises:
-        ArgumentError: If there are fewer.
+        ArgumentError: If there are fewer, or they are of another kind.
     """
 
     def __init__(self, members: Sequence[Any]) -> None:
         self.members = list(members)
         if len(self.members) < 2:
             raise ArgumentError(f"members={members!r} do not differ. Allowed: two models or more.")
+        kinds = {hasattr(each, "predict_proba") for each in self.members}
+        for each in self.members:
+            if len(kinds) > 1 or isinstance(each, Posterior) or not (kinds == {True} or hasattr(each, "predict")):
+                names = ", ".join(sorted({type(own).__name__ for own in self.members}))
+                raise ArgumentError(
+                    f"members hold {names}. Allowed: models that all have predict_proba, or that all have predict, "
+                    "which returns numbers. Wrap a network in an object with one of the two; a Posterior knows how its "
+                    "own draws differ, and needs no Committee."
+                )
 
     def predict(self, inputs: Any) -> SampledProbabilities | Moments:
         """The members' predictions.
@@ -263,7 +304,7 @@ class Committee:
             All probabilities, of classifiers; of regressors the mean and variance over the members.
 
         Raises:
-            ArgumentError: If the classifiers do not have the same number of classes.
+            ArgumentError: If the classifiers do not have the same classes.
         """
         if not hasattr(self.members[0], "predict_proba"):
             means = torch.stack([_tensor(each.predict(_as_estimator_takes(each, inputs))) for each in self.members])
@@ -273,6 +314,12 @@ class Committee:
             raise ArgumentError(
                 f"members predict {sorted({each.shape[1] for each in probs})} classes. Allowed: models of the same "
                 "classes. Train each on data that hold all of them."
+            )
+        names = [np.asarray(each.classes_).tolist() for each in self.members if hasattr(each, "classes_")]
+        if any(each != names[0] for each in names):
+            raise ArgumentError(
+                f"members predict different classes: {next(each for each in names if each != names[0])} and "
+                f"{names[0]}. Allowed: models of the same classes. Train each on data that hold all of them."
             )
         return SampledProbabilities(torch.stack(probs))
 
@@ -298,7 +345,13 @@ def _probabilities(classifier: Any, inputs: Any) -> Tensor:
             f"predict_proba of a {type(classifier).__name__} gave no array [n, classes]. Allowed: one target for each "
             "example."
         )
-    return _tensor(probs)
+    tensor = _tensor(probs)
+    if bool((tensor < 0).any() or ((tensor.sum(-1) - 1).abs() > 1e-2).any()):
+        raise ArgumentError(
+            f"predict_proba of a {type(classifier).__name__} gave numbers that are negative or do not add up to 1. "
+            "Allowed: probabilities [n, classes]. Take the softmax of logits."
+        )
+    return tensor
 
 
 def _as_estimator_takes(predictor: Any, inputs: Any) -> Any:

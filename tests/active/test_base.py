@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -53,6 +54,24 @@ def test_a_name_is_one_line():
         assert isinstance(get("given"), Given)
     finally:
         del _ACQUISITIONS["given"]
+
+
+def test_a_name_in_use_is_not_taken_but_by_the_same_class_defined_again():
+    with pytest.raises(ArgumentError, match=r"name='bald' is that of bayes_kfac.active.pointwise.BALD"):
+        register("bald")(Given)
+    assert isinstance(get("bald"), BALD)
+    register("bald")(BALD)
+    with pytest.raises(ArgumentError, match="is not a string"):
+        register(Given)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [(np.zeros(3), r"ndarray.*torch\.as_tensor"), (torch.zeros(3, 1), r"shape \(3, 1\).*\(n,\), one for each")],
+)
+def test_scores_are_one_number_for_each_candidate(scores, message):
+    with pytest.raises(ArgumentError, match=message):
+        Given().select(scores, 1)
 
 
 @pytest.mark.parametrize("name", active.available())

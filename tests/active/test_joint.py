@@ -95,6 +95,11 @@ def test_options_of_draws_are_refused_in_closed_form(kind, option):
         kind(**option).look(regression(), pool())
 
 
+def test_no_targets_are_refused():
+    with pytest.raises(ArgumentError, match="num_targets=0"):
+        EPIG(num_targets=0)
+
+
 def test_options_bound_configurations_and_memory():
     view = BatchBALD(num_configurations=4, memory_budget=1).look(posterior(), pool(), generator=rng(0))
     whole = BatchBALD(num_configurations=4).look(posterior(), pool(), generator=rng(0))
@@ -110,5 +115,5 @@ def test_a_predictor_without_draws_is_refused():
         def predict_proba(self, inputs):
             return np.full((len(inputs), 2), 0.5)
 
-    with pytest.raises(UsageError, match="needs sampled_probs, which a ClassProbabilities does not know"):
+    with pytest.raises(UsageError, match="needs sampled_probs, which predict_proba does not tell"):
         BatchBALD().look(Classifier(), pool())

@@ -320,6 +320,46 @@ def test_labels_on_the_disk_are_never_overwritten(tmp_path):
     assert not list(tmp_path.glob("*.unfinished"))
 
 
+def test_a_file_that_cannot_be_written_is_told_before_a_label_is_paid_for(tmp_path):
+    oracle = Failing(noisy, at=1)
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "none" / "labels", "a folder that does not exist")):
+        with pytest.raises(ArgumentError, match=message):
+            loop(POOL, oracle, "random", ridge(), checkpoint=path)
+    assert oracle.calls == 0
+
+
+class Own(Random):
+    """An acquisition of a user's that makes any scores and selects anything."""
+
+    def __init__(self, scores: object, chosen: object) -> None:
+        self.given, self.chosen = scores, chosen
+
+    def scores(self, view: Tensor) -> Tensor:
+        return self.given
+
+    def select(self, view: Tensor, count: int, *, generator: torch.Generator | None = None) -> Tensor:
+        return self.chosen
+
+
+@pytest.mark.parametrize(
+    ("scores", "chosen", "message"),
+    [
+        (torch.zeros(30), torch.tensor([1, 1]), r"selected tensor\(\[1, 1\]\).*2 distinct indices from 0 to 29"),
+        (torch.zeros(30), torch.arange(3), "2 distinct"),
+        (torch.zeros(30), torch.tensor([0, 30]), "2 distinct"),
+        (torch.zeros(30), torch.tensor([0, -1]), "2 distinct"),
+        (torch.zeros(30), torch.zeros(2), "2 distinct"),
+        (torch.zeros(30), [0, 1], "2 distinct"),
+        (torch.zeros(29), torch.arange(2), r"shape \(29,\)\. Allowed: \(30,\)"),
+        (torch.zeros(30, 1), torch.arange(2), r"shape \(30, 1\)"),
+        (np.zeros(30), torch.arange(2), "ndarray"),
+    ],
+)
+def test_no_candidate_is_chosen_twice_whatever_an_acquisition_of_a_user_selects(scores, chosen, message):
+    with pytest.raises(ArgumentError, match=message):
+        run(POOL, VALUES, Own(scores, chosen), ridge_of_column(), batch_size=2, rounds=1)
+
+
 def test_another_loop_is_not_gone_on_with(tmp_path):
     path = tmp_path / "state.safetensors"
     state = run(POOL, VALUES, "variance", ridge_of_column(), rounds=0)[0]
@@ -362,6 +402,45 @@ def test_a_dataset_is_streamed(acquisition, with_targets):
     held = run(POOL, LABELS, acquisition, classify, **options)
     assert_same(streamed[-1], held[-1])
     assert_close(streamed[-1].data.inputs, POOL[streamed[-1].labelled])
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        TensorDataset(POOL),
+        TensorDataset(POOL, VALUES, VALUES),
+        [{"input": row, "label": 0} for row in POOL],
+        [((row,), 0) for row in POOL],
+    ],
+    ids=["alone", "with a mask", "by name", "arguments"],
+)
+def test_items_of_a_dataset_are_what_its_loader_would_make_a_batch_of(pool):
+    def learner(data: Labelled, previous: None) -> bk.Posterior:
+        model = nn.Linear(2, 3).double()
+        return bk.Laplace(model, bk.likelihoods.Categorical()).fit(DataLoader(data, 8), progress=False).posterior()
+
+    options = {"batch_size": 3, "rounds": 1}
+    state = run(pool, LABELS, "batch_bald", learner, **options)[-1]
+    assert repr(state.data) == "Labelled(13 of 40 examples)"
+    assert_same(state, run(POOL, LABELS, "batch_bald", learner, **options)[-1])
+
+
+def test_a_model_of_two_arguments():
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 1).double()
+
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            return self.layer(left + right)
+
+    def learner(data: Labelled, previous: None) -> bk.Posterior:
+        likelihood = bk.likelihoods.Gaussian(torch.tensor(0.1, dtype=torch.float64))
+        return bk.Laplace(Sum(), likelihood).fit(DataLoader(data, 8), progress=False).posterior()
+
+    pool = [((row / 2, row / 2), value) for row, value in zip(POOL, VALUES, strict=True)]
+    for acquisition in ("bald", "batch_bald", "epig"):
+        assert len(run(pool, VALUES, acquisition, learner, batch_size=3, rounds=1)[-1].labelled) == 13
 
 
 def test_small_batches_of_a_dataset_give_the_same_choice():
@@ -414,6 +493,7 @@ def test_oracles_of_any_kind_are_asked_for_what_was_chosen():
         (lambda x: x[:-1, 0], TargetError, "one for each"),
         (lambda x: 0.0, TargetError, r"shape \(\)"),
         (lambda x: ["cat"] * len(x), TargetError, "Encode classes"),
+        (lambda x: None, TargetError, "Is a return missing"),
         (VALUES[:30], ArgumentError, "oracle holds 30 targets for a pool of 40"),
         (lambda x: x[:, 0] * torch.nan, NonFiniteError, "NaN or infinity for the indices"),
         (lambda x: x * torch.nan, NonFiniteError, "NaN or infinity for the indices"),
@@ -446,6 +526,7 @@ def test_answers_of_another_kind_are_refused():
         ({"initial": [-1]}, "not distinct indices. Allowed: 0 to 39"),
         ({"initial": [0.5]}, "a count, or one index or more"),
         ({"initial": []}, "a count, or one index or more"),
+        ({"initial": torch.arange(40) < 5}, r"Of a mask pass mask\.nonzero"),
         ({"start": "lukewarm"}, "start='lukewarm' is unknown"),
         ({"candidates": 2, "batch_size": 3}, "candidates=2"),
         ({"seed": -1}, "seed=-1"),
@@ -464,12 +545,14 @@ def test_wrong_arguments_are_refused_before_anything_is_asked(options, message):
     [
         (POOL, "best", ridge(), "acquisition='best' is unknown"),
         (POOL, "bald", 3, "learner=3 is a int"),
+        (POOL, "bald", nn.Linear(2, 1), r"is a Linear.*a function learner\(data, previous\)"),
         (POOL, "bald", "ridge", "learner='ridge' is a str"),
         (POOL, "bald", BayesianRidge, r"learner=BayesianRidge is a class.*Pass BayesianRidge\(...\)"),
         (POOL, "bald", lambda data: None, r"learner\(data\) does not take the two arguments"),
         (POOL[1:], "bald", ridge(), "oracle holds 40 targets for a pool of 39"),
         (torch.tensor(1.0), "bald", ridge(), "without dimensions"),
         (iter([1]), "bald", ridge(), "pool is a list_iterator"),
+        (POOL.tolist(), "bald", ridge(), r"pool is a list of numbers.*Pass torch\.tensor\(pool\)"),
         (DataLoader(POOL), "bald", ridge(), "Pass the data set of a loader"),
     ],
 )
@@ -486,6 +569,10 @@ def test_a_learner_that_returns_nothing_is_told():
 def test_the_progress_bar_counts_labels(capsys):
     list(loop(POOL, VALUES, Random(), ridge_of_column(), batch_size=5, budget=20))
     assert "20/20" in capsys.readouterr().err
+    states = list(loop(POOL, VALUES, Random(), ridge_of_column(), batch_size=5, rounds=2))
+    assert "20/20" in capsys.readouterr().err
+    list(loop(POOL, VALUES, Random(), ridge_of_column(), batch_size=5, rounds=3, resume=states[1]))
+    assert "25/25" in capsys.readouterr().err
     run(POOL, VALUES, Random(), ridge_of_column(), batch_size=5, budget=20)
     assert not capsys.readouterr().err
 
@@ -494,5 +581,7 @@ def test_a_stratified_set_has_as_many_of_each_class():
     chosen = stratified(LABELS, 3, seed=1)
     assert LABELS[chosen].bincount().tolist() == [3, 3, 3]
     assert torch.equal(chosen, stratified(LABELS.numpy(), 3, seed=1))
-    with pytest.raises(ArgumentError, match="per_class=30 is more than"):
-        stratified(LABELS, 30)
+    names = pd.Series(["none", "one", "two"])[LABELS.numpy()]
+    assert torch.equal(chosen, stratified(names, 3, seed=1))
+    with pytest.raises(ArgumentError, match="per_class=30 is more than the 14 examples of class 'none'"):
+        stratified(names, 30)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
@@ -12,10 +13,11 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.linear_model import BayesianRidge, LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
+import bayes_kfac as bk
 from bayes_kfac.active import (
     BALD,
     EPIG,
@@ -30,7 +32,7 @@ from bayes_kfac.active import (
 )
 from bayes_kfac.errors import ArgumentError, UsageError
 from bayes_kfac.prediction import CategoricalPrediction
-from tests.active.pools import SOURCE, classes, pool
+from tests.active.pools import SOURCE, classes, pool, posterior, regression
 from tests.helpers import TIGHT, randn
 
 X = pool(40).numpy()
@@ -62,15 +64,15 @@ def test_a_regressor_with_stddev_gives_its_variance(regressor, in_pipeline):
 @pytest.mark.parametrize("acquisition", [BALD(), VariationRatio(), BatchBALD(), EPIG(), Variance()], ids=repr)
 def test_what_a_plain_classifier_does_not_know_is_said(acquisition):
     classifier = LogisticRegression().fit(X, LABELS)
-    with pytest.raises(UsageError, match=r"which a ClassProbabilities does not know.*Committee"):
+    with pytest.raises(UsageError, match=r"which predict_proba does not tell.*Committee"):
         scores(acquisition, classifier)
 
 
 def test_what_a_plain_regressor_does_not_know_is_said():
     regressor = LinearRegression().fit(X, VALUES)
-    with pytest.raises(UsageError, match="Variance needs epistemic_variance, which a Means"):
+    with pytest.raises(UsageError, match=r"Variance needs epistemic_variance, which predict alone.*predict_proba"):
         scores(Variance(), regressor)
-    with pytest.raises(UsageError, match="BALD needs mutual_information, which a Moments"):
+    with pytest.raises(UsageError, match="BALD needs mutual_information, which a mean and a standard deviation"):
         scores(BALD(), BayesianRidge().fit(X, VALUES))
     assert scores(Random(), regressor).shape == (12,)
 
@@ -103,6 +105,32 @@ def test_committees_that_cannot_vote_are_refused():
     two = LogisticRegression().fit(X, LABELS > 0)
     with pytest.raises(ArgumentError, match=r"members predict \[2, 3\] classes"):
         Committee([two, LogisticRegression().fit(X, LABELS)]).predict(X)
+    with pytest.raises(ArgumentError, match=r"different classes: \[.*2.*\] and \[.*True.*\]"):
+        Committee([two, LogisticRegression().fit(X, 2 * (LABELS > 0))]).predict(X)
+
+
+@pytest.mark.parametrize(
+    "members", [[LogisticRegression(), LinearRegression()], [nn.Linear(3, 1)] * 2, [regression(), regression()]]
+)
+def test_members_are_all_classifiers_or_all_regressors(members):
+    names = r"(Linear|LinearRegression, LogisticRegression|Posterior)"
+    with pytest.raises(ArgumentError, match=rf"members hold {names}\. Allowed: models that all have predict_proba"):
+        Committee(members)
+
+
+@pytest.mark.parametrize("acquisition", [Entropy(), BatchBALD()], ids=repr)
+def test_a_posterior_takes_no_data_frame(acquisition):
+    with pytest.raises(ArgumentError, match=r"inputs are a DataFrame.*frame\.to_numpy\(\)"):
+        scores(acquisition, posterior(), pd.DataFrame(X))
+
+
+def test_logits_are_no_probabilities():
+    class Network:
+        def predict_proba(self, inputs: Tensor) -> Tensor:
+            return randn(len(inputs), 2, seed=0)
+
+    with pytest.raises(ArgumentError, match="Take the softmax of logits"):
+        scores(Entropy(), Network())
 
 
 def test_any_object_whose_prediction_has_the_attribute():
@@ -138,7 +166,17 @@ def test_an_error_of_the_predictor_is_its_own():
         scores(Variance(), Broken())
 
 
+@pytest.mark.parametrize("acquisition", [Entropy(), BatchBALD()], ids=repr)
+def test_a_loader_that_shuffles_is_refused(acquisition):
+    loader = DataLoader(pool(), batch_size=5, shuffle=True)
+    with pytest.raises(ArgumentError, match="an index means nothing"):
+        scores(acquisition, posterior(), loader)
+
+
 def test_what_is_no_predictor_is_refused():
+    laplace = bk.Laplace(nn.Linear(3, 1), bk.likelihoods.Gaussian(1.0))
+    with pytest.raises(ArgumentError, match=r"A Laplace has neither.*Return its \.posterior\(\)"):
+        scores(Entropy(), laplace)
     with pytest.raises(ArgumentError, match="A float has neither predict nor predict_proba"):
         scores(Entropy(), 1.0)
     with pytest.raises(ArgumentError, match="method='sampling' is for predictions of a Posterior"):
