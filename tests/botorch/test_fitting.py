@@ -207,5 +207,11 @@ def test_wrong_arguments_are_named():
         LinearizedSurrogate.fit(X, Y, network=network(outputs=1))
     with pytest.raises(ArgumentError, match=r"network is torch\.float32"):
         LinearizedSurrogate.fit(X, Y, network=network().float())
+    with pytest.raises(ArgumentError, match=r"train_X is a ndarray.*torch\.as_tensor"):
+        LinearizedSurrogate.fit(X.numpy(), Y)
+    with pytest.raises(ArgumentError, match=f"does not take inputs of d={D} columns"):
+        LinearizedSurrogate.fit(X, Y, network=nn.Linear(D + 1, 2).double())
+    with pytest.raises(ArgumentError, match=r"network=.*Linear.*nn\.Module"):
+        LinearizedSurrogate.fit(X, Y, network=nn.Linear)
     with pytest.raises(UnsupportedModelError):
         LinearizedSurrogate.fit(X, Y, network=nn.Sequential(network(), nn.PReLU()).double(), steps=1)
