@@ -43,6 +43,9 @@ class PosteriorGuide(AutoGuide):
     model, is a point: a ``Delta`` at the mean. Sites of the model that are no parameters of the network are left to
     other guides, in an ``AutoGuideList``.
 
+    A guide is draws of the weights. Those of a Laplace posterior of all layers do not fit its own data: train the
+    posterior, or take ``subset="last_layer"``.
+
     Nothing in it is trained: means and blocks are buffers. The model is run once, at the first call, to see its sites.
 
     Args:
