@@ -188,12 +188,14 @@ class Surrogate(Model):
             learned = self.likelihood.noise.variance().detach().to(like)
             noise = learned.broadcast_to((1, self._network_outputs))[:, self._of_network(chosen)]
         try:
-            torch.broadcast_shapes(noise.shape, like.shape[-2:])
+            fits = torch.broadcast_shapes(noise.shape, like.shape[-2:])[-2:] == like.shape[-2:]
         except RuntimeError:
+            fits = False
+        if not fits:
             raise ArgumentError(
                 f"observation_noise has shape {tuple(noise.shape)}. Allowed: variances that broadcast to batch_shape x "
                 f"q x m, here {tuple(like.shape)}."
-            ) from None
+            )
         return noise
 
     def _outcome_transform_of(self, chosen: Sequence[int]) -> OutcomeTransform | None:

@@ -274,6 +274,8 @@ def test_wrong_arguments_are_named():
             surrogate.posterior(X, indices)
     with pytest.raises(ArgumentError, match=r"observation_noise has shape \(3, 2\)"):
         surrogate.posterior(X, observation_noise=torch.ones(3, M))
+    with pytest.raises(ArgumentError, match=r"observation_noise has shape \(3,\)"):
+        surrogate_of(1).posterior(X, observation_noise=torch.ones(3))
     with pytest.raises(ArgumentError, match="likelihood is Categorical"):
         LinearizedSurrogate(random_posterior(seeded(nn.Linear(D, M)), Categorical()))
     with pytest.raises(ArgumentError, match=r"posterior is a Linear.*fit\(\)"):
