@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import pyro
 import torch
@@ -25,12 +25,10 @@ from torch.distributions import Distribution, constraints
 from bayes_kfac import linalg
 from bayes_kfac.curvature import Layer
 from bayes_kfac.distributions import BlockNormal, MatrixNormal
-from bayes_kfac.errors import ArgumentError, UsageError
+from bayes_kfac.errors import ArgumentError, TargetError, UsageError
+from bayes_kfac.posterior import Posterior
 from bayes_kfac.prediction.forward import call, evaluating
 from bayes_kfac.structures import BlockGaussian, JointGaussian, Link, gaussian_from_state
-
-if TYPE_CHECKING:
-    from bayes_kfac.posterior import Posterior
 
 __all__ = ["PosteriorGuide", "generative_model"]
 
@@ -44,6 +42,9 @@ class PosteriorGuide(AutoGuide):
     them, so that the guide is the whole posterior in any case. A parameter that has no block, but is random in the
     model, is a point: a ``Delta`` at the mean. Sites of the model that are no parameters of the network are left to
     other guides, in an ``AutoGuideList``.
+
+    A guide is draws of the weights. Those of a Laplace posterior of all layers do not fit its own data: train the
+    posterior, or take ``subset="last_layer"``.
 
     Nothing in it is trained: means and blocks are buffers. The model is run once, at the first call, to see its sites.
 
@@ -259,8 +260,14 @@ def generative_model(posterior: Posterior) -> Callable[..., Tensor]:
         network's output and raises ``TargetError`` if output and targets do not fit each other.
 
     Raises:
+        ArgumentError: If it is no posterior.
         UsageError: If the prior was another posterior.
     """
+    if not isinstance(posterior, Posterior):
+        raise ArgumentError(
+            f"posterior is a {type(posterior).__name__}. Allowed: a bayes_kfac.Posterior, as from bayes_kfac.fit() or "
+            "Laplace(...).fit(...).posterior()."
+        )
     if posterior.blocks.keys() - posterior.prior_precision.keys():
         raise UsageError(
             "generative_model() is of posteriors whose prior is centred at zero, but this one's was a posterior."
@@ -281,6 +288,8 @@ def generative_model(posterior: Posterior) -> Callable[..., Tensor]:
             output = call(posterior.model, {**posterior.mean, **weights}, inputs)
         if target is not None:
             posterior.likelihood.check(output, target)
+            if not len(output):
+                raise TargetError(f"target of shape {tuple(target.shape)} holds no example. Allowed: at least one.")
         targets = _in_pyro(posterior.likelihood.distribution(output))
         scale = 1.0 if target is None else made.num_data / (made.temperature * len(output))
         with pyro.plate("data", len(output), dim=-1), poutine.scale(scale=scale):

@@ -60,6 +60,21 @@ def test_lazy_names_are_imported_at_first_use() -> None:
     assert in_fresh_python(code) == [False, True]
 
 
+def test_a_missing_extra_is_named() -> None:
+    """What to install is in the message."""
+    code = (
+        "import json, sys, bayes_kfac as bk\n"
+        "sys.modules['botorch'] = None\n"
+        "try:\n"
+        "    bk.botorch\n"
+        "except ModuleNotFoundError as error:\n"
+        "    print(json.dumps([str(error), error.name]))"
+    )
+    message, name = in_fresh_python(code)
+    assert "pip install 'bayes-kfac[botorch]'" in message
+    assert name == "botorch"
+
+
 @pytest.mark.parametrize("name", bayes_kfac.__all__)
 def test_every_public_name_resolves(name: str) -> None:
     assert getattr(bayes_kfac, name) is not None

@@ -598,6 +598,14 @@ def test_generative_model_refuses_targets_that_would_broadcast() -> None:
         generative_model(posterior)(x, y[:, 0])
 
 
+def test_generative_model_refuses_what_is_no_posterior_and_no_data() -> None:
+    posterior, (x, y) = posterior_of(), data()
+    with pytest.raises(ArgumentError, match=r"posterior is a Laplace.*\.posterior\(\)"):
+        generative_model(bk.Laplace(mlp(), bk.likelihoods.Gaussian(NOISE)))
+    with pytest.raises(TargetError, match=r"shape \(0, 2\) holds no example"):
+        generative_model(posterior)(x[:0], y[:0])
+
+
 def test_generative_model_has_a_precision_for_each_weight() -> None:
     posterior = posterior_of(nn.Linear(3, 2).double(), structure="diagonal")
     precision = 0.5 + torch.rand(2, 4, generator=rng(0)).double()

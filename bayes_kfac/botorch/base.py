@@ -7,7 +7,8 @@ of the network: noise variances are, as everywhere in BoTorch, of the transforme
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -59,7 +60,7 @@ class Surrogate(Model):
         self.likelihood = posterior.likelihood
         self._network_outputs = check_count("num_outputs", num_outputs)
         self._outputs = tuple(range(num_outputs))
-        self._is_checked = False
+        self._checked_columns: int | None = None
         # BoTorch asks with hasattr whether there are any
         if input_transform is not None:
             self.input_transform = input_transform
@@ -149,8 +150,11 @@ class Surrogate(Model):
     def _transformed(self, X: Tensor) -> Tensor:
         """Checked inputs as the network takes them, ``batch_shape x q x d``."""
         self.eval()
-        if X.ndim < 2:
-            raise ArgumentError(f"X has shape {tuple(X.shape)}. Allowed: batch_shape x q x d, such as (q, d).")
+        check_tensor("X", X)
+        if X.ndim < 2 or not X.numel():
+            raise ArgumentError(
+                f"X has shape {tuple(X.shape)}. Allowed: batch_shape x q x d, such as (q, d), with at least one point."
+            )
         if X.dtype != self.dtype:
             raise ArgumentError(
                 f"X is {X.dtype}, but the network's weights are {self.dtype}. Pass X.to({self.dtype}), or make the "
@@ -161,18 +165,18 @@ class Surrogate(Model):
         return transformed
 
     def _check_network(self, X: Tensor) -> None:
-        """See once that the network has as many outputs as was said."""
-        if self._is_checked:
+        """See once for a number of columns that the network takes them, and has as many outputs as was said."""
+        if self._checked_columns == X.shape[-1]:
             return
         weights = self.weight_posterior
-        with evaluating(weights.model), torch.no_grad():
+        with evaluating(weights.model), torch.no_grad(), naming_columns(X):
             found = call(weights.model, weights.mean, X.flatten(0, -2)[:1]).numel()
         if found != self._network_outputs:
             raise ArgumentError(
                 f"num_outputs={self._network_outputs}, but the network has {found} for one input. Pass "
                 f"num_outputs={found}."
             )
-        self._is_checked = True
+        self._checked_columns = X.shape[-1]
 
     def _noise(self, observation_noise: bool | Tensor, like: Tensor, chosen: Sequence[int]) -> Tensor:
         """The variance of noise, shaped like outputs ``batch_shape x q x m`` or broadcasting to them."""
@@ -184,12 +188,14 @@ class Surrogate(Model):
             learned = self.likelihood.noise.variance().detach().to(like)
             noise = learned.broadcast_to((1, self._network_outputs))[:, self._of_network(chosen)]
         try:
-            torch.broadcast_shapes(noise.shape, like.shape[-2:])
+            fits = torch.broadcast_shapes(noise.shape, like.shape[-2:])[-2:] == like.shape[-2:]
         except RuntimeError:
+            fits = False
+        if not fits:
             raise ArgumentError(
                 f"observation_noise has shape {tuple(noise.shape)}. Allowed: variances that broadcast to batch_shape x "
                 f"q x m, here {tuple(like.shape)}."
-            ) from None
+            )
         return noise
 
     def _outcome_transform_of(self, chosen: Sequence[int]) -> OutcomeTransform | None:
@@ -197,3 +203,39 @@ class Surrogate(Model):
         if transform is None or list(chosen) == list(range(self.num_outputs)):
             return transform
         return transform.subset_output(list(chosen))
+
+
+def check_tensor(name: str, value: object) -> None:
+    """See that an argument is a tensor.
+
+    Args:
+        name: The argument's name, for the message.
+        value: The argument.
+
+    Raises:
+        ArgumentError: If not.
+    """
+    if not isinstance(value, Tensor):
+        raise ArgumentError(
+            f"{name} is a {type(value).__name__}. Allowed: a torch.Tensor, such as "
+            f"torch.as_tensor(numpy.asarray({name}), dtype=torch.float64)."
+        )
+
+
+@contextmanager
+def naming_columns(X: Tensor) -> Iterator[None]:
+    """Call a network, and say what it was called with if it fails.
+
+    Args:
+        X: The network's inputs, ``... x d``.
+
+    Raises:
+        ArgumentError: If the network raises a ``RuntimeError``, as where the number of columns is another.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise ArgumentError(
+            f"The network does not take inputs of d={X.shape[-1]} columns, which is what X has after any "
+            f"input_transform: {error}"
+        ) from error

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bayes_kfac import linalg
+from bayes_kfac.botorch.base import naming_columns
 from bayes_kfac.botorch.conditioning import as_matrix
 from bayes_kfac.curvature import find_covered
 from bayes_kfac.errors import ArgumentError
@@ -77,12 +78,15 @@ def check_network(network: nn.Module, X: Tensor, Y: Tensor) -> None:
         Y: Targets, ``n x m``.
 
     Raises:
-        ArgumentError: If its weights are of another dtype, or it has another number of outputs.
+        ArgumentError: If it is no module, its weights are of another dtype, or it has another number of inputs or
+            outputs.
     """
+    if not isinstance(network, nn.Module):
+        raise ArgumentError(f"network={network!r} is not allowed. Allowed: a torch.nn.Module.")
     dtype = next((parameter.dtype for parameter in network.parameters()), X.dtype)
     if dtype != X.dtype:
         raise ArgumentError(f"network is {dtype}, but train_X is {X.dtype}. Pass network.to({X.dtype}).")
-    with evaluating(network), torch.no_grad():
+    with evaluating(network), torch.no_grad(), naming_columns(X):
         shape = tuple(network(X[:1]).shape)
     if shape != (1, Y.shape[1]):
         raise ArgumentError(

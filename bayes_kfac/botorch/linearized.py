@@ -14,12 +14,13 @@ from botorch.models.transforms.outcome import OutcomeTransform, Standardize
 from botorch.models.utils import validate_input_scaling
 from botorch.posteriors.gpytorch import GPyTorchPosterior
 from botorch.posteriors.posterior import Posterior as BotorchPosterior
+from botorch.utils.types import DEFAULT, _DefaultType
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from linear_operator import to_linear_operator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bayes_kfac.botorch.base import Surrogate
+from bayes_kfac.botorch.base import Surrogate, check_tensor
 from bayes_kfac.botorch.conditioning import Observations, moments
 from bayes_kfac.botorch.fitting import BATCH_SIZE, check_network, default_network, fit_prior
 from bayes_kfac.errors import ArgumentError, check_count, check_positive
@@ -72,7 +73,7 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
         noise_scale: float | None = None,
         steps: int = 400,
         input_transform: InputTransform | None = None,
-        outcome_transform: OutcomeTransform | None = None,
+        outcome_transform: OutcomeTransform | _DefaultType | None = DEFAULT,
     ) -> Self:
         """Train a network on data, and make a surrogate of it.
 
@@ -93,7 +94,8 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
             steps: Steps of Adam, before Gauss-Newton steps where outcomes are at most 1000. A quarter of them
                 suffice for a warm start with few new data.
             input_transform: Applied to inputs before the network; such as ``Normalize(d)``. It learns from ``train_X``.
-            outcome_transform: Applied to outcomes; by default ``Standardize(m)``. It learns from ``train_Y``.
+            outcome_transform: Applied to outcomes; by default ``Standardize(m)``. It learns from ``train_Y``. ``None``
+                leaves outcomes as they are; prior and noise are then still looked for as for outcomes of unit variance.
 
         Returns:
             The surrogate.
@@ -101,6 +103,8 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
         Raises:
             ArgumentError: If the shapes or dtypes do not fit, or there are too many data for ``structure=None``.
         """
+        check_tensor("train_X", train_X)
+        check_tensor("train_Y", train_Y)
         if train_X.ndim != 2 or train_Y.ndim != 2 or len(train_X) != len(train_Y) or not len(train_X):
             raise ArgumentError(
                 f"train_X has shape {tuple(train_X.shape)} and train_Y {tuple(train_Y.shape)}. Allowed: (n, d) and "
@@ -126,10 +130,11 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
             if value is not None:
                 check_positive(name, value)
         check_count("steps", steps)
-        outcome_transform = Standardize(train_Y.shape[1]) if outcome_transform is None else outcome_transform
+        if isinstance(outcome_transform, _DefaultType):
+            outcome_transform = Standardize(train_Y.shape[1])
         with torch.no_grad():
-            X = train_X if input_transform is None else _learned(input_transform, train_X)
-            Y, _ = _learned(outcome_transform, train_Y, X=X)
+            X = _learned(input_transform, train_X)
+            Y = _learned(outcome_transform, train_Y, X=X)
         validate_input_scaling(train_X=X, train_Y=Y)
         network = default_network(X.shape[1], Y.shape[1], X) if network is None else network
         check_network(network, X, Y)
@@ -213,6 +218,8 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
         Raises:
             ArgumentError: If the shapes do not fit.
         """
+        check_tensor("X", X)
+        check_tensor("Y", Y)
         if X.ndim < 2 or Y.ndim < 2 or X.shape[-2] != Y.shape[-2] or not X.shape[-2] or Y.shape[-1] != self.num_outputs:
             raise ArgumentError(
                 f"X has shape {tuple(X.shape)} and Y {tuple(Y.shape)}. Allowed: batch_shape x n x d and batch_shape' x "
@@ -241,9 +248,12 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
         return copy
 
 
-def _learned(transform: nn.Module, value: Tensor, **options: Any) -> Any:
-    """What a transform makes of data that it learns from."""
-    return transform.to(value).train()(value, **options)
+def _learned(transform: nn.Module | None, value: Tensor, **options: Any) -> Any:
+    """What a transform, if there is one, makes of data that it learns from."""
+    if transform is None:
+        return value
+    made = transform.to(value).train()(value, **options)
+    return made[0] if isinstance(made, tuple) else made  # those of outcomes return variances too
 
 
 def check_broadcast(name: str, value: Tensor, batch_shape: torch.Size) -> None:

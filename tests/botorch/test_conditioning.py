@@ -202,6 +202,11 @@ def test_wrong_arguments_are_named():
         fantasies.posterior(X.expand(2, 2, D))
 
 
+def test_arrays_are_refused():
+    with pytest.raises(ArgumentError, match="Y is a ndarray"):
+        surrogate_of().condition_on_observations(randn(3, D, seed=1), randn(3, M, seed=2).numpy())
+
+
 def test_a_transform_is_not_changed_by_observations():
     transform = standardize(randn(9, M, seed=7))
     before = transform.means.clone()

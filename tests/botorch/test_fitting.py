@@ -151,6 +151,20 @@ def test_batches_of_many_data():
     assert surrogate.posterior(X[:3]).variance.shape == (3, 2)
 
 
+def test_outcomes_are_left_as_they_are_where_that_is_said():
+    """``None`` is no transform, as in BoTorch. A linear network is then Bayesian linear regression, in closed form."""
+    X, at = inputs(12), inputs(5, seed=3)
+    Y, delta, sigma = Standardize(1)(outcomes(X)[:, :1])[0], 0.7, 0.3
+    options = {"prior_precision": delta, "noise_scale": sigma, "outcome_transform": None, "steps": 1}
+    surrogate = LinearizedSurrogate.fit(X, Y, network=nn.Linear(D, 1).double(), **options)
+    assert not hasattr(surrogate, "outcome_transform")
+    design, new = (torch.cat([part, torch.ones(len(part), 1).double()], dim=1) for part in (X, at))
+    covariance = torch.linalg.inv(design.mT @ design / sigma**2 + delta * torch.eye(D + 1).double())
+    found = surrogate.posterior(at)
+    assert_close(found.mean, new @ covariance @ design.mT @ Y / sigma**2, **CLOSE)
+    assert_close(found.distribution.covariance_matrix, new @ covariance @ new.mT, **CLOSE)
+
+
 def test_transforms_learn_from_the_data():
     X = 100 * inputs(12) - 30
     Y = outcomes(inputs(12))
@@ -193,5 +207,11 @@ def test_wrong_arguments_are_named():
         LinearizedSurrogate.fit(X, Y, network=network(outputs=1))
     with pytest.raises(ArgumentError, match=r"network is torch\.float32"):
         LinearizedSurrogate.fit(X, Y, network=network().float())
+    with pytest.raises(ArgumentError, match=r"train_X is a ndarray.*torch\.as_tensor"):
+        LinearizedSurrogate.fit(X.numpy(), Y)
+    with pytest.raises(ArgumentError, match=f"does not take inputs of d={D} columns"):
+        LinearizedSurrogate.fit(X, Y, network=nn.Linear(D + 1, 2).double())
+    with pytest.raises(ArgumentError, match=r"network=.*Linear.*nn\.Module"):
+        LinearizedSurrogate.fit(X, Y, network=nn.Linear)
     with pytest.raises(UnsupportedModelError):
         LinearizedSurrogate.fit(X, Y, network=nn.Sequential(network(), nn.PReLU()).double(), steps=1)

@@ -262,11 +262,20 @@ def test_wrong_arguments_are_named():
         surrogate.posterior(X.float())
     with pytest.raises(ArgumentError, match=r"X has shape \(3,\)"):
         surrogate.posterior(X[0])
+    with pytest.raises(ArgumentError, match=r"X has shape \(0, 3\).*at least one point"):
+        surrogate.posterior(X[:0])
+    with pytest.raises(ArgumentError, match=r"X is a ndarray.*torch\.as_tensor"):
+        surrogate.posterior(X.numpy())
+    surrogate.posterior(X)  # the columns are counted at later calls too
+    with pytest.raises(ArgumentError, match="does not take inputs of d=2 columns"):
+        surrogate.posterior(X[:, :2])
     for indices in ([], [2], [-3]):
         with pytest.raises(ArgumentError, match="output_indices"):
             surrogate.posterior(X, indices)
     with pytest.raises(ArgumentError, match=r"observation_noise has shape \(3, 2\)"):
         surrogate.posterior(X, observation_noise=torch.ones(3, M))
+    with pytest.raises(ArgumentError, match=r"observation_noise has shape \(3,\)"):
+        surrogate_of(1).posterior(X, observation_noise=torch.ones(3))
     with pytest.raises(ArgumentError, match="likelihood is Categorical"):
         LinearizedSurrogate(random_posterior(seeded(nn.Linear(D, M)), Categorical()))
     with pytest.raises(ArgumentError, match=r"posterior is a Linear.*fit\(\)"):
