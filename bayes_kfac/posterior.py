@@ -102,6 +102,10 @@ class Posterior:
         }
         self._linearized = LinearizedModel(model, self.mean, self.layers, self.blocks)
 
+    def __repr__(self) -> str:
+        """The layers and where they came from; :meth:`summary` has a line for each parameter."""
+        return f"Posterior(layers={list(self.layers)}, {self.provenance!r})"
+
     # -- draws and predictions ----------------------------------------------------------------------------------------
 
     def sample(self, num_samples: int, *, generator: torch.Generator | None = None) -> Draws:

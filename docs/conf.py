@@ -1,8 +1,11 @@
 """Sphinx configuration."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
+
+from sphinx.util.inspect import TypeAliasForwardRef
 
 import bayes_kfac
 
@@ -28,6 +31,7 @@ html_title = "bayes_kfac"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
+autodoc_type_aliases = {name: name for name in ("ArrayLike", "TensorLike")}  # not all that they stand for
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -41,3 +45,17 @@ copybutton_exclude = ".linenos, .gp, .go"
 nitpicky = False
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
+
+
+def _keep_trailing_underscores(app, what, name, obj, options, lines):
+    """Napoleon escapes ``posterior_`` in lists of parameters, not of attributes: there it would be a link."""
+    lines[:] = [re.sub(r"^(:(?:ivar|vartype) \w*[^\W_])_:", r"\1\\_:", line) for line in lines]
+
+
+# in a union, Sphinx shows an alias by its representation
+TypeAliasForwardRef.__repr__ = lambda alias: alias.name
+
+
+def setup(app):
+    """Called by Sphinx; napoleon has the default priority of 500."""
+    app.connect("autodoc-process-docstring", _keep_trailing_underscores, priority=600)

@@ -39,6 +39,21 @@ def scramble(module: nn.Module) -> None:
             tensor.mul_(-2).add_(1)
 
 
+# As it is printed
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("likelihood", [Gaussian(0.5), Categorical(), Bernoulli()])
+def test_what_is_printed_is_shapes_and_origin(likelihood: Likelihood, method: str) -> None:
+    """A line for any number of examples, and no numbers of theirs."""
+    posterior = random_posterior(mlp(), likelihood.double())
+    assert repr(posterior).startswith("Posterior(layers=['0', '2'], Provenance(method=")
+    shown = repr(posterior.predict(randn(1000, 3, seed=1), method, num_samples=2))
+    assert shown.startswith(("Gaussian", "Mixture", "Categorical", "Bernoulli"))
+    assert f"(mean of shape (1000, 2), Source(method='{method}'" in shown
+    assert "\n" not in shown
+
+
 # A snapshot
 
 

@@ -179,6 +179,19 @@ def check_mask(mask: Tensor, target: Tensor) -> None:
         )
 
 
+def check_tensor(target: object) -> None:
+    """Refuse targets that are no tensors: arrays, data frames, lists.
+
+    Args:
+        target: The targets.
+
+    Raises:
+        TargetError: If they are no tensor.
+    """
+    if not isinstance(target, Tensor):
+        raise TargetError(f"target of type {type(target).__name__} must be a tensor: torch.as_tensor(target).")
+
+
 def check_same_shape(output: Tensor, target: Tensor) -> None:
     """Refuse targets that would broadcast against outputs: the silent bug behind many wrong losses.
 
@@ -187,8 +200,9 @@ def check_same_shape(output: Tensor, target: Tensor) -> None:
         target: The targets.
 
     Raises:
-        TargetError: If shapes differ, or the target is not of a floating-point dtype.
+        TargetError: If the target is no tensor, shapes differ, or its dtype is not floating-point.
     """
+    check_tensor(target)
     if output.shape != target.shape:
         hint = ""
         if output.numel() == target.numel():

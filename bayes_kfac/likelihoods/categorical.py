@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from bayes_kfac.errors import TargetError
-from bayes_kfac.likelihoods.base import Likelihood, register
+from bayes_kfac.likelihoods.base import Likelihood, check_tensor, register
 
 
 @register
@@ -26,6 +26,7 @@ class Categorical(Likelihood):
     """
 
     def check(self, output: Tensor, target: Tensor) -> None:  # noqa: D102
+        check_tensor(target)
         if output.ndim < 2:
             raise TargetError(f"output of shape {tuple(output.shape)} must be logits [batch, ..., classes].")
         if target.is_floating_point() or target.dtype == torch.bool:
@@ -67,6 +68,13 @@ class Categorical(Likelihood):
 
     def _elementwise(self, output: Tensor, target: Tensor) -> Tensor:
         # no index is left out of the loss: -100, torch's default, would be in the Fisher but not in the gradient
-        return torch.nn.functional.cross_entropy(
-            output.movedim(-1, 1), target.long(), reduction="none", ignore_index=torch.iinfo(torch.int64).min
-        )
+        try:
+            return torch.nn.functional.cross_entropy(
+                output.movedim(-1, 1), target.long(), reduction="none", ignore_index=torch.iinfo(torch.int64).min
+            )
+        except IndexError as error:  # on a GPU torch's own assertion: a look at the targets would wait for it
+            raise TargetError(
+                f"target holds classes {int(target.min())} to {int(target.max())}, but the logits are of "
+                f"{output.shape[-1]}. Allowed: 0 to {output.shape[-1] - 1}, one logit for each class; two classes with "
+                "one logit are a likelihoods.Bernoulli()."
+            ) from error

@@ -76,6 +76,9 @@ class FixedNoise(Noise):
     def precision(self) -> Tensor:  # noqa: D102
         return self.scale**-2
 
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"scale={self.scale!r}"
+
     def log_precision(self) -> Tensor:  # noqa: D102
         return -2 * self.scale.log()
 
@@ -105,6 +108,9 @@ class LearnedNoise(Noise):
 
     def precision(self) -> Tensor:  # noqa: D102
         return (-2 * self.log_scale).exp()
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"scale={self.log_scale.detach().exp()!r}"
 
     def log_precision(self) -> Tensor:  # noqa: D102
         return -2 * self.log_scale
@@ -144,6 +150,10 @@ class GammaNoise(Noise):
         self.register_buffer("prior_rate", torch.tensor(check_positive("rate", rate)))
         self.log_concentration = nn.Parameter(torch.full(tuple(shape), math.log(concentration)))
         self.log_rate = nn.Parameter(torch.full(tuple(shape), math.log(rate)))
+
+    def extra_repr(self) -> str:  # noqa: D102
+        concentration, rate = (log.detach().exp() for log in (self.log_concentration, self.log_rate))
+        return f"concentration={concentration!r}, rate={rate!r}"
 
     def posterior(self) -> Gamma:
         """The posterior of the precision."""

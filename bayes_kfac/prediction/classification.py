@@ -163,7 +163,7 @@ class ByMeans(ClassificationPrediction):
 # The results
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CategoricalPrediction(OfClasses, ByDraws):
     """A prediction of one of several classes, by draws.
 
@@ -188,7 +188,7 @@ class CategoricalPrediction(OfClasses, ByDraws):
         return _log_mean_exp(_sum_events(chosen))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BernoulliPrediction(OfBinaryTargets, ByDraws):
     """A prediction of binary targets, by draws.
 
@@ -214,7 +214,7 @@ class BernoulliPrediction(OfBinaryTargets, ByDraws):
         return _log_mean_exp(_sum_events(-losses))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MeanCategoricalPrediction(OfClasses, ByMeans):
     """A prediction of one of several classes of which only the mean probabilities are known.
 
@@ -237,7 +237,7 @@ class MeanCategoricalPrediction(OfClasses, ByMeans):
         return -likelihoods.Categorical().negative_log_likelihood(self.logits, target)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MeanBernoulliPrediction(OfBinaryTargets, ByMeans):
     """A prediction of binary targets of which only the mean probabilities are known.
 
@@ -259,7 +259,7 @@ class MeanBernoulliPrediction(OfBinaryTargets, ByMeans):
         return -likelihoods.Bernoulli().negative_log_likelihood(self.logits, target)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DirichletPrediction(OfClasses):
     """A prediction of one of several classes whose probabilities are Dirichlet distributed, in closed form.
 

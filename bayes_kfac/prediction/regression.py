@@ -114,7 +114,7 @@ class RegressionPrediction(Prediction):
         """The distribution function of each target on its own."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GaussianPrediction(RegressionPrediction):
     """A Gaussian predictive distribution.
 
@@ -184,7 +184,7 @@ class GaussianPrediction(RegressionPrediction):
         return Normal(self.mean, self.stddev).cdf(value)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MixturePrediction(RegressionPrediction):
     """An equal mixture of the likelihood's densities over weight draws.
 

@@ -5,7 +5,8 @@ first is the expected noise of the target given the weights, the second the vari
 first dimension of everything is the batch.
 
 A result class is a frozen dataclass whose fields say along which dimension they hold the batch, with
-``field(metadata=batch_dim(...))``; the others are the same for every batch. That is all :func:`concatenate` needs.
+``field(metadata=batch_dim(...))``; the others are the same for every batch. That is all :func:`concatenate` needs. With
+``repr=False`` it is shown as shape and origin, not as all of its numbers.
 
 A likelihood gets its results by one line each of ``from_gaussian.register`` and ``from_outputs.register``.
 """
@@ -64,6 +65,10 @@ class Prediction(ABC):
     def __len__(self) -> int:
         """The number of examples."""
         return len(self.mean)
+
+    def __repr__(self) -> str:
+        """The kind, the shape of the mean, and where it came from; the numbers are in the attributes."""
+        return f"{type(self).__name__}(mean of shape {tuple(self.mean.shape)}, {self.source!r})"
 
     @property
     @abstractmethod

@@ -229,6 +229,13 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
         if self.learning_rate_init is not None:
             check_positive("learning_rate_init", self.learning_rate_init)
         check_fraction("validation_fraction", self.validation_fraction)
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ArgumentError(
+                f"device={self.device!r} cannot be used ({str(error).splitlines()[0]}). Allowed: a device that this "
+                "machine has, as torch names it, such as 'cpu' or 'cuda'."
+            ) from error
 
     def _plan(self, num_examples: int) -> tuple[np.random.RandomState, Plan]:
         """The source of randomness of batches, and how to train on so many different examples."""

@@ -142,7 +142,8 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianMLP):  # type: ignore[misc]
 
         Returns:
             With ``probs``, ``entropy``, ``expected_entropy``, ``mutual_information``, ``epistemic_variance`` and more,
-            as tensors of ``[examples]`` or ``[examples, classes]``; classes are by their index in ``classes_``.
+            as tensors of ``[examples]`` or ``[examples, classes]``; classes are by their index in ``classes_``, also
+            in the targets of ``log_prob``: ``torch.as_tensor(numpy.searchsorted(classes_, y))``.
         """
         return concatenate(list(self._predictions(self._inputs(X))))
 
@@ -169,7 +170,10 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianMLP):  # type: ignore[misc]
                 raise ArgumentError(f"classes={known!r} are not those of the first call, {self.classes_!r}.")
             known = self.classes_
         if len(known) < 2:
-            raise ArgumentError(f"y holds one class only, {known.tolist()}. Allowed: two classes or more.")
+            raise ArgumentError(
+                f"y holds one class only, {known.tolist()}. Allowed: two classes or more; for partial_fit, name all "
+                "that there will be by classes= of the first call."
+            )
         indices = np.minimum(np.searchsorted(known, labels), len(known) - 1)
         if strangers := sorted({str(label) for label in labels[(known[indices] != labels) & (weights > 0)]}):
             raise ArgumentError(

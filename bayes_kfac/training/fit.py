@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
 
 from bayes_kfac.batches import Batch, call, count_examples, expect_output_tensor, unpack
 from bayes_kfac.curvature import check_types, find_covered, unwrapped
@@ -179,6 +180,11 @@ def _num_data(loader: Iterable[Any]) -> int:
     dataset = getattr(loader, "dataset", None)
     if isinstance(dataset, Sized):
         return len(dataset)
+    if isinstance(loader, Dataset):
+        raise ArgumentError(
+            f"loader is a data set ({type(loader).__name__}), which yields single examples. Pass batches of it: "
+            "DataLoader(data, batch_size=32, shuffle=True)."
+        )
     raise ArgumentError(
         f"num_data=None, but the loader ({type(loader).__name__}) has no dataset with a length. Pass num_data=, "
         "the number of examples in the training set."

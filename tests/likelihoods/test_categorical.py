@@ -133,5 +133,11 @@ def test_logits_without_classes_are_refused() -> None:
 @pytest.mark.parametrize("index", [3, -1, -100])
 def test_classes_that_do_not_exist_are_an_error(index: int) -> None:
     """Also -100, which PyTorch would leave out of the loss without a word."""
-    with pytest.raises((TargetError, IndexError)):
+    with pytest.raises(TargetError, match=r"but the logits are of 3. Allowed: 0 to 2, .*Bernoulli"):
         Categorical()(torch.zeros(4, 3), torch.tensor([0, 1, 2, index]))
+
+
+@pytest.mark.parametrize("target", [np.array([0, 2]), [0, 2], np.array(["a", "b"])])
+def test_targets_that_are_no_tensor_are_refused(target: object) -> None:
+    with pytest.raises(TargetError, match=r"must be a tensor: torch.as_tensor"):
+        Categorical()(torch.zeros(2, 3), target)  # type: ignore[arg-type]

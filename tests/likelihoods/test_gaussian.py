@@ -166,6 +166,11 @@ def test_impossible_belief_is_refused(concentration: float, rate: float) -> None
 # What does not fit
 
 
+def test_targets_that_are_no_tensor_are_refused() -> None:
+    with pytest.raises(TargetError, match=r"of type ndarray must be a tensor: torch.as_tensor"):
+        Gaussian(1.0)(torch.zeros(4, 1), np.zeros((4, 1)))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("output", "target"), [((4,), (4, 1)), ((4, 1), (4,)), ((4, 2), (4, 1)), ((4, 1), (1, 1)), ((4, 2, 3), (4, 3, 2))]
 )

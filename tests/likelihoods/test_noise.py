@@ -260,3 +260,15 @@ def test_the_noise_does_not_follow_the_tensor_it_was_made_from() -> None:
     noise = FixedNoise(scale)
     scale.fill_(7.0)
     assert_close(noise.variance(), torch.tensor([0.25, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("noise", "shown"),
+    [
+        (FixedNoise(0.3), "scale=tensor(0.3000)"),
+        (LearnedNoise([0.5, 2.0]), "scale=tensor([0.5000, 2.0000])"),
+        (GammaNoise(1.0, 1.0), "concentration=tensor(1.), rate=tensor(1.)"),
+    ],
+)
+def test_a_printed_likelihood_shows_its_noise(noise: FixedNoise | LearnedNoise | GammaNoise, shown: str) -> None:
+    assert f"{type(noise).__name__}({shown})" in repr(Gaussian(noise))

@@ -66,6 +66,9 @@ def test_the_distribution_tells_noise_from_ignorance(fitted):
         torch.testing.assert_close(prediction.entropy, prediction.expected_entropy + prediction.mutual_information)
     assert outside.mutual_information.mean() > 3 * inside.mutual_information.mean()
     np.testing.assert_allclose(inside.probs, fitted.predict_proba(X))
+    indices = torch.as_tensor(np.searchsorted(fitted.classes_, NAMES))
+    expected = np.log(fitted.predict_proba(X)[np.arange(len(X)), indices])
+    np.testing.assert_allclose(inside.log_prob(indices), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -101,6 +104,8 @@ def test_searches_and_frames():
 def test_calls_that_cannot_be(fitted):
     with pytest.raises(ArgumentError, match="one class only"):
         quick().fit(X[:50], NAMES[:50])
+    with pytest.raises(ArgumentError, match=r"one class only.*by classes= of the first call"):
+        quick().partial_fit(X[:50], NAMES[:50])
     with pytest.raises(ArgumentError, match="y holds virginica, which classes="):
         quick().partial_fit(X, NAMES, classes=["setosa", "versicolor"])
     with pytest.raises(ArgumentError, match="not those of the first call"):

@@ -297,6 +297,8 @@ def test_structures_of_the_registry(structure, method):
         ({"learning_rate_init": -1}, "learning_rate_init=-1 is out of range"),
         ({"validation_fraction": 1.0}, "validation_fraction=1.0 is out of range"),
         ({"dtype": "float16"}, "dtype='float16' is unknown"),
+        ({"device": "gpu"}, "device='gpu' cannot be used (Expected one of cpu, cuda"),
+        ({"device": 3.5}, "device=3.5 cannot be used"),
         ({"structure": "krone"}, "structure='krone' is unknown"),
     ],
 )

@@ -118,6 +118,12 @@ def test_the_model_is_left_at_the_mean_in_its_own_mode():
         assert torch.equal(parameter, posterior.mean[name])
 
 
+def test_a_data_set_in_the_place_of_a_loader_is_refused():
+    """It yields single examples; that ``num_data`` is missing would lead astray."""
+    with pytest.raises(ArgumentError, match=r"TensorDataset.*DataLoader\("):
+        bk.fit(regression_net(), bk.likelihoods.Gaussian(1.0), loader(*diabetes()).dataset, epochs=1, progress=False)
+
+
 def test_num_data_must_be_known():
     x, y = diabetes()
     with pytest.raises(ArgumentError, match="num_data=None"):
