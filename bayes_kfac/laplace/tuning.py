@@ -127,10 +127,10 @@ def _check_noise(log_scale: Tensor, measured: Tensor, dtype: torch.dtype) -> Non
     """Refuse a scale of the noise that is nothing but rounding of losses at the measured one."""
     if not bool(log_scale > measured + 0.5 * math.log(torch.finfo(dtype).eps)):  # so that NaN is refused too
         raise NonFiniteError(
-            "noise=True, but the evidence grows without bound as the noise's scale goes to 0: up to rounding, the "
-            "model fits all targets. Nothing was changed. Leave noise=False; or check whether the targets are the model's own "
-            "outputs; or fit again with likelihoods.Gaussian(...) of the scale that is meant, if that is far less than "
-            f"{float(measured.exp()):.3g}."
+            "noise=True, but the evidence grows without bound as the noise's scale goes to 0: the model fits all "
+            "targets, up to rounding. Nothing was changed. Leave noise=False; or check whether the targets are the "
+            "model's own outputs; or fit again with likelihoods.Gaussian(...) of the scale that is meant, if that is "
+            f"far less than {float(measured.exp()):.3g}."
         )
 
 

@@ -101,7 +101,7 @@ class CountPrediction(Prediction):
         """The distribution function of each count on its own."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PoissonPrediction(CountPrediction):
     """The prediction of a linearised model that puts out log-rates.
 
@@ -148,7 +148,7 @@ class PoissonPrediction(CountPrediction):
         return marginal_cdf(self.output.mean, self.output.variance.clamp(min=0).sqrt(), value)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PoissonMixturePrediction(CountPrediction):
     """An equal mixture of Poisson distributions over draws of the log-rates.
 

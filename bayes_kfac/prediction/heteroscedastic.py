@@ -84,7 +84,7 @@ class ScalePrediction(RegressionPrediction):
         """Each target's mixture by itself: Gaussians ``[batch, ..., count]`` and their log-weights, ``[count]``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HeteroscedasticPrediction(ScalePrediction):
     """The prediction of a linearised model that puts out means and log-scales.
 
@@ -197,7 +197,7 @@ class HeteroscedasticPrediction(ScalePrediction):
         return mixture(components, equal_log_weights(len(nodes), self.mean))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HeteroscedasticMixturePrediction(ScalePrediction):
     """An equal mixture of Gaussians over draws of means and log-scales.
 
