@@ -118,12 +118,17 @@ def test_expected_improvement_is_the_gaussians():
     assert_close(sampled(X).exp(), expected, rtol=0.05, atol=1e-3)
 
 
-def test_the_older_noisy_expected_improvement_runs():
+def test_the_older_noisy_expected_improvement_is_climbed():
     """With BoTorch's own advice to take the newer one."""
+    torch.manual_seed(0)
     with pytest.warns(NumericsWarning, match="qLogNoisyExpectedImprovement"):
         acquisition = qNoisyExpectedImprovement(linearized(), SEEN, sampler=qmc(16))
-    X = torch.rand(3, 2, D, generator=rng(2), dtype=torch.float64)
-    assert acquisition(X).shape == (3,)
+    options = {"batch_limit": 4, "maxiter": 20}
+    found, value = optimize_acqf(acquisition, BOUNDS, q=2, num_restarts=4, raw_samples=16, options=options)
+    with torch.no_grad():
+        random = acquisition(torch.rand(64, 2, D, generator=rng(1), dtype=torch.float64))
+    assert found.shape == (2, D)
+    assert value > random.max() - 1e-6
 
 
 def test_pending_points_lower_what_is_expected_of_their_neighbours():
