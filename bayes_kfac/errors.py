@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from pathlib import Path
 from typing import SupportsFloat
 
 
@@ -122,3 +123,22 @@ def check_choice(name: str, value: str, allowed: Collection[str]) -> str:
     if value not in allowed:
         raise ArgumentError(f"{name}={value!r} is unknown. Allowed: {', '.join(map(repr, allowed))}.")
     return value
+
+
+def check_file(name: str, path: Path) -> Path:
+    """Return a path where a file can be written, or raise.
+
+    Args:
+        name: The argument's name, for the message.
+        path: The path.
+
+    Returns:
+        The path.
+
+    Raises:
+        ArgumentError: If it is a folder, or in a folder that does not exist.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+        raise ArgumentError(f"{name}={str(path)!r} {what}. Allowed: a file in a folder that exists.")
+    return path

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bayes_kfac import likelihoods
 from bayes_kfac.curvature import find_layers
-from bayes_kfac.errors import ArgumentError
+from bayes_kfac.errors import ArgumentError, check_file
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import BlockGaussian, JointGaussian, Link, gaussian_from_state
@@ -39,7 +39,11 @@ def save(posterior: Posterior, path: Path) -> None:
     Args:
         posterior: The posterior.
         path: The file.
+
+    Raises:
+        ArgumentError: If it is a folder, or in a folder that does not exist.
     """
+    check_file("path", path)
     tensors = {f"mean/{_plain(name)}": value for name, value in posterior.mean.items()}
     for layer, block in posterior.blocks.items():
         tensors.update({f"block/{_plain(layer)}/{name}": value for name, value in block.state.items()})

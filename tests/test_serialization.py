@@ -261,6 +261,12 @@ def test_a_likelihood_that_does_not_fit_is_refused(path: Path) -> None:
 # Files and models that do not fit
 
 
+def test_a_folder_that_does_not_exist_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "none" / "posterior.safetensors"):
+        with pytest.raises(ArgumentError, match=r"path='.*folder.*Allowed: a file in a folder that exists"):
+            saved(path)
+
+
 def saved(path: Path) -> Path:
     random_posterior(trained(mlp), Gaussian(0.5)).save(path)
     return path

@@ -24,7 +24,7 @@ from bayes_kfac.active.base import Acquisition, check_scores, check_selection, g
 from bayes_kfac.active.learners import Trainer, trainer_of
 from bayes_kfac.active.pool import Labelled, answer, candidates_at, check_oracle, check_pool, size_of
 from bayes_kfac.active.record import Record
-from bayes_kfac.errors import ArgumentError, check_count
+from bayes_kfac.errors import ArgumentError, check_count, check_file
 from bayes_kfac.progress import progress_bar
 
 #: What each of a round's seeds is for.
@@ -253,9 +253,7 @@ class _Run:
 
 def _writable(path: Path, resume: str | Path | LoopState | None) -> Path:
     """The file for labels, before the first of them is paid for."""
-    if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else "is in a folder that does not exist"
-        raise ArgumentError(f"checkpoint={str(path)!r} {what}. Allowed: a file in a folder that exists.")
+    check_file("checkpoint", path)
     if path.exists() and (not isinstance(resume, str | Path) or Path(resume) != path):
         raise ArgumentError(
             f"checkpoint={str(path)!r} exists, and the labels in it would be lost. Pass resume={str(path)!r} to go on "

@@ -135,8 +135,16 @@ def register(likelihood: type[Likelihood]) -> type[Likelihood]:
 
     Returns:
         The class.
+
+    Raises:
+        ArgumentError: If the library has a likelihood of this name.
     """
-    _REGISTRY[likelihood.__name__] = likelihood
+    name, known = likelihood.__name__, _REGISTRY.get(likelihood.__name__)
+    if known is not None and known.__module__.startswith(__package__) and known.__module__ != likelihood.__module__:
+        raise ArgumentError(
+            f"The library has a likelihood named {name!r}: files would not tell yours from it. Rename it."
+        )
+    _REGISTRY[name] = likelihood
     return likelihood
 
 

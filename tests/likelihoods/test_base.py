@@ -350,3 +350,11 @@ def test_own_likelihood_is_one_class_and_one_line(monkeypatch: pytest.MonkeyPatc
         from_config("LaplaceLikelihood", own.config())
     assert likelihoods.register(LaplaceLikelihood) is LaplaceLikelihood
     assert from_config("LaplaceLikelihood", own.config()).scale == 0.5
+
+
+def test_names_of_the_library_are_not_taken_over() -> None:
+    """A class of the same name elsewhere would be read from files in its place; one of one's own may be run again."""
+    with pytest.raises(ArgumentError, match=r"a likelihood named 'Poisson'.*Rename it"):
+        likelihoods.register(type("Poisson", (likelihoods.Poisson,), {"__module__": "elsewhere"}))
+    assert likelihoods.from_config("Poisson", {}).__class__ is likelihoods.Poisson
+    assert likelihoods.register(likelihoods.Poisson) is likelihoods.Poisson
