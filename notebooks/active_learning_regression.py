@@ -297,8 +297,8 @@ table(results)
 # picks resemble each other, gains half of that. On **yacht** all three have a third less RMSE than random, by three
 # standard errors, and are behind in the median error on nearly all seeds, and in the likelihood. One yacht in ten has
 # more than ten times the median resistance: labels there save the large errors, which are all that RMSE sees, and,
-# as we read it, are missing among the many others. On **concrete** random wins against BALD and BatchBALD, and EPIG draws
-# with it. Why it is so there was not found out.
+# as we read it, are missing among the many others. On **concrete** random wins against BALD and BatchBALD, and EPIG
+# draws with it. Why it is so there was not found out.
 #
 # ## What to take from it
 #
