@@ -196,7 +196,9 @@ class Means:
         mean: ``[n, ...]``.
     """
 
-    known: ClassVar[str] = "predict alone does not tell; a classifier with predict_proba tells more"
+    known: ClassVar[str] = (
+        "predict alone does not tell; predict_proba of a classifier or predict(return_std=True) of a regressor does"
+    )
 
     mean: Tensor = field(metadata=batch_dim(0))
 

@@ -274,7 +274,9 @@ def test_refuses_regressors_that_do_not_know_how_sure_they_are():
 
     own = LinearRegression().fit(pool().numpy(), pool().sum(1).numpy())
     acquisition = ExpectedImprovement(0.0, "maximize")
-    with pytest.raises(UsageError, match="ExpectedImprovement needs epistemic_variance, which a Means does not know"):
+    with pytest.raises(
+        UsageError, match=r"ExpectedImprovement needs epistemic_variance, which predict alone.*return_std"
+    ):
         acquisition.scores(acquisition.look(own, pool()))
 
 
