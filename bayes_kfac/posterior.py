@@ -100,7 +100,8 @@ class Posterior:
             name: value.detach().clone(memory_format=torch.contiguous_format)
             for name, value in (_named_state(model) if mean is None else mean).items()
         }
-        self._linearized = LinearizedModel(model, self.mean, self.layers, self.blocks)
+        #: The model as an affine function of its weights around the mean.
+        self.linearized = LinearizedModel(model, self.mean, self.layers, self.blocks)
 
     def __repr__(self) -> str:
         """The layers and where they came from; :meth:`summary` has a line for each parameter."""
@@ -212,7 +213,7 @@ class Posterior:
                     self.likelihood, output, source, link=link, num_samples=num_samples, generator=generator
                 )
             if method == "linearized":
-                outputs = self._linearized.draws(part, self._changes(draws), memory_budget=memory_budget)
+                outputs = self.linearized.draws(part, self._changes(draws), memory_budget=memory_budget)
             else:
                 outputs = sampled_outputs(self.model, self.mean, draws, part)
             return from_outputs(self.likelihood, outputs, Source(method, len(draws), self.provenance))
@@ -236,7 +237,7 @@ class Posterior:
         """
         check_choice("output_covariance", output_covariance, OUTPUT_COVARIANCES)
         check_count("memory_budget", memory_budget)
-        return self._linearized.output(inputs, diagonal=output_covariance == "diagonal", memory_budget=memory_budget)
+        return self.linearized.output(inputs, diagonal=output_covariance == "diagonal", memory_budget=memory_budget)
 
     def function_covariance(self, inputs: Any, others: Any = None, *, memory_budget: int = MEMORY_BUDGET) -> Tensor:
         """The covariance of the linearised model's outputs between all pairs of examples.
@@ -260,7 +261,7 @@ class Posterior:
                     [0.5000, 1.0000]])
         """
         check_count("memory_budget", memory_budget)
-        return self._linearized.covariance(inputs, inputs if others is None else others, memory_budget=memory_budget)
+        return self.linearized.covariance(inputs, inputs if others is None else others, memory_budget=memory_budget)
 
     def function_samples(
         self,
@@ -286,7 +287,7 @@ class Posterior:
             ``[num_samples, batch, ...]``, without noise of the targets.
         """
         draws = self.sample(num_samples, generator=generator) if draws is None else draws
-        return self._linearized.draws(inputs, self._changes(draws), memory_budget=memory_budget)
+        return self.linearized.draws(inputs, self._changes(draws), memory_budget=memory_budget)
 
     def _changes(self, draws: Draws) -> dict[str, Tensor]:
         """How far each layer's draws are from the mean, ``[num_samples, *blocks, out, in]``."""
@@ -423,7 +424,7 @@ class Posterior:
         """The same posterior with other attributes."""
         new = copy.copy(self)
         new.__dict__.update(changed)
-        new._linearized = LinearizedModel(new.model, new.mean, new.layers, new.blocks)
+        new.linearized = LinearizedModel(new.model, new.mean, new.layers, new.blocks)
         return new
 
     # -- files --------------------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ from bayes_kfac.curvature import find_covered
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.likelihoods import Gaussian
 from bayes_kfac.posterior import Posterior
-from bayes_kfac.prediction import LinearizedModel
 from bayes_kfac.prediction.forward import evaluating
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import BlockGaussian, MatrixNormalGaussian
@@ -194,7 +193,7 @@ def _polish(network: nn.Module, X: Tensor, Y: Tensor, delta: float, sigma: float
 def _linear_regression(network: nn.Module, X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
     """The linearised network as a linear model of its weights: ``J Jᵀ``, and its targets ``y − f(x) + J M``."""
     prior = _prior(network, Gaussian(1.0), 1.0)
-    linearized = LinearizedModel(prior.model, prior.mean, prior.layers, prior.blocks)
+    linearized = prior.linearized
     features = linearized.features(X)
     kernel = as_matrix(features.covariance(features)).squeeze(0)
     at_zero = {name: -layer.matrix(prior.mean).unsqueeze(0) for name, layer in prior.layers.items()}

@@ -25,8 +25,6 @@ from bayes_kfac.botorch.conditioning import Observations, moments
 from bayes_kfac.botorch.fitting import BATCH_SIZE, check_network, default_network, fit_prior
 from bayes_kfac.errors import ArgumentError, check_count, check_positive
 from bayes_kfac.laplace import Laplace
-from bayes_kfac.posterior import Posterior
-from bayes_kfac.prediction import LinearizedModel
 from bayes_kfac.structures import Structure
 
 #: Conditioning on so many training outcomes takes seconds; beyond it time and memory grow fast.
@@ -47,19 +45,7 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
         ArgumentError: If the likelihood is not ``Gaussian``.
     """
 
-    def __init__(
-        self,
-        posterior: Posterior,
-        *,
-        num_outputs: int = 1,
-        input_transform: InputTransform | None = None,
-        outcome_transform: OutcomeTransform | None = None,
-    ) -> None:
-        super().__init__(
-            posterior, num_outputs=num_outputs, input_transform=input_transform, outcome_transform=outcome_transform
-        )
-        self._linearized = LinearizedModel(posterior.model, posterior.mean, posterior.layers, posterior.blocks)
-        self._given: Observations | None = None
+    _given: Observations | None = None
 
     @classmethod
     def fit(
@@ -153,9 +139,9 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
         surrogate = cls(prior, **options)
         # at the mode the data move nothing: what they say of the mean is in the weights, what of the covariance is here
         with torch.no_grad():
-            fitted = surrogate._linearized.features(X).mean
+            fitted = surrogate.weight_posterior.linearized.features(X).mean
         variance = surrogate._noise(True, fitted, surrogate._chosen(None)).expand_as(fitted)
-        surrogate._given = Observations(surrogate._linearized, X, fitted, variance, surrogate._outputs)
+        surrogate._given = Observations(surrogate.weight_posterior.linearized, X, fitted, variance, surrogate._outputs)
         return surrogate
 
     @property
@@ -185,7 +171,7 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
         X = self._transformed(X)
         chosen = self._chosen(output_indices)
         check_broadcast("X", X, self.batch_shape)
-        mean, covariance = moments(self._linearized, X, self._of_network(chosen), self._given)
+        mean, covariance = moments(self.weight_posterior.linearized, X, self._of_network(chosen), self._given)
         if observation_noise is not False:
             noise = self._noise(observation_noise, mean, chosen).expand_as(mean)
             covariance = covariance + torch.diag_embed(noise.flatten(-2))
@@ -237,14 +223,14 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
         )
         conditioned = self._copy()
         if self._given is None:
-            conditioned._given = Observations(self._linearized, X, Y, variance, self._outputs)
+            conditioned._given = Observations(self.weight_posterior.linearized, X, Y, variance, self._outputs)
         else:
             conditioned._given = self._given.and_more(X, Y, variance)
         return conditioned
 
     def _copy(self) -> Self:
         copy = type(self)(self.weight_posterior, **self._options())
-        copy._outputs, copy._linearized, copy._given = self._outputs, self._linearized, self._given
+        copy._outputs, copy._given = self._outputs, self._given
         return copy
 
 

@@ -52,18 +52,19 @@ def normal_rule(like: Tensor) -> tuple[Tensor, Tensor]:
     return nodes, (-0.5 * nodes.square()).log_softmax(0)
 
 
-def joint_normal_nodes(dims: int, like: Tensor) -> Tensor:
+def joint_normal_nodes(dims: int, like: Tensor, count: int = JOINT_NODES) -> Tensor:
     """Quasi-Monte Carlo nodes of equal weight: a scrambled Sobol sequence through the normal's quantiles.
 
     Args:
         dims: How many dimensions.
         like: Whose dtype and device they have.
+        count: How many nodes, best a power of 2.
 
     Returns:
-        ``[JOINT_NODES, dims]``.
+        ``[count, dims]``.
     """
     engine = torch.quasirandom.SobolEngine(dims, scramble=True, seed=0)
-    uniform = engine.draw(JOINT_NODES, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
+    uniform = engine.draw(count, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
     return torch.special.ndtri(uniform).to(like)
 
 

@@ -16,6 +16,7 @@ import bayes_kfac as bk
 from bayes_kfac import linalg
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.prediction import CategoricalPrediction, Source, concatenate
+from bayes_kfac.prediction.quadrature import joint_normal_nodes
 from bayes_kfac.sklearn.base import BayesianMLP, Scaling, checked, checked_weights
 from bayes_kfac.sklearn.examples import Array, Examples
 
@@ -150,7 +151,7 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianMLP):  # type: ignore[misc]
     def _predictions(self, inputs: Tensor) -> Iterator[CategoricalPrediction]:
         """Predictions of parts of the inputs."""
         # the expectation over logits is taken at the same points for each input, whatever others there are
-        points = _normal_points(len(self.classes_)).to(inputs)
+        points = joint_normal_nodes(len(self.classes_), inputs, POINTS)
         source = Source("linearized", len(points), self.posterior_.provenance, "mc")
         for part in inputs.split(TOGETHER):
             with torch.no_grad():
@@ -195,9 +196,3 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianMLP):  # type: ignore[misc]
     @property
     def _outputs(self) -> int:
         return len(self.classes_)
-
-
-def _normal_points(dimensions: int) -> Tensor:
-    """Points that stand for a standard normal, ``[POINTS, dimensions]``: of a scrambled Sobol sequence."""
-    uniform = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=0).draw(POINTS, dtype=torch.float64)
-    return torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))

@@ -312,7 +312,7 @@ def test_no_graph_outlives_a_call(budget):
     assert Marked.tokens
     assert living_graphs() == 0
     assert all(value.grad_fn is None for value in found.values())
-    assert not posterior._linearized._recorder.calls
+    assert not posterior.linearized._recorder.calls
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         posterior.predict(x[:, :2])
     assert living_graphs() == 0
