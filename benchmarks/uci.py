@@ -38,28 +38,55 @@ class Recipe:
     """One way to train. The defaults are the paper's code.
 
     Attributes:
+        structure: The structure of the blocks.
         damping: How the prior enters the posterior.
         temperature: The weight of the KL term.
-        noise_prior: Concentration and rate of the Gamma prior of the noise's precision.
+        noise_prior: Concentration and rate of the Gamma prior of the noise's precision; ``None`` learns it by maximum
+            likelihood.
         hidden: Hidden units.
-        epochs: Passes over the data; step sizes fall by ten in the middle.
+        epochs: Passes over the data.
         lr: Step size of the mean.
+        decay: How it falls: ``"step"``, by ten in the middle and the statistics' rate with it, or ``"cosine"``.
+        noise_lr: Step size of the noise.
+        kl_clip: The largest step of a split's network, as ``NoisyNaturalGradient`` measures it.
         statistics_rate: How much a step's statistics weigh in their moving average.
+        statistics_every: Steps between two measurements of the statistics.
+        inverse_every: Steps between two refreshes of the factors.
         num_samples: Weight samples in a step.
         batch_size: Examples in a step.
         test_samples: Weight samples at test time.
     """
 
+    structure: str = "kron"
     damping: str = "factored"
     temperature: float = 1.0
-    noise_prior: tuple[float, float] = (6.0, 6.0)
+    noise_prior: tuple[float, float] | None = (6.0, 6.0)
     hidden: int = 50
     epochs: int = 1000
     lr: float = 1e-2
+    decay: str = "step"
+    noise_lr: float = 1e-3
+    kl_clip: float | None = None
     statistics_rate: float = 1e-3
+    statistics_every: int = 1
+    inverse_every: int = 1
     num_samples: int = 10
     batch_size: int = 10
     test_samples: int = 100
+
+    def noise(self, shape: tuple[int, ...]) -> bk.likelihoods.Noise:
+        """The belief about the noise, before training."""
+        if self.noise_prior is None:
+            return bk.likelihoods.LearnedNoise(torch.ones(shape))
+        return bk.likelihoods.GammaNoise(*self.noise_prior, shape=shape)
+
+    def rates(self, epoch: int) -> dict[str, float]:
+        """Step size and statistics' decay in an epoch."""
+        if self.decay == "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
+            return {"lr": factor * self.lr, "statistics_decay": 1 - self.statistics_rate}
+        factor = 1.0 if epoch < self.epochs // 2 else 0.1
+        return {"lr": factor * self.lr, "statistics_decay": 1 - factor * self.statistics_rate}
 
 
 MODES = {
@@ -107,26 +134,28 @@ def load_splits(name: str, num_splits: int) -> Splits:
     )
 
 
-def train(name: str, recipe: Recipe, splits: Splits, seed: int, checkpoint: Path) -> dict[str, Any]:
-    """Train all splits at once and evaluate the last epoch."""
+def train(
+    name: str, recipe: Recipe, splits: Splits, seed: int, checkpoint: Path, *, shown: bool = True
+) -> tuple[bk.Posterior, float]:
+    """Train all splits at once; returns the last epoch's posterior and the seconds that it took."""
     num_data, replicas, features = splits.train_x.shape
     generator = torch.Generator().manual_seed(seed)
     model = ReplicatedMLP(replicas, features, recipe.hidden, generator)
-    noise = bk.likelihoods.GammaNoise(*recipe.noise_prior, shape=(replicas, 1))
-    likelihood = bk.likelihoods.Gaussian(noise)
-    optimizer = bk.NoisyKFAC(
+    likelihood = bk.likelihoods.Gaussian(recipe.noise((replicas, 1)))
+    optimizer = bk.NoisyNaturalGradient(
         model,
         likelihood,
         num_data=num_data,
         lr=recipe.lr,
+        structure=recipe.structure,
         damping=recipe.damping,
         temperature=recipe.temperature,
         statistics_decay=1 - recipe.statistics_rate,
-        statistics_every=1,
-        inverse_every=1,
+        statistics_every=recipe.statistics_every,
+        inverse_every=recipe.inverse_every,
         num_samples=recipe.num_samples,
-        kl_clip=None,
-        deterministic_lr=1e-3,
+        kl_clip=recipe.kl_clip and recipe.kl_clip * replicas,  # that of all networks together
+        deterministic_lr=recipe.noise_lr,
         generator=generator,
     )
     first_epoch, seconds = 0, 0.0
@@ -137,14 +166,13 @@ def train(name: str, recipe: Recipe, splits: Splits, seed: int, checkpoint: Path
         optimizer.load_state_dict(saved["optimizer"])
         first_epoch, seconds = saved["epoch"], saved["seconds"]
     columns = torch.arange(replicas)
-    bar = tqdm(range(first_epoch, recipe.epochs), desc=name, initial=first_epoch, total=recipe.epochs, unit="epoch")
+    epochs = range(first_epoch, recipe.epochs)
+    bar = tqdm(epochs, desc=name, initial=first_epoch, total=recipe.epochs, unit="epoch", disable=not shown)
     for epoch in bar:
         start = time.perf_counter()
-        if epoch == recipe.epochs // 2:
-            for group in optimizer.param_groups:
-                if group["kind"] == "block":
-                    group["lr"] = recipe.lr / 10
-                    group["statistics_decay"] = 1 - recipe.statistics_rate / 10
+        for group in optimizer.param_groups:
+            if group["kind"] == "block":
+                group.update(recipe.rates(epoch))
         order = torch.rand(num_data, replicas, generator=generator).argsort(0)
         losses = []
         for rows in order.split(recipe.batch_size):
@@ -164,10 +192,7 @@ def train(name: str, recipe: Recipe, splits: Splits, seed: int, checkpoint: Path
             state = {"model": model.state_dict(), "likelihood": likelihood.state_dict()}
             state |= {"optimizer": optimizer.state_dict(), "epoch": epoch + 1, "seconds": seconds}
             torch.save(state, checkpoint)
-    steps = recipe.epochs * math.ceil(num_data / recipe.batch_size)
-    figures = evaluate(optimizer.posterior(), splits, recipe.test_samples, generator)
-    cost = {"seconds": seconds, "seconds_per_split": seconds / replicas, "milliseconds_per_step": 1e3 * seconds / steps}
-    return {**figures, **cost}
+    return optimizer.posterior(), seconds
 
 
 def evaluate(posterior: bk.Posterior, splits: Splits, num_samples: int, generator: torch.Generator) -> dict[str, Any]:
@@ -220,7 +245,10 @@ def main() -> None:
                 checkpoint = checkpoint.with_name(f"quick-{checkpoint.name}")
                 checkpoint.unlink(missing_ok=True)
             splits = load_splits(name, arguments.splits)
-            figures = train(name, recipe, splits, arguments.seed, checkpoint)
+            posterior, seconds = train(name, recipe, splits, arguments.seed, checkpoint)
+            generator = torch.Generator().manual_seed(arguments.seed)
+            figures = evaluate(posterior, splits, recipe.test_samples, generator)
+            steps = recipe.epochs * math.ceil(len(splits.train_x) / recipe.batch_size)
             result = {
                 "data": name,
                 "mode": arguments.mode,
@@ -228,6 +256,9 @@ def main() -> None:
                 "splits": arguments.splits,
                 "seed": arguments.seed,
                 **figures,
+                "seconds": seconds,
+                "seconds_per_split": seconds / arguments.splits,
+                "milliseconds_per_step": 1e3 * seconds / steps,
                 "commit": commit(),
                 "versions": {
                     "bayes_kfac": bk.__version__,

@@ -1,0 +1,207 @@
+"""UCI regression as this library recommends it: one recipe for all sets, its temperature and noise by cross-validation.
+
+``python benchmarks/regression.py --processes 2`` trains noisy K-FAC on Gal's splits and keeps one file for each data set,
+temperature and part of the work in ``benchmarks/results/uci/recommended``; ``report.py`` joins them with the other
+methods. ``--structure ekfac`` and ``--structure diagonal`` do the same for noisy EK-FAC and noisy Adam.
+
+The recipe: five posteriors from different initial weights, each trained by noisy natural gradient with a noise that is
+learned, are one mixture. Which temperature they are trained at, and which noise they predict with, is where three folds
+of the *training part* of a split are best predicted. A single posterior is chosen for in the same way. All networks of a
+data set at one temperature train at once, as replicas of one stack.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jobs import HERE, Job, parser, run
+from torch import Tensor
+from uci import Recipe, Splits, load_splits, summary, train
+
+DATA_SETS = ("boston", "concrete", "energy", "wine_red", "yacht")
+TEMPERATURES = (1.0, 0.3, 0.1)
+#: Standard deviations of the noise that predictions are made with, for targets of variance 1.
+NOISES = torch.logspace(-2.4, 0.2, 27)
+FOLDS, FOLD_MEMBERS, MEMBERS, DRAWS = 3, 2, 5, 100
+STEPS, BATCH_SIZE, SPLITS, SEED = 6000, 32, 20, 1
+
+
+def recipe(structure: str, temperature: float, num_data: int, steps: int) -> Recipe:
+    """The recommended recipe at one temperature."""
+    return Recipe(
+        structure=structure,
+        temperature=temperature,
+        noise_prior=None,
+        epochs=math.ceil(steps / math.ceil(num_data / BATCH_SIZE)),
+        lr=3e-2,
+        decay="cosine",
+        noise_lr=1e-2,
+        kl_clip=2e-2,
+        statistics_rate=1e-2,
+        statistics_every=5,
+        inverse_every=20,
+        num_samples=2,
+        batch_size=BATCH_SIZE,
+        test_samples=DRAWS,
+    )
+
+
+def folds(splits: Splits, seed: int) -> Splits:
+    """The folds of all splits' training parts: each is held out once, ``[examples, folds × splits, features]``."""
+    num_data, count, _ = splits.train_x.shape
+    size = num_data // FOLDS  # of every fold; up to two examples are never held out
+    order = torch.rand(num_data, count, generator=torch.Generator().manual_seed(seed)).argsort(0)
+    columns = torch.arange(count)
+
+    def take(values: Tensor, fold: int, *, held_out: bool) -> Tensor:
+        inside = torch.zeros(num_data, dtype=torch.bool)
+        inside[fold * size : (fold + 1) * size] = True
+        return values[order[inside == held_out], columns]
+
+    def joined(values: Tensor, *, held_out: bool) -> Tensor:
+        return torch.cat([take(values, fold, held_out=held_out) for fold in range(FOLDS)], 1)
+
+    scale = splits.scale.repeat(FOLDS, 1)
+    return Splits(
+        joined(splits.train_x, held_out=False),
+        joined(splits.train_y, held_out=False),
+        joined(splits.train_x, held_out=True),
+        joined(splits.train_y, held_out=True) * scale,
+        scale,
+    )
+
+
+def repeated(splits: Splits, members: int) -> Splits:
+    """The same splits for several networks: ``[examples, members × splits, features]``."""
+    parts = (splits.train_x, splits.train_y, splits.test_x, splits.test_y)
+    return Splits(*(part.repeat(1, members, 1) for part in parts), splits.scale.repeat(members, 1))
+
+
+def judge(outputs: Tensor, splits: Splits, members: int) -> dict[str, Any]:
+    """Errors, and log-likelihoods at every noise of ``NOISES``: of the mixture of all members, and of single ones.
+
+    Args:
+        outputs: Those of draws of the weights, ``[draws, examples, members × splits]``.
+        splits: What was to be predicted, of one member.
+        members: How many.
+
+    Returns:
+        ``mixture`` and ``single``, each with ``rmse`` ``[splits]`` and ``log_likelihood`` ``[noises, splits]``.
+    """
+    target = (splits.test_y / splits.scale).squeeze(-1)
+    outputs = outputs.unflatten(-1, (members, -1)).movedim(2, 0)  # [members, draws, examples, splits]
+    scale = splits.scale.squeeze(-1)
+
+    def rmse(mean: Tensor) -> Tensor:
+        return (mean - target).square().mean(-2).sqrt() * scale
+
+    densities = torch.stack([torch.distributions.Normal(outputs, s).log_prob(target).logsumexp(1) for s in NOISES])
+    densities -= math.log(outputs.shape[1]) + scale.log()  # [noises, members, examples, splits]
+    mixture = (densities.logsumexp(1) - math.log(members)).mean(-2)
+    return {
+        "mixture": {"rmse": rmse(outputs.mean((0, 1))).tolist(), "log_likelihood": mixture.tolist()},
+        "single": {
+            "rmse": rmse(outputs.mean(1)).mean(0).tolist(),
+            "log_likelihood": densities.mean((1, 2)).tolist(),
+        },
+    }
+
+
+def measure(
+    data: str, structure: str, temperature: float, part: str, splits: int, steps: int, seed: int
+) -> dict[str, Any]:
+    """Train and judge: on the folds of the training parts, or on the training parts for the test parts."""
+    parts = load_splits(data, splits)
+    if part == "folds":
+        parts = folds(parts, seed)
+    members = FOLD_MEMBERS if part == "folds" else MEMBERS
+    stack = repeated(parts, members)
+    own = recipe(structure, temperature, len(parts.train_x), steps)
+    checkpoint = HERE.parent / ".cache" / "regression" / f"{data}-{structure}-{temperature}-{part}-{steps}-{seed}.pt"
+    posterior, seconds = train(data, own, stack, seed, checkpoint, shown=False)
+    checkpoint.unlink(missing_ok=True)
+    draws = posterior.sample(own.test_samples, generator=torch.Generator().manual_seed(seed))
+    outputs = posterior.predict(stack.test_x, draws=draws).outputs.squeeze(-1)
+    noise = posterior.likelihood.noise.variance().detach().sqrt().reshape(members, -1)
+    found = {"seconds": seconds, "networks": stack.train_x.shape[1], "learned_noise": noise.mean(0).tolist()}
+    return {**found, "recipe": asdict(own), **judge(outputs, parts, members)}
+
+
+def jobs(folder: Path, data: list[str], structure: str, *, quick: bool) -> list[Job]:
+    """A job for every data set, temperature and part."""
+    size = {"splits": 2, "steps": 30} if quick else {"splits": SPLITS, "steps": STEPS}
+    return [
+        Job(
+            folder / "uci" / "recommended" / structure / name / f"{part}-{temperature}.json",
+            measure,
+            {"data": name, "structure": structure, "temperature": temperature, "part": part, "seed": SEED, **size},
+        )
+        for name in data
+        for part in ("folds", "full")
+        for temperature in TEMPERATURES
+    ]
+
+
+# -- what is chosen ---------------------------------------------------------------------------------------------------
+
+
+def load(data: str, structure: str = "kron", kind: str = "mixture", folder: Path = HERE / "results") -> dict[str, Any]:
+    """Figures of each split, with the temperature and the noise that the folds of its training part choose.
+
+    Args:
+        data: The data set.
+        structure: The structure of the posteriors.
+        kind: ``"mixture"``, or ``"single"`` for the mean over single posteriors.
+        folder: Where all results are.
+
+    Returns:
+        ``rmse``, ``log_likelihood``, ``temperature`` and ``noise``, each a list over splits.
+    """
+    own = folder / "uci" / "recommended" / structure / data
+    read = {
+        part: [json.loads((own / f"{part}-{tau}.json").read_text())[kind] for tau in TEMPERATURES]
+        for part in ("folds", "full")
+    }
+    held_out = torch.tensor([one["log_likelihood"] for one in read["folds"]])  # [temperatures, noises, folds × splits]
+    held_out = held_out.unflatten(-1, (FOLDS, -1)).mean(-2)
+    rmse = torch.tensor([one["rmse"] for one in read["full"]])
+    density = torch.tensor([one["log_likelihood"] for one in read["full"]])
+    best = held_out.flatten(0, 1).argmax(0)
+    tau, noise, split = best // len(NOISES), best % len(NOISES), torch.arange(held_out.shape[-1])
+    return {
+        "rmse": rmse[tau, split].tolist(),
+        "log_likelihood": density[tau, noise, split].tolist(),
+        "temperature": [TEMPERATURES[index] for index in tau],
+        "noise": NOISES[noise].tolist(),
+    }
+
+
+def table(data: list[str], structure: str, folder: Path) -> list[str]:
+    """Figures of the mixture and of single posteriors, by data set."""
+    lines = ["| data | RMSE, mixture | single | log-likelihood, mixture | single | temperatures of the mixture |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name in data:
+        mixture, single = (load(name, structure, kind, folder) for kind in ("mixture", "single"))
+        counts = ", ".join(f"{mixture['temperature'].count(tau)} × {tau:g}" for tau in TEMPERATURES)
+        cells = [summary(own[key]) for key in ("rmse", "log_likelihood") for own in (mixture, single)]
+        lines.append(f"| {name} | {' | '.join(cells)} | {counts} |")
+    return lines
+
+
+def main() -> None:
+    """Run what is asked for and not yet there; print the table."""
+    own = parser(__doc__)
+    own.add_argument("--data", nargs="+", choices=DATA_SETS, default=list(DATA_SETS), metavar="NAME")
+    own.add_argument("--structure", default="kron", help="of the posteriors")
+    arguments = own.parse_args()
+    run(jobs(arguments.results, arguments.data, arguments.structure, quick=arguments.quick), arguments.processes)
+    print("\n".join(table(arguments.data, arguments.structure, arguments.results)))
+
+
+if __name__ == "__main__":
+    main()
