@@ -1,13 +1,13 @@
-"""UCI regression as this library recommends it: one recipe for all sets, its temperature and noise by cross-validation.
+"""UCI regression as this library recommends it: one recipe for all sets, temperature and noise by cross-validation.
 
-``python benchmarks/regression.py --processes 2`` trains noisy K-FAC on Gal's splits and keeps one file for each data set,
-temperature and part of the work in ``benchmarks/results/uci/recommended``; ``report.py`` joins them with the other
+``python benchmarks/regression.py --processes 2`` trains noisy K-FAC on Gal's splits and keeps one file for each data
+set, temperature and part of the work in ``benchmarks/results/uci/recommended``; ``report.py`` joins them with the other
 methods. ``--structure ekfac`` and ``--structure diagonal`` do the same for noisy EK-FAC and noisy Adam.
 
 The recipe: five posteriors from different initial weights, each trained by noisy natural gradient with a noise that is
 learned, are one mixture. Which temperature they are trained at, and which noise they predict with, is where three folds
-of the *training part* of a split are best predicted. A single posterior is chosen for in the same way. All networks of a
-data set at one temperature train at once, as replicas of one stack.
+of the *training part* of a split are best predicted. A single posterior is chosen for in the same way. All networks of
+a data set at one temperature train at once, as replicas of one stack.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What temperature and damping do to a posterior trained by noisy K-FAC: four UCI sets, every pair of the two.
 
-``python benchmarks/temperature.py --processes 2`` trains each data set at each temperature with each damping, all splits
-at once, and keeps one file for each in ``benchmarks/results/temperature``. Everything else is the paper's: a network of
-50 ReLU units, prior precision 1, a Gamma(6, 6) posterior over the noise's precision. ``report.py``
-draws the picture.
+``python benchmarks/temperature.py --processes 2`` trains each data set at each temperature with each damping, all
+splits at once, and keeps one file for each in ``benchmarks/results/temperature``. Network, prior and noise are the
+paper's: 50 ReLU units, prior precision 1, a Gamma(6, 6) posterior over the noise's precision. ``report.py`` draws the
+picture.
 
 The question is whether factored damping (the paper's) predicts better than the exact one because its posterior is
 nearer to the truth, or because it is narrower, as a lower temperature would make it. The evidence lower bound at
