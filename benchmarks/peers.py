@@ -15,10 +15,10 @@ data, and other splits, whose training parts hold this one's test data, choose n
 - ``mean_variance_ensemble``: five networks of mean and variance, trained on the log-likelihood and combined into one
   Gaussian as in that paper, without its adversarial examples.
 - ``ivon``: a diagonal Gaussian posterior by ``ivon-opt`` (Shen et al. 2024); 100 weight samples. The noise is learned
-  with the weights; in prediction it is this one or that of held-out tenths.
+  with the weights; in prediction it is this one or that of held-out tenths. Always of the greater length.
 - ``mc_dropout``: dropout of inputs and hidden units in training and prediction (Gal & Ghahramani 2016); 1000 samples.
-- ``gp``: an exact Gaussian process of ``gpytorch``, one length scale for each input, a Matérn 5/2 or a squared
-  exponential kernel by the greater evidence, on sets with fewer than 2000 rows (``peers_gp.py``).
+- ``gp``: an exact Gaussian process of ``gpytorch``, a Matérn 5/2 kernel with a length scale for each input, tuned by
+  the evidence, on sets with fewer than 2000 rows (``peers_gp.py``). Larger sets would need inducing points.
 
 Seconds are those of the processor, of one thread.
 """
@@ -93,7 +93,13 @@ DECAYS = (1e-4, 1e-3, 1e-2)
 METHODS = {
     "ensemble": Method({"decay": DECAYS}, members=MEMBERS),
     "mean_variance_ensemble": Method({"decay": DECAYS}, mean_variance_loss, members=MEMBERS),
-    "ivon": Method({"lr": (0.03, 0.1), "decay": (1e-4, 1e-3, 1e-2)}, samples=100, stacks=False, package="ivon-opt"),
+    "ivon": Method(
+        {"lr": (0.1,), "hess_init": (1.0, 10.0), "decay": (1e-3, 1e-2)},
+        samples=100,
+        stacks=False,
+        is_length_chosen=False,
+        package="ivon-opt",
+    ),
     "mc_dropout": Method({"rate": (0.005, 0.01, 0.05, 0.1)}, samples=1000),
 }
 #: What must be installed for a method.

@@ -29,12 +29,14 @@ class Setting:
         decay: The weight decay of the mean loss.
         lr: The step size at the beginning.
         rate: How many inputs and hidden units are dropped.
+        hess_init: The curvature that IVON starts from.
     """
 
     steps: int
     decay: float = 0.0
     lr: float = 1e-2
     rate: float = 0.0
+    hess_init: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -133,14 +135,15 @@ def ivon(data: Splits, replicas: list[Replica], hidden: int) -> tuple[Predict, T
     setting, count = replicas[0].setting, len(replicas[0].rows)
     model = Network(len(replicas), data.train_x.shape[-1], hidden, 1)
     log_noise = torch.full((len(replicas),), math.log(0.5), requires_grad=True)
-    # the curvature's moving average spans a tenth of the training, as it starts at a value that says nothing
+    # the curvature's moving average spans the training, so that the posterior narrows slowly: with a shorter memory
+    # most weights come to be those of the prior, and held-out errors were larger
     optimizer = IVON(
         model.parameters(),
         lr=setting.lr,
         ess=count,
         weight_decay=setting.decay,
-        hess_init=1.0,
-        beta2=1 - min(0.1, 10 / setting.steps),
+        hess_init=setting.hess_init,
+        beta2=1 - 1 / setting.steps,
     )
     noise_optimizer = torch.optim.Adam([log_noise], lr=1e-2)
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(own, setting.steps) for own in (optimizer, noise_optimizer)]
@@ -175,6 +178,7 @@ class Method:
         members: Networks of an ensemble.
         samples: Samples of each at test time.
         stacks: Whether a stack can hold different settings; they must share the number of steps only.
+        is_length_chosen: Whether several numbers of steps are tried, or only the greatest.
         package: What must be installed.
     """
 
@@ -183,13 +187,14 @@ class Method:
     members: int = 1
     samples: int = 1
     stacks: bool = True
+    is_length_chosen: bool = True
     package: str | None = None
 
     def settings(self, steps: list[int]) -> list[Setting]:
         """All combinations."""
         return [
             Setting(count, **dict(zip(self.grid, values, strict=True)))
-            for count, *values in product(steps, *self.grid.values())
+            for count, *values in product(steps if self.is_length_chosen else steps[-1:], *self.grid.values())
         ]
 
 
@@ -200,7 +205,7 @@ class Fitted:
     Attributes:
         units: What each is.
         groups: Positions in the stack of units and members, and how these predict.
-        noise: The learned noise of each unit, where a method has one.
+        noise: The learned noise of each network of the stack, where a method has one.
         seconds: Processor seconds of training.
     """
 
@@ -209,25 +214,18 @@ class Fitted:
     noise: Tensor
     seconds: float
 
-    @torch.no_grad()
     def predict(self, x: Tensor, samples: int) -> Tensor:
         """Outputs ``[samples · members, examples, units, outputs]`` of inputs ``[examples, splits, features]``."""
-        parts = [self._chunk(part, samples) for part in x.split(CHUNK)]
-        return torch.cat(parts, dim=1)
+        columns = [own.split for own in self.units]
+        return torch.cat([self._predict(part[:, columns], samples) for part in x.split(CHUNK)], dim=1)
 
     def rows(self, data: Splits, rows: list[Tensor], samples: int) -> tuple[Tensor, Tensor]:
         """Outputs and targets ``[examples, units]`` of rows of the training part, of each unit its own."""
         index, columns = torch.stack(rows, dim=1), torch.tensor([own.split for own in self.units])
-        return self._of_units(data.train_x[index, columns], samples), data.train_y[index, columns, 0]
+        parts = [self._predict(data.train_x[part, columns], samples) for part in index.split(CHUNK)]
+        return torch.cat(parts, dim=1), data.train_y[index, columns, 0]
 
     @torch.no_grad()
-    def _of_units(self, x: Tensor, samples: int) -> Tensor:
-        """Outputs of inputs that each unit has of its own, ``[examples, units, features]``."""
-        return torch.cat([self._predict(part, samples) for part in x.split(CHUNK)], dim=1)
-
-    def _chunk(self, x: Tensor, samples: int) -> Tensor:
-        return self._predict(x[:, [own.split for own in self.units]], samples)
-
     def _predict(self, x: Tensor, samples: int) -> Tensor:
         units = len(self.units)
         found: dict[int, Tensor] = {}
@@ -235,8 +233,7 @@ class Fitted:
             outputs = predict(x[:, [position % units for position in positions]], samples)
             found |= {position: outputs[:, :, index] for index, position in enumerate(positions)}
         outputs = torch.stack([found[position] for position in range(len(found))], dim=2)
-        members = outputs.unflatten(2, (-1, units)).movedim(2, 0)
-        return members.flatten(0, 1)
+        return outputs.unflatten(2, (-1, units)).movedim(2, 0).flatten(0, 1)
 
 
 def fit(method: Method, data: Splits, units: list[Replica], members: int, hidden: int) -> Fitted:
@@ -244,7 +241,7 @@ def fit(method: Method, data: Splits, units: list[Replica], members: int, hidden
     start = time.process_time()
     stack = units * members
     keys = [own.setting if not method.stacks else own.setting.steps for own in stack]
-    groups, noise = [], torch.full((len(units),), math.nan)
+    groups, noise = [], torch.full((len(stack),), math.nan)
     for key in dict.fromkeys(keys):
         positions = [position for position, own in enumerate(keys) if own == key]
         replicas = [stack[position] for position in positions]
