@@ -190,11 +190,12 @@ class Method:
     is_length_chosen: bool = True
     package: str | None = None
 
-    def settings(self, steps: list[int]) -> list[Setting]:
-        """All combinations."""
+    def settings(self, steps: list[int], decay_factor: float = 1.0) -> list[Setting]:
+        """All combinations; the prior weighs less in a mean over more examples, so decays are multiplied."""
+        own = self.grid | {"decay": tuple(decay_factor * value for value in self.grid.get("decay", (0.0,)))}
         return [
-            Setting(count, **dict(zip(self.grid, values, strict=True)))
-            for count, *values in product(steps if self.is_length_chosen else steps[-1:], *self.grid.values())
+            Setting(count, **dict(zip(own, values, strict=True)))
+            for count, *values in product(steps if self.is_length_chosen else steps[-1:], *own.values())
         ]
 
 
