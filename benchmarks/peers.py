@@ -68,7 +68,7 @@ def mixture(means: Tensor, noise: Tensor, targets: Tensor) -> Tensor:
     Returns:
         The log-likelihood of each unit.
     """
-    density = torch.distributions.Normal(means, noise).log_prob(targets)
+    density = torch.distributions.Normal(means, noise, validate_args=False).log_prob(targets)
     return (density.logsumexp(0) - math.log(len(means))).mean(0)
 
 
@@ -77,15 +77,17 @@ def moments(outputs: Tensor, targets: Tensor) -> Tensor:
     means, spreads = outputs[..., 0], variance(outputs)[..., 0]
     mean = means.mean(0)
     spread = (spreads + (means - mean).square()).mean(0)
-    return torch.distributions.Normal(mean, spread.sqrt()).log_prob(targets).mean(0)
+    return torch.distributions.Normal(mean, spread.sqrt(), validate_args=False).log_prob(targets).mean(0)
 
 
 def scores(method: Method, outputs: Tensor, targets: Tensor) -> Tensor:
     """Log-likelihoods of held-out data, ``[noises, units]``: a row for each of ``NOISES``, or one."""
     if method.loss is mean_variance_loss:
-        return moments(outputs, targets).unsqueeze(0)
-    means = outputs[..., 0]
-    return torch.stack([mixture(means, noise.expand(means.shape[-1]), targets) for noise in NOISES])
+        found = moments(outputs, targets).unsqueeze(0)
+    else:
+        means = outputs[..., 0]
+        found = torch.stack([mixture(means, noise.expand(means.shape[-1]), targets) for noise in NOISES])
+    return found.nan_to_num(nan=-math.inf)  # where training diverged
 
 
 # -- one method on one set --------------------------------------------------------------------------------------------

@@ -144,6 +144,7 @@ def ivon(data: Splits, replicas: list[Replica], hidden: int) -> tuple[Predict, T
         weight_decay=setting.decay,
         hess_init=setting.hess_init,
         beta2=1 - 1 / setting.steps,
+        clip_radius=1e-2 / (setting.lr * setting.hess_init),  # a weight moves by 0.01 at most in a step, as Adam's do
     )
     noise_optimizer = torch.optim.Adam([log_noise], lr=1e-2)
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(own, setting.steps) for own in (optimizer, noise_optimizer)]
