@@ -182,3 +182,14 @@ def test_the_command_keeps_figures_that_load_reads(tmp_path, monkeypatch, capsys
     assert json.loads(job.path.read_text()) == kept
     assert peers.summary(found["log_likelihood"]) in capsys.readouterr().out
     assert peers.section(tmp_path / "elsewhere") == ""
+
+
+def test_a_network_that_diverged_is_not_chosen():
+    import peers
+
+    outputs, targets = torch.zeros(2, 5, 3, 1), torch.zeros(5, 3)
+    outputs[0, 2, 1] = math.nan
+    found = peers.scores(peers.METHODS["ensemble"], outputs, targets)
+    assert found.shape == (len(peers.NOISES), 3)
+    assert (found[:, 1] == -math.inf).all()
+    assert found[:, [0, 2]].isfinite().all()
