@@ -193,3 +193,13 @@ def test_a_network_that_diverged_is_not_chosen():
     assert found.shape == (len(peers.NOISES), 3)
     assert (found[:, 1] == -math.inf).all()
     assert found[:, [0, 2]].isfinite().all()
+
+
+def test_a_method_whose_package_is_absent_is_left_out_with_a_sentence(tmp_path, monkeypatch, capsys):
+    import peers
+
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    arguments = ["--results", str(tmp_path), "--data", "yacht", "--methods", "ivon"]
+    monkeypatch.setattr("sys.argv", ["peers.py", *arguments])
+    peers.main()
+    assert "ivon is left out, as it needs the modules ivon." in capsys.readouterr().out
