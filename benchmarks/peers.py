@@ -93,7 +93,7 @@ def scores(method: Method, outputs: Tensor, targets: Tensor) -> Tensor:
 # -- one method on one set --------------------------------------------------------------------------------------------
 
 
-DECAYS = (1e-4, 1e-3, 1e-2)
+DECAYS = (1e-5, 1e-4, 1e-3, 1e-2)
 METHODS = {
     "ensemble": Method({"decay": DECAYS}, members=MEMBERS),
     "mean_variance_ensemble": Method({"decay": DECAYS}, mean_variance_loss, members=MEMBERS),
