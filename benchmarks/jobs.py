@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -93,3 +95,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     own.add_argument("--quick", action="store_true", help="little of everything, to see that it runs; nothing is kept")
     own.add_argument("--results", type=Path, default=HERE / "results", help="the folder of all results")
     return own
+
+
+@contextmanager
+def results_folder(arguments: argparse.Namespace) -> Iterator[Path]:
+    """Where results are kept; with ``--quick`` a folder that is gone at the end."""
+    if not arguments.quick:
+        yield arguments.results
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)

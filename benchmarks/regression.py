@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jobs import HERE, Job, parser, run
+from jobs import HERE, Job, parser, results_folder, run
 from torch import Tensor
 from uci import Recipe, Splits, load_splits, summary, train
 
@@ -150,6 +150,11 @@ def jobs(folder: Path, data: list[str], structure: str, *, quick: bool) -> list[
 # -- what is chosen ---------------------------------------------------------------------------------------------------
 
 
+def is_complete(data: str, structure: str = "kron", folder: Path = HERE / "results") -> bool:
+    """Whether all of a data set's jobs are done."""
+    return all(job.path.exists() for job in jobs(folder, [data], structure, quick=False))
+
+
 def load(data: str, structure: str = "kron", kind: str = "mixture", folder: Path = HERE / "results") -> dict[str, Any]:
     """Figures of each split, with the temperature and the noise that the folds of its training part choose.
 
@@ -199,8 +204,9 @@ def main() -> None:
     own.add_argument("--data", nargs="+", choices=DATA_SETS, default=list(DATA_SETS), metavar="NAME")
     own.add_argument("--structure", default="kron", help="of the posteriors")
     arguments = own.parse_args()
-    run(jobs(arguments.results, arguments.data, arguments.structure, quick=arguments.quick), arguments.processes)
-    print("\n".join(table(arguments.data, arguments.structure, arguments.results)))
+    with results_folder(arguments) as folder:
+        run(jobs(folder, arguments.data, arguments.structure, quick=arguments.quick), arguments.processes)
+        print("\n".join(table(arguments.data, arguments.structure, folder)))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import torch
-from jobs import HERE, Job, parser, run
+from jobs import HERE, Job, parser, results_folder, run
 from uci import Recipe, Splits, load_splits, summary, train
 
 import bayes_kfac as bk
@@ -29,6 +30,7 @@ from bayes_kfac.metrics import miscalibration_area
 DATA_SETS = ("boston", "concrete", "energy", "yacht")
 TEMPERATURES = (1.0, 0.3, 0.1, 0.03, 0.01)
 DAMPINGS = ("factored", "optimal", "exact")
+PAIRS = tuple(product(DAMPINGS, TEMPERATURES))
 STEPS, BATCH_SIZE, SPLITS, SEED = 5000, 32, 10, 1
 PICTURE = HERE.parent / "docs" / "images" / "evidence" / "temperature.png"
 
@@ -90,8 +92,7 @@ def jobs(folder: Path, data: list[str], *, quick: bool) -> list[Job]:
             {"data": name, "temperature": temperature, "damping": damping, "seed": SEED, **size},
         )
         for name in data
-        for temperature in TEMPERATURES
-        for damping in DAMPINGS
+        for damping, temperature in PAIRS
     ]
 
 
@@ -142,7 +143,7 @@ def table(results: dict[tuple[str, str, float], dict[str, Any]]) -> list[str]:
     for key, title in (("elbo", "Bound at temperature 1, nats an example"), ("log_likelihood", "Test log-likelihood")):
         lines += [f"{title}:\n", "| data, damping | " + " | ".join(f"{tau:g}" for tau in TEMPERATURES) + " |"]
         lines.append("|---" * (1 + len(TEMPERATURES)) + "|")
-        for name in DATA_SETS:
+        for name in (one for one in DATA_SETS if all((one, damping, tau) in results for damping, tau in PAIRS)):
             for damping in DAMPINGS:
                 own = [results[name, damping, tau][key] for tau in TEMPERATURES]
                 cells = [summary(value) if isinstance(value, list) else f"{value:.3f}" for value in own]
@@ -156,11 +157,9 @@ def main() -> None:
     own = parser(__doc__)
     own.add_argument("--data", nargs="+", choices=DATA_SETS, default=list(DATA_SETS), metavar="NAME")
     arguments = own.parse_args()
-    run(jobs(arguments.results, arguments.data, quick=arguments.quick), arguments.processes)
-    results = load(arguments.results)
-    if {name for name, _, _ in results} == set(DATA_SETS):
-        draw(results, PICTURE)
-        print("\n".join(table(results)))
+    with results_folder(arguments) as folder:
+        run(jobs(folder, arguments.data, quick=arguments.quick), arguments.processes)
+        print("\n".join(table(load(folder))))
 
 
 if __name__ == "__main__":

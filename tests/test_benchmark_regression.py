@@ -1,0 +1,118 @@
+"""The recommended recipe's folds, scores and choices are what they are called; temperatures and dampings run."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+
+@pytest.fixture
+def yacht(tmp_path, monkeypatch):
+    """A small data set by the name of a real one, with two splits."""
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(40, 3))
+    folder = tmp_path / "data" / "uci"
+    folder.mkdir(parents=True)
+    order = np.stack([generator.permutation(40) for _ in range(2)])
+    np.savez(folder / "yacht.npz", X=x, y=x[:, 0] * 3 + 1, train_idx=order[:, :31], test_idx=order[:, 31:])
+    monkeypatch.setenv("BAYES_KFAC_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+
+
+def test_each_fold_holds_out_its_own_examples_and_learns_from_all_others(yacht):
+    import regression
+
+    splits = regression.load_splits("yacht", 2)
+    parts = regression.folds(splits, seed=3)
+    assert parts.train_x.shape == (21, 6, 3)
+    assert parts.test_x.shape == (10, 6, 3)
+    for split in range(2):
+        everything = {tuple(row) for row in splits.train_x[:, split].tolist()}
+        held_out = []
+        for fold in range(3):
+            column = 2 * fold + split
+            learned = {tuple(row) for row in parts.train_x[:, column].tolist()}
+            own = {tuple(row) for row in parts.test_x[:, column].tolist()}
+            assert learned | own == everything
+            assert not learned & own
+            held_out += own
+        assert len(set(held_out)) == 30
+    target = (parts.test_y / parts.scale)[0, 3]  # still that of its input
+    row = (splits.train_x[:, 1] == parts.test_x[0, 3]).all(-1)
+    torch.testing.assert_close(target, splits.train_y[row, 1][0])
+
+
+def test_scores_are_those_of_the_mixture_and_of_its_members_written_out(yacht):
+    import regression
+
+    splits = regression.load_splits("yacht", 2)
+    outputs = torch.randn(4, 9, 6, generator=torch.Generator().manual_seed(0))  # of three members
+    found = regression.judge(outputs, splits, 3)
+    for split in range(2):
+        scale = float(splits.scale[split])
+        target = splits.test_y[:, split, 0] / scale
+        own = [outputs[:, :, 2 * member + split] for member in range(3)]
+        pooled = torch.cat(own)
+        assert found["mixture"]["rmse"][split] == pytest.approx(
+            float((pooled.mean(0) - target).square().mean().sqrt() * scale), rel=1e-5
+        )
+        errors = [float((one.mean(0) - target).square().mean().sqrt() * scale) for one in own]
+        assert found["single"]["rmse"][split] == pytest.approx(np.mean(errors), rel=1e-5)
+        noise = float(regression.NOISES[20])
+
+        def density(draws, target=target, noise=noise, scale=scale):
+            each = -0.5 * ((draws - target) / noise) ** 2 - math.log(noise * scale) - 0.5 * math.log(2 * math.pi)
+            return float(each.double().exp().mean(0).log().mean())
+
+        assert found["mixture"]["log_likelihood"][20][split] == pytest.approx(density(pooled), rel=1e-4)
+        members = np.mean([density(one) for one in own])
+        assert found["single"]["log_likelihood"][20][split] == pytest.approx(members, rel=1e-4)
+
+
+def test_folds_alone_choose(tmp_path):
+    """Temperature and noise of each split are where its folds are best predicted, whatever the test part says."""
+    import regression
+
+    rng = np.random.default_rng(0)
+    shape = (len(regression.NOISES), 2)
+    folder = tmp_path / "uci" / "recommended" / "kron" / "yacht"
+    folder.mkdir(parents=True)
+    for place, tau in enumerate(regression.TEMPERATURES):
+        own = rng.normal(size=(len(regression.NOISES), 6)) - 10
+        own[7, 1::2] += 10 * place  # the second split's folds: best at the lowest temperature
+        own[9, 0::2] += 10 * (place == 0)  # the first split's: best at the highest
+        test = rng.normal(size=shape)
+        for part, values in (("folds", own), ("full", test)):
+            figures = {"rmse": [float(place)] * values.shape[1], "log_likelihood": values.tolist()}
+            (folder / f"{part}-{tau}.json").write_text(json.dumps({"mixture": figures, "single": figures}))
+        if place == 0:
+            first = test[9, 0]
+    found = regression.load("yacht", folder=tmp_path)
+    assert found["temperature"] == [regression.TEMPERATURES[0], regression.TEMPERATURES[-1]]
+    assert found["noise"] == pytest.approx([float(regression.NOISES[9]), float(regression.NOISES[7])])
+    assert found["rmse"] == [0.0, len(regression.TEMPERATURES) - 1]
+    assert found["log_likelihood"] == pytest.approx([first, test[7, 1]])
+
+
+@pytest.mark.parametrize("script", ["regression", "temperature"])
+def test_a_quick_look_prints_its_table_and_keeps_nothing(yacht, script, tmp_path, monkeypatch, capsys):
+    module = __import__(script)
+    monkeypatch.setattr(module, "TEMPERATURES", (1.0, 0.1))
+    if script == "temperature":
+        monkeypatch.setattr(module, "PAIRS", tuple((own, tau) for own in module.DAMPINGS for tau in (1.0, 0.1)))
+    arguments = ["--data", "yacht", "--quick", "--results", str(tmp_path / "results")]
+    monkeypatch.setattr("sys.argv", [f"{script}.py", *arguments])
+    module.main()
+    printed = capsys.readouterr().out
+    assert "| yacht" in printed
+    assert "nan" not in printed
+    assert not (tmp_path / "results").exists()
