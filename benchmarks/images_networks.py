@@ -32,19 +32,20 @@ def cnn() -> nn.Sequential:
     )
 
 
-def vgg16(batch_norm: bool = False) -> nn.Sequential:
+def vgg16(width: int = 32, *, batch_norm: bool = False) -> nn.Sequential:
     """VGG16 of the noisy K-FAC paper: half as wide, 32-64-128-256-256 channels, and one linear layer."""
     layers: list[nn.Module] = []
     channels = 3
-    for count, width in ((2, 32), (2, 64), (3, 128), (3, 256), (3, 256)):
+    for count, factor in ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8)):
+        outputs = factor * width
         for _ in range(count):
             # no bias before a normalisation, which would take it off again
-            layers.append(nn.Conv2d(channels, width, 3, padding=1, bias=not batch_norm))
-            layers += [nn.BatchNorm2d(width)] * batch_norm
+            layers.append(nn.Conv2d(channels, outputs, 3, padding=1, bias=not batch_norm))
+            layers += [nn.BatchNorm2d(outputs)] * batch_norm
             layers.append(nn.ReLU())
-            channels = width
+            channels = outputs
         layers.append(nn.MaxPool2d(2))
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, CLASSES))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, CLASSES))
     for module in model:
         if isinstance(module, nn.Conv2d):  # thirteen layers deep, torch's own start lets the signal die
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

@@ -149,8 +149,8 @@ def train(
     step_sizes = [group["lr"] for group in optimizer.param_groups]
     per_epoch = math.ceil(len(data.train) / problem.batch_size)
     curve: list[dict[str, float]] = []
-    if checkpoint is not None and checkpoint.exists():
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    saved = _load(checkpoint)
+    if saved is not None and saved["settings"] == options:  # of other settings it is another run
         model.load_state_dict(saved["model"])
         restore(optimizer, saved["optimizer"], len(saved["curve"]) * per_epoch, device)
         curve = saved["curve"]
@@ -158,18 +158,19 @@ def train(
         # every epoch has a seed of its own: a run that was stopped goes on as if it had not been
         torch.manual_seed(1000 * seed + epoch)
         generator = torch.Generator().manual_seed(1000 * seed + epoch)
-        order = torch.randperm(len(data.train), generator=generator).split(problem.batch_size)
+        order = torch.randperm(len(data.train), generator=generator).to(device).split(problem.batch_size)
         model.train()
         start = clock(device)
         for number, index in enumerate(order):
             done = (epoch + number / per_epoch) / epochs
             for group, lr in zip(optimizer.param_groups, step_sizes, strict=True):
                 group["lr"] = 0.5 * lr * (1 + math.cos(math.pi * done))
-            _step(model, optimizer, problem, data.train, index.to(device), generator)
+            _step(model, optimizer, problem, data.train, index, generator)
         seconds = clock(device) - start + (curve[-1]["seconds"] if curve else 0.0)
         curve.append({"epoch": epoch + 1, "seconds": seconds, **_look(model, optimizer, problem, data.held_out)})
         if checkpoint is not None:
-            save(checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve})
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save(checkpoint, {**state, "curve": curve, "settings": options})
     return Trained(model.eval(), optimizer, curve[-1]["seconds"], curve)
 
 
@@ -194,7 +195,7 @@ def _look(model: nn.Module, optimizer: torch.optim.Optimizer, problem: Problem, 
     model.eval()
     mean = probabilities(lambda x: model(x).unsqueeze(0), images.pixels, problem.data)
     own = mean
-    if isinstance(optimizer, bk.NoisyNaturalGradient) or hasattr(optimizer, "sampled_params"):
+    if hasattr(optimizer, "sampled_params"):
         own = probabilities(own_prediction(model, optimizer, CURVE_DRAWS), images.pixels, problem.data)
     labels = images.labels.cpu()
     return {
@@ -219,6 +220,11 @@ def clock(device: str) -> float:
         return time.process_time()
     torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def _load(path: Path | None) -> dict[str, Any] | None:
+    """A checkpoint on the CPU, if there is one."""
+    return None if path is None or not path.exists() else torch.load(path, map_location="cpu", weights_only=True)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

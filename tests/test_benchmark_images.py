@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -208,6 +209,18 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(toy, monkeypatch, 
     assert [one["nll"] for one in resumed.curve] == [one["nll"] for one in whole.curve]
 
 
+def test_a_checkpoint_of_other_settings_is_not_taken(toy):
+    problem = images_training.Problem("mnist", "mlp", 1, 16)
+    data = images_training.parts(problem)
+
+    def run(lr, checkpoint):
+        options = {"epochs": 1, "device": "cpu", "checkpoint": checkpoint, "settings": {"lr": lr}}
+        return images_training.train(problem, "sgd", 0, data, **options).curve[0]["nll"]
+
+    run(0.1, toy / "run.pt")
+    assert run(0.3, toy / "run.pt") == run(0.3, None)
+
+
 def test_held_out_images_are_the_last_of_the_training_part(toy):
     problem = images_training.Problem("mnist", "mlp", 2, 16)
     data, whole = images_training.parts(problem, holdout=10), images_training.parts(problem)
@@ -242,6 +255,37 @@ def test_the_command_runs_every_method_and_the_section_shows_them(toy, monkeypat
         "images_reliability.png",
         "images_corruption.png",
     }
+
+
+@pytest.mark.parametrize("network", ["vgg16", "vgg16_bn", "resnet18"])
+def test_deep_networks_go_through_with_every_method(tmp_path, monkeypatch, network):
+    """With batch normalisation and without, narrow here; colours, augmentation and all."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"cifar10": (3, 32, 32), "notmnist": (1, 28, 28), "fashion_mnist": (1, 28, 28)}
+
+    def read(name, part):
+        del part
+        pixels = torch.randint(256, (6, *shapes[name]), dtype=torch.uint8, generator=generator)
+        return Images(pixels, torch.arange(6))
+
+    for module in (images, images_training):
+        monkeypatch.setattr(module, "read", read)
+    monkeypatch.setattr(images, "CORRUPTED_IMAGES", 2)
+    monkeypatch.setattr(images, "CORRUPTIONS", {"noise": None})
+    monkeypatch.setattr(images_methods, "DRAWS", 3)
+    monkeypatch.setattr(images, "MEMBERS", 2)
+    monkeypatch.setenv("BAYES_KFAC_CACHE", str(tmp_path))
+    monkeypatch.setitem(images_training.NETWORKS, network, partial(images_training.NETWORKS[network], 2))
+    monkeypatch.setitem(
+        images_training.PROBLEMS, "toy", images_training.Problem("cifar10", network, 1, 6, augment=True)
+    )
+    # so few images leave IVON's draws, as it is set, so far apart that their logits overflow
+    narrow = {"ivon": {**images_methods.SETTINGS[network]["ivon"], "hess_init": 1e3}}
+    monkeypatch.setitem(images_methods.SETTINGS, network, {**images_methods.SETTINGS[network], **narrow})
+    for method in (*TRAINERS[2:], "ensemble", *images.LAPLACE):
+        result = images.work("toy", method, 0, 1, "cpu")
+        assert np.isfinite(result["test"]["nll"]), method
+        assert len(result["corrupted"]["noise"]) == 5
 
 
 def test_an_ensemble_averages_probabilities():
