@@ -69,14 +69,27 @@ TRAINERS: dict[str, Callable[[nn.Module, int, dict[str, Any]], torch.optim.Optim
     "noisy_ekfac": noisy_ekfac,
 }
 
+#: Noisy K-FAC's without the warm-up, whose identity holds the steps short for most of so few epochs; what keeps the
+#: first steps from going too far is the extrinsic damping.
+_NOISY: dict[str, Any] = {
+    "lr": 0.1,
+    "prior_precision": 100.0,
+    "temperature": 0.1,
+    "extrinsic_damping": 1e-2,
+    "kl_clip": 1e-2,
+    "warmup": False,
+    "statistics_every": 5,
+    "inverse_every": 20,
+}
+_NOISY_EIGEN = {**_NOISY, "inverse_every": 100}  # eigendecompositions cost ten times a Cholesky factorisation
 #: Settings by network and method.
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "mlp": {
         "sgd": {"lr": 0.1, "weight_decay": 1e-4},
         "adamw": {"lr": 1e-3, "weight_decay": 1e-2},
         "ivon": {"lr": 0.1, "weight_decay": 1e-4, "hess_init": 0.1, "beta2": 0.9999},
-        "noisy_kfac": {"lr": 0.1, "prior_precision": 100.0, "temperature": 0.1, "kl_clip": 1e-2},
-        "noisy_ekfac": {"lr": 0.1, "prior_precision": 100.0, "temperature": 0.1, "kl_clip": 1e-2},
+        "noisy_kfac": _NOISY,
+        "noisy_ekfac": _NOISY_EIGEN,
     },
 }
 SETTINGS["cnn"] = SETTINGS["mlp"]

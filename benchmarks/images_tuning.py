@@ -1,8 +1,9 @@
 """How the settings of ``images_methods.py`` were chosen: grids, on the last 10 000 training images of a problem.
 
 ``python benchmarks/images_tuning.py --problem fashion-mlp --methods noisy_kfac --epochs 4`` trains with every setting
-of the method's grid, without these images, and writes ``benchmarks/results/images/tuning/<problem>/<method>/<n>.json``
-with its losses on them. A result that exists is shown, not computed again. No test image is looked at.
+of the method's grid, without these images, and writes a file of its losses on them for each in
+``benchmarks/results/images/tuning/<problem>/<method>``. A result that exists is shown, not computed again. No test
+image is looked at.
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ from jobs import Job, parser, run
 
 HOLDOUT = 10_000
 
+_NOISY: dict[str, list[Any]] = {
+    "lr": [0.03, 0.1, 0.3],
+    "extrinsic_damping": [1e-3, 1e-2, 3e-2],
+    "temperature": [0.1, 0.3],
+}
 #: What is tried for each method, on top of its settings; all combinations.
 GRIDS: dict[str, dict[str, list[Any]]] = {
     "sgd": {"lr": [0.03, 0.1, 0.3], "weight_decay": [1e-4, 1e-3]},
     "adamw": {"lr": [1e-3, 3e-3], "weight_decay": [1e-2, 0.1, 0.5]},
     "ivon": {"lr": [0.1, 0.3], "hess_init": [0.01, 0.1], "beta2": [0.9999, 0.99999]},
-    "noisy_kfac": {"lr": [0.03, 0.1], "prior_precision": [10.0, 100.0], "temperature": [0.1, 0.3]},
-    "noisy_ekfac": {"lr": [0.03, 0.1], "prior_precision": [10.0, 100.0], "temperature": [0.1, 0.3]},
+    "noisy_kfac": _NOISY,
+    "noisy_ekfac": _NOISY,
 }
 
 
@@ -35,6 +41,11 @@ def work(problem: str, method: str, settings: dict[str, Any], epochs: int, devic
     data = type(data)(data.train.to(device), data.held_out.to(device))
     trained = train(own, method, 0, data, epochs=epochs, device=device, settings=settings)
     return {"settings": {**settings_of(own.network, method, augment=own.augment), **settings}, "curve": trained.curve}
+
+
+def label(settings: dict[str, Any]) -> str:
+    """A name for settings."""
+    return "_".join(f"{name}={value:g}" for name, value in settings.items())
 
 
 def main() -> None:
@@ -52,8 +63,8 @@ def main() -> None:
         fixed = {"problem": options.problem, "method": method, "epochs": options.epochs, "device": options.device}
         found = run(
             [
-                Job(folder / method / f"{number}.json", work, {**fixed, "settings": settings})
-                for number, settings in enumerate(todo)
+                Job(folder / method / f"{label(settings)}.json", work, {**fixed, "settings": settings})
+                for settings in todo
             ],
             options.processes,
         )
