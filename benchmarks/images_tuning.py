@@ -28,7 +28,7 @@ _NOISY: dict[str, list[Any]] = {
 GRIDS: dict[str, dict[str, list[Any]]] = {
     "sgd": {"lr": [0.03, 0.1, 0.3], "weight_decay": [1e-4, 1e-3]},
     "adamw": {"lr": [1e-3, 3e-3], "weight_decay": [1e-2, 0.1, 0.5]},
-    "ivon": {"lr": [0.1, 0.3], "hess_init": [0.01, 0.1], "beta2": [0.9999, 0.99999]},
+    "ivon": {"lr": [0.1, 0.3, 1.0], "hess_init": [0.01, 0.1], "beta2": [0.999, 0.9999]},
     "noisy_kfac": _NOISY,
     "noisy_ekfac": _NOISY,
 }
