@@ -86,8 +86,8 @@ _NOISY_EIGEN = {**_NOISY, "inverse_every": 100}  # eigendecompositions cost ten 
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "mlp": {
         "sgd": {"lr": 0.1, "weight_decay": 1e-4},
-        "adamw": {"lr": 1e-3, "weight_decay": 1e-2},
-        "ivon": {"lr": 0.1, "weight_decay": 1e-4, "hess_init": 0.1, "beta2": 0.9999},
+        "adamw": {"lr": 3e-3, "weight_decay": 1e-2},
+        "ivon": {"lr": 1.0, "weight_decay": 1e-4, "hess_init": 0.1, "beta2": 0.9999},
         "noisy_kfac": _NOISY,
         "noisy_ekfac": _NOISY_EIGEN,
     },
