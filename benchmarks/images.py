@@ -7,7 +7,8 @@ seed. ``--problems cifar10-vgg16`` and its like are for a GPU. A result that exi
 stopped goes on from its last epoch, whose checkpoint is in ``.cache/images`` or in the folder that the environment
 variable ``BAYES_KFAC_CACHE`` names. IVON is left out where its package is missing.
 
-Nothing here looks at test images to choose anything: settings come from ``images_tuning.py``.
+Nothing here looks at test images to choose anything: where settings come from is said in
+``images_methods.py``.
 """
 
 from __future__ import annotations

@@ -15,13 +15,14 @@ PICTURES = HERE.parent / "docs" / "images" / "evidence"
 HEAD = """## Images
 
 `python benchmarks/images.py`. All methods start at the same weights and see the same batches for the same number of
-epochs, the step size falling along half a cosine; settings were chosen by `python benchmarks/images_tuning.py` on the
-last 10 000 training images, one set for each network. Draws are 30, and their probabilities are averaged; Laplace is
-linearised, with the prior's precision of each layer where the evidence is greatest; the ensemble is of five runs of
-AdamW; `adamw_long` is AdamW for as many more epochs as noisy K-FAC's seconds allow. AUROC is that of the predictive
-entropy, for images of another data set against test images. *Corrupted* figures are means over six kinds (noise, blur,
-contrast, rotation, translation, pixelation) and five severities, made by the script. Figures are means ± standard
-errors over seeds. Seconds are of training and fitting alone, of one thread's processor time on a CPU.
+epochs, the step size falling along half a cosine. Settings are in `benchmarks/images_methods.py`, which says how they
+were chosen, and by how many trials of each method; test images had no part in it. Draws are 30, and their probabilities
+are averaged; Laplace is linearised, with the prior's precision of each layer where the evidence is greatest; the
+ensemble is of five runs of AdamW; `adamw_long` is AdamW for as many more epochs as noisy K-FAC's seconds allow.
+AUROC is that of the predictive entropy, for images of another data set against test images. *Corrupted* figures are
+means over six kinds (noise, blur, contrast, rotation, translation, pixelation) and five severities, made by the script.
+Figures are means ± standard errors over seeds. Seconds are of training and fitting alone, of one thread's processor
+time on a CPU.
 
 """
 

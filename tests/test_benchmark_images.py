@@ -288,6 +288,23 @@ def test_deep_networks_go_through_with_every_method(tmp_path, monkeypatch, netwo
         assert len(result["corrupted"]["noise"]) == 5
 
 
+def test_tuning_tries_as_many_settings_of_every_method_and_looks_at_no_test_image(toy, monkeypatch):
+    import images_tuning
+
+    assert {np.prod([len(values) for values in grid.values()]) for grid in images_tuning.GRIDS.values()} == {18}
+    read = images_training.read
+
+    def read_train_only(name, part):
+        found = read(name, part)
+        return Images(found.pixels[:0], found.labels[:0]) if part == "test" else found
+
+    monkeypatch.setattr(images_training, "read", read_train_only)
+    monkeypatch.setattr(images_tuning, "HOLDOUT", 10)
+    found = images_tuning.work("mnist-mlp", "sgd", {"lr": 0.2}, 1, "cpu")
+    assert found["settings"]["lr"] == 0.2
+    assert len(found["curve"]) == 1
+
+
 def test_an_ensemble_averages_probabilities():
     models = [nn.Linear(4, 10) for _ in range(3)]
     x = torch.randint(256, (7, 1, 2, 2), dtype=torch.uint8)
