@@ -1,0 +1,77 @@
+"""Grids of settings for ``images.py``, compared on the last 10 000 training images of a problem.
+
+``python benchmarks/images_tuning.py --problem fashion-mlp --methods noisy_kfac --epochs 3`` trains with every setting
+of the method's grid, without these images, and writes a file of its losses on them for each in
+``benchmarks/results/images/tuning/<problem>/<method>``. A result that exists is shown, not computed again. No test
+image is looked at. Settings are not taken over by themselves: they are written into ``images_methods.py``.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import torch
+from images_methods import TRAINERS
+from images_methods import settings as settings_of
+from images_training import PROBLEMS, parts, train
+from jobs import Job, parser, run
+
+HOLDOUT = 10_000
+
+_NOISY: dict[str, list[Any]] = {
+    "lr": [0.03, 0.1, 0.3],
+    "extrinsic_damping": [3e-3, 1e-2, 3e-2],
+    "temperature": [0.03, 0.1],
+}
+#: What is tried for each method, on top of its settings: all combinations, as many of each method.
+GRIDS: dict[str, dict[str, list[Any]]] = {
+    "sgd": {"lr": [0.03, 0.06, 0.1, 0.2, 0.4, 0.8], "weight_decay": [1e-4, 5e-4, 2e-3]},
+    "adamw": {"lr": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2], "weight_decay": [1e-2, 0.1, 0.5]},
+    "ivon": {"lr": [0.3, 1.0, 3.0], "hess_init": [0.03, 0.1, 0.5], "beta2": [0.9999, 0.99999]},
+    "noisy_kfac": _NOISY,
+    "noisy_ekfac": _NOISY,
+}
+
+
+def work(problem: str, method: str, settings: dict[str, Any], epochs: int, device: str) -> dict[str, Any]:
+    """One training run without the last images; its losses on them."""
+    own = PROBLEMS[problem]
+    data = parts(own, holdout=HOLDOUT)
+    data = type(data)(data.train.to(device), data.held_out.to(device))
+    trained = train(own, method, 0, data, epochs=epochs, device=device, settings=settings)
+    return {"settings": {**settings_of(own.network, method, augment=own.augment), **settings}, "curve": trained.curve}
+
+
+def label(settings: dict[str, Any]) -> str:
+    """A name for settings."""
+    return "_".join(f"{name}={value:g}" for name, value in settings.items())
+
+
+def main() -> None:
+    """Run what is asked for; print it, the best at the top."""
+    own = parser(__doc__)
+    own.add_argument("--problem", choices=tuple(PROBLEMS), default="fashion-mlp")
+    own.add_argument("--methods", nargs="+", choices=tuple(TRAINERS), default=list(TRAINERS))
+    own.add_argument("--epochs", type=int, default=3)
+    own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = own.parse_args()
+    folder = options.results / "images" / "tuning" / options.problem
+    for method in options.methods:
+        names, values = zip(*GRIDS[method].items(), strict=True)
+        todo = [dict(zip(names, chosen, strict=True)) for chosen in product(*values)]
+        fixed = {"problem": options.problem, "method": method, "epochs": options.epochs, "device": options.device}
+        found = run(
+            [
+                Job(folder / method / f"{label(settings)}.json", work, {**fixed, "settings": settings})
+                for settings in todo
+            ],
+            options.processes,
+        )
+        for one in sorted(found, key=lambda one: one["curve"][-1]["nll"]):
+            last = one["curve"][-1]
+            print(method, one["settings"], {key: round(value, 4) for key, value in last.items()})
+
+
+if __name__ == "__main__":
+    main()
