@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from hmc import hmc, split_rhat
 from replicas import ReplicatedMLP
+from stacked_hmc import hmc, split_rhat
 from torch import Tensor, nn
 
 import bayes_kfac as bk
@@ -26,22 +26,20 @@ DRAWS = 100
 
 @dataclass(frozen=True)
 class Setting:
-    """What was chosen on other data sets.
+    """How to train.
 
     Attributes:
         temperature: The weight of the KL term; the likelihood is taken to the power of its inverse.
-        scaled: Whether the prior's variance is ``1 / (inputs of the layer + 1)``, as in probabilistic backpropagation,
-            instead of 1.
         steps: Steps of training; iterations of HMC, of which the first half is its warm-up.
     """
 
     temperature: float = 1.0
-    scaled: bool = True
-    steps: int = 400
+    steps: int = 300
 
-    def precision(self, features: int) -> dict[str, float]:
-        """The prior's precision of each layer."""
-        return {"hidden": features + 1.0, "output": HIDDEN + 1.0} if self.scaled else {"hidden": 1.0, "output": 1.0}
+
+def prior_precision(features: int) -> dict[str, float]:
+    """The prior's precision of each layer: as many as its inputs and 1, as in probabilistic backpropagation."""
+    return {"hidden": features + 1.0, "output": HIDDEN + 1.0}
 
 
 class Stack:
@@ -108,7 +106,7 @@ def noisy(inputs: Tensor, targets: Tensor, setting: Setting, generator: torch.Ge
     likelihood = bk.likelihoods.Gaussian(bk.likelihoods.GammaNoise(*NOISE, shape=(replicas, 1)))
     groups = [
         {"params": list(model.get_submodule(name).parameters()), "prior_precision": precision}
-        for name, precision in setting.precision(features).items()
+        for name, precision in prior_precision(features).items()
     ]
     lr = 0.1
     optimizer = bk.NoisyNaturalGradient(
@@ -164,7 +162,7 @@ def laplace(inputs: Tensor, targets: Tensor, setting: Setting, generator: torch.
     parameters = [*model.parameters(), *likelihood.parameters()]
     optimizer = torch.optim.Adam(parameters, 1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, setting.steps)
-    precision = setting.precision(features)
+    precision = prior_precision(features)
     for _ in range(setting.steps):
         optimizer.zero_grad()
         penalty = sum(
@@ -199,17 +197,17 @@ class SampledStack(Stack):
 def log_density(place: Tensor, inputs: Tensor, targets: Tensor, setting: Setting) -> Tensor:
     """The log-posterior of standardised weights ``[replicas, ...]``, the noise's precision integrated out."""
     prior = -0.5 * place.square().sum(1)
-    residuals = forward(unpack(place, inputs.shape[-1], setting), inputs) - targets[..., 0]
+    residuals = forward(unpack(place, inputs.shape[-1]), inputs) - targets[..., 0]
     concentration = NOISE[0] + 0.5 * len(inputs) / setting.temperature
     rate = NOISE[1] + 0.5 * residuals.square().sum(0) / setting.temperature
     return prior - concentration * rate.log()
 
 
-def unpack(place: Tensor, features: int, setting: Setting) -> dict[str, Tensor]:
+def unpack(place: Tensor, features: int) -> dict[str, Tensor]:
     """Weights from coordinates in which the prior is standard normal, ``[..., dimensions]``."""
     shapes = {"hidden.weight": (HIDDEN, features), "hidden.bias": (HIDDEN,)}
     shapes |= {"output.weight": (1, HIDDEN), "output.bias": (1,)}
-    precision = setting.precision(features)
+    precision = prior_precision(features)
     parts = place.split([math.prod(shape) for shape in shapes.values()], dim=-1)
     return {
         name: part.unflatten(-1, shape) / precision[name.split(".")[0]] ** 0.5
@@ -230,7 +228,7 @@ def sampled(inputs: Tensor, targets: Tensor, setting: Setting, generator: torch.
         keep=DRAWS,
         generator=generator,
     )
-    return SampledStack(unpack(chains.draws, features, setting), chains.acceptance)
+    return SampledStack(unpack(chains.draws, features), chains.acceptance)
 
 
 METHODS = {

@@ -3,7 +3,7 @@
 ``python benchmarks/active_protocol.py`` starts from 20 labelled examples, labels nine more, one at a time, and trains
 anew after each; the error is that on test rows which are never candidates. All seeds and acquisitions of a method are
 one stack of networks (``replicas.py``). It writes ``benchmarks/results/active_protocol/<data>/<method>.json``, a job
-each; ``--tune`` writes what the settings were chosen by, on data sets that are not reported.
+each; ``--tune`` writes what the temperatures were chosen by, on seeds that are not reported.
 
 - Split of a seed: a fifth of the rows for the test, at least 60 and at most 300; 20 labelled; at most 1000 as the pool.
 - Inputs are standardised by pool and labelled rows together, targets by those labelled in each round.
@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from active_learners import METHODS, SampledStack, Setting, Stack
+from active_learners import DRAWS, METHODS, SampledStack, Setting, Stack
 from active_protocol_report import FOLDER, draw, number, stem, tables, where_table
 from jobs import Job, parser, run
 from torch import Tensor
@@ -34,9 +34,12 @@ from uci import HERE, data_folder
 from bayes_kfac.active import GaussianGains, GaussianPredictiveGains
 
 DATA_SETS = ("yacht", "boston", "concrete", "energy", "wine_red", "power", "kin8nm")
-TUNING_SETS = ("naval", "protein")
 INITIAL, ACQUIRED, SEEDS = 20, 9, 20
+FIRST = 100  # seeds 0 to 19 were looked at with an earlier rule for the temperature
 POOL, TARGETS = 1000, 100
+TUNED = ("noisy K-FAC", "noisy Adam", "Laplace")
+TEMPERATURES = (1.0, 0.3, 0.1, 0.03)
+TUNING_FIRST, TUNING_SEEDS, FOLDS = 1000, 5, 5
 
 #: The acquisitions of each method; the first is what the others are compared with.
 ACQUISITIONS = {
@@ -46,13 +49,13 @@ ACQUISITIONS = {
     "HMC": ("random", "variance"),
 }
 
-#: Prior and temperature are by ``--tune``: those with the least error after 20 random labels, a mean over both tuning
-#: sets and the four methods. All have the same, so that they approximate one posterior, that of HMC.
+#: Temperatures are by ``--tune``: those with the least error of cross-validation among the first 20 labels, of seeds
+#: that are not reported. HMC has that of noisy K-FAC: it draws from what that approximates.
 SETTINGS = {
-    "noisy K-FAC": Setting(0.3, scaled=True, steps=300),
-    "noisy Adam": Setting(0.3, scaled=True, steps=300),
-    "Laplace": Setting(0.3, scaled=True, steps=300),
-    "HMC": Setting(0.3, scaled=True, steps=200),
+    "noisy K-FAC": Setting(0.1, steps=300),
+    "noisy Adam": Setting(0.1, steps=300),
+    "Laplace": Setting(0.3, steps=300),
+    "HMC": Setting(0.1, steps=200),
 }
 
 
@@ -113,14 +116,15 @@ class Round:
     rhat: float | None
 
 
-def learn(problem: Problem, method: str, setting: Setting, labelled: Tensor, generator: torch.Generator) -> Round:
-    """Train on labelled rows ``[replicas, n]``, and test."""
-    seeds = torch.arange(len(labelled)) % len(problem.test)
+def learn(
+    problem: Problem, method: str, setting: Setting, labelled: Tensor, test: Tensor, generator: torch.Generator
+) -> Round:
+    """Train on labelled rows ``[replicas, n]``, and test on others; replicas are seeds, again and again."""
+    seeds = torch.arange(len(labelled)) % len(problem.pool)
     y = problem.y[labelled].T
     mean, std = y.mean(0), y.std(0)
     targets = ((y - mean) / std).float().unsqueeze(-1)
     stack = METHODS[method](problem.inputs(labelled, seeds), targets, setting, generator)
-    test = problem.test[seeds]
     inputs = problem.inputs(test, seeds)
     outputs = stack.outputs(inputs)
     squares = (outputs.mean(0) * std + mean - problem.y[test].T).square()
@@ -163,7 +167,7 @@ def pick(
 # -- the whole ---------------------------------------------------------------------------------------------------------
 
 
-def work(data: str, method: str, seeds: int, acquired: int, setting: dict[str, Any], first: int = 0) -> dict[str, Any]:
+def work(data: str, method: str, seeds: int, acquired: int, setting: dict[str, Any], first: int) -> dict[str, Any]:
     """Test errors of a method by acquisition: ``[rounds, seeds]`` each."""
     began = time.process_time()
     problem, own, names = load(data, first, seeds), Setting(**setting), ACQUISITIONS[method]
@@ -174,7 +178,8 @@ def work(data: str, method: str, seeds: int, acquired: int, setting: dict[str, A
     }
     rhats = []
     for index in range(acquired + 1):
-        found = learn(problem, method, own, labelled, generator)
+        test = problem.test.repeat(len(labelled) // seeds, 1)
+        found = learn(problem, method, own, labelled, test, generator)
         rhats.append(found.rhat)
         groups = torch.arange(len(labelled)).split(seeds)
         following = []
@@ -194,44 +199,45 @@ def work(data: str, method: str, seeds: int, acquired: int, setting: dict[str, A
     return result | ({"rhat": rhats} if method == "HMC" else {})
 
 
-def tune_work(data: str, method: str, seeds: int, setting: dict[str, Any]) -> dict[str, Any]:
-    """Test errors after 20 random labels, relative to the targets' standard deviation."""
+def tune_work(data: str, method: str, temperature: float) -> dict[str, Any]:
+    """Errors of cross-validation among the first 20 labels, in their standard deviations, ``[folds · seeds]``."""
     began = time.process_time()
-    problem = load(data, 0, seeds)
-    generator = torch.Generator().manual_seed(0)
-    found = learn(problem, method, Setting(**setting), problem.start, generator)
-    relative = found.rmse / problem.y.std()
+    problem = load(data, TUNING_FIRST, TUNING_SEEDS)
+    folds = problem.start.unflatten(1, (FOLDS, -1))
+    training = torch.cat([folds[:, [k for k in range(FOLDS) if k != fold]].flatten(1) for fold in range(FOLDS)])
+    held_out = folds.transpose(0, 1).flatten(0, 1)
+    setting = replace(SETTINGS[method], temperature=temperature)
+    found = learn(problem, method, setting, training, held_out, torch.Generator().manual_seed(0))
+    relative = found.rmse / problem.y[problem.start].std(1).repeat(FOLDS)
     return {"relative_rmse": relative.tolist(), "rhat": found.rhat, "processor_seconds": time.process_time() - began}
 
 
 def tuning_jobs(folder: Path) -> list[Job]:
-    """Both priors and three temperatures of each method, on the tuning sets."""
+    """All temperatures of each method, on each data set."""
     return [
         Job(
-            folder / "tuning" / f"{stem(method)}-{setting.temperature}-{setting.scaled}-{data}.json",
+            folder / "tuning" / f"{stem(method)}-{temperature}-{data}.json",
             tune_work,
-            {"data": data, "method": method, "seeds": SEEDS, "setting": asdict(setting)},
+            {"data": data, "method": method, "temperature": temperature},
         )
-        for method in METHODS
-        for scaled in (True, False)
-        for temperature in (1.0, 0.3, 0.1)
-        for setting in [Setting(temperature, scaled, steps=400)]
-        for data in TUNING_SETS
+        for method in TUNED
+        for temperature in TEMPERATURES
+        for data in DATA_SETS
     ]
 
 
 def tuning_table(folder: Path = FOLDER) -> str:
-    """Relative errors of all settings, a mean over the tuning sets."""
-    head = [f"δ = {prior}, τ = {t}" for prior in ("inputs + 1", "1") for t in (1.0, 0.3, 0.1)]
-    lines = ["| method | " + " | ".join(head) + " |", "|---" * (1 + len(head)) + "|"]
-    for method in METHODS:
-        found: dict[str, list[float]] = {}
+    """The relative error of each temperature: a root of the mean square over data sets, seeds and folds."""
+    lines = [
+        "| method | " + " | ".join(f"τ = {t}" for t in TEMPERATURES) + " |",
+        "|---" * (1 + len(TEMPERATURES)) + "|",
+    ]
+    for method in TUNED:
+        found: dict[float, list[float]] = {temperature: [] for temperature in TEMPERATURES}
         for job in tuning_jobs(folder):
             if job.arguments["method"] == method and job.path.exists():
-                own = job.arguments["setting"]
-                key = f"δ = {'inputs + 1' if own['scaled'] else '1'}, τ = {own['temperature']}"
-                found.setdefault(key, []).append(float(np.mean(json.loads(job.path.read_text())["relative_rmse"])))
-        cells = [number(float(np.mean(found[key])), 1.0) if key in found else "–" for key in head]
+                found[job.arguments["temperature"]] += json.loads(job.path.read_text())["relative_rmse"]
+        cells = [number(float(np.sqrt(np.mean(np.square(own)))), 1.0) if own else "–" for own in found.values()]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -248,11 +254,56 @@ def jobs(folder: Path, data: list[str], methods: list[str], seeds: int, acquired
                 "seeds": seeds,
                 "acquired": acquired,
                 "setting": asdict(SETTINGS[method]),
+                "first": FIRST,
             },
         )
         for name in data
         for method in methods
     ]
+
+
+HEAD = """## Active learning from 20 labels
+
+The protocol of Hernández-Lobato and Adams (2015), on {seeds} random splits of each set: 20 labelled examples,
+{acquired} more labelled one at a time, training from scratch after each, one hidden layer of 50 ReLU units (theirs
+has ten). A fifth of the rows is for the test, 60 to 300 of them; at most {pool} others are the pool. Inputs are
+standardised by pool and labelled rows, targets by the labelled ones. `python benchmarks/active_protocol.py`, results
+in `benchmarks/results/active_protocol`.
+
+- *random*: the same rows for all methods. *variance*: the greatest variance of sampled functions. *BALD*: information
+  about the weights in closed form; for one output of constant noise it ranks as the variance of the linearised model,
+  so that *variance* against *BALD* is sampled against linearised. *EPIG*: information about predictions at {targets}
+  random rows of the pool, in closed form.
+- *HMC* is Hamiltonian Monte Carlo on the same posterior, {draws} draws, and stands where the paper has HMC. *Laplace*
+  predicts by the mode, and its precisions are by the evidence.
+- All have a Gamma(6, 6) prior of the noise's precision, whose temperature is that with the least error of five-fold
+  cross-validation among the 20 first labels of five seeds that are not reported, over all sets together; HMC has that
+  of noisy K-FAC, since it draws from what that approximates. A first rule, one temperature of 0.3 by the error on naval
+  and protein, was given up when errors of yacht had been seen: networks underfitted so much that labels which served
+  other learners made them worse. The seeds that were looked at then, 0 to 19, are not reported.
+
+{tuning}
+Figures are the test's root mean squared errors, mean ± standard error over splits. Differences are paired by split,
+below zero where the acquisition is better than random; in brackets the number of splits where it is. The recalled
+figures are those of the noisy K-FAC paper from memory, unchecked, of another network and another noise: they are no
+target.
+"""
+
+WHERE = """
+### Where the picked points are
+
+Noisy K-FAC. The mean square of a random row's standardised inputs is 1: what is more lies further out. The inner half
+of the test rows are those with the smaller mean square; differences are after the last acquisition.
+
+"""
+
+
+def section(folder: Path = FOLDER) -> str:
+    """The page's part on active learning, in Markdown."""
+    sizes = {"seeds": SEEDS, "acquired": ACQUIRED, "pool": POOL, "targets": TARGETS, "draws": DRAWS}
+    head = HEAD.format(tuning=tuning_table(folder), **sizes)
+    picture = "\n![Test error against labels](images/evidence/active_protocol.png)\n"
+    return head + tables(folder) + picture + WHERE + where_table(folder)
 
 
 def main() -> None:

@@ -16,11 +16,11 @@ sys.path.insert(0, str(BENCHMARKS))
 import active_learners  # noqa: E402
 import active_protocol  # noqa: E402
 from active_learners import METHODS, NOISE, Setting, forward, log_density, unpack  # noqa: E402
-from hmc import hmc, split_rhat  # noqa: E402
+from stacked_hmc import hmc, split_rhat  # noqa: E402
 
 from bayes_kfac.active import GaussianGains  # noqa: E402
 
-SETTING = Setting(temperature=0.5, scaled=True, steps=20)
+SETTING = Setting(temperature=0.5, steps=20)
 
 
 def toy(number: int, replicas: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +55,7 @@ def test_the_noise_is_integrated_out():
     precisions = torch.linspace(1e-4, 30, 30_000, dtype=torch.float64)
     summed = []
     for place in places:
-        squares = (forward(unpack(place, features, SETTING), x) - y[..., 0]).square().sum(0)
+        squares = (forward(unpack(place, features), x) - y[..., 0]).square().sum(0)
         tempered = (0.5 * len(x) * precisions.log() - 0.5 * precisions * squares.unsqueeze(1)) / SETTING.temperature
         prior = (NOISE[0] - 1) * precisions.log() - NOISE[1] * precisions
         summed.append((prior + tempered).logsumexp(1) - 0.5 * place.square().sum(1))
@@ -133,8 +133,8 @@ def test_parts_of_a_split_have_no_row_in_common(data):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_picks_are_new_rows_of_the_pool(data, method):
-    setting = {"temperature": 1.0, "scaled": True, "steps": 20}
-    figures = active_protocol.work("toy", method, seeds=2, acquired=2, setting=setting)["acquisitions"]
+    setting = {"temperature": 1.0, "steps": 20}
+    figures = active_protocol.work("toy", method, seeds=2, acquired=2, setting=setting, first=0)["acquisitions"]
     problem = active_protocol.load("toy", 0, 2)
     assert tuple(figures) == active_protocol.ACQUISITIONS[method]
     for name, own in figures.items():
@@ -171,5 +171,30 @@ def test_the_command_prints_keeps_and_shows(data, tmp_path, monkeypatch, capsys)
     path.write_text(json.dumps({**kept, "mark": 1}))
     active_protocol.main()
     assert "mark" in json.loads(path.read_text()), "a result that is there is not computed again"
+    import active_protocol_labels as labels
+
+    monkeypatch.setattr(labels, "DATA_SETS", ("toy",))
+    monkeypatch.setattr("sys.argv", ["active_protocol_labels.py", "--results", str(tmp_path / "results")])
+    labels.main()
+    assert capsys.readouterr().out.count("| toy |") == 4
     report.draw(tmp_path / "results" / "active_protocol", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").exists()
+
+
+def test_held_out_labels_are_no_training_labels(data, monkeypatch):
+    seen = {}
+
+    def learn(problem, method, setting, labelled, test, generator):
+        seen.update(labelled=labelled, test=test)
+        seeds = torch.arange(len(labelled)) % len(problem.pool)
+        return active_protocol.Round(None, problem.y[test].std(1) + 0 * seeds, None, None)
+
+    monkeypatch.setattr(active_protocol, "learn", learn)
+    found = active_protocol.tune_work("toy", "Laplace", 0.3)
+    start = active_protocol.load("toy", active_protocol.TUNING_FIRST, active_protocol.TUNING_SEEDS).start
+    both = torch.cat([seen["labelled"], seen["test"]], dim=1)
+    for replica, rows in enumerate(both.tolist()):
+        assert sorted(rows) == sorted(start[replica % len(start)].tolist())
+    for seed in range(len(start)):
+        assert sorted(seen["test"][seed :: len(start)].flatten().tolist()) == sorted(start[seed].tolist())
+    assert len(found["relative_rmse"]) == 25
