@@ -175,6 +175,7 @@ def test_the_command_prints_keeps_and_shows(data, tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(labels, "DATA_SETS", ("toy",))
     monkeypatch.setattr("sys.argv", ["active_protocol_labels.py", "--results", str(tmp_path / "results")])
+    capsys.readouterr()
     labels.main()
     assert capsys.readouterr().out.count("| toy |") == 4
     report.draw(tmp_path / "results" / "active_protocol", tmp_path / "picture.png")
