@@ -279,8 +279,8 @@ in `benchmarks/results/active_protocol`.
 - All have a Gamma(6, 6) prior of the noise's precision, whose temperature is that with the least error of five-fold
   cross-validation among the 20 first labels of five seeds that are not reported, over all sets together; HMC has that
   of noisy K-FAC, since it draws from what that approximates. A first rule, one temperature of 0.3 by the error on naval
-  and protein, was given up when errors of yacht had been seen: networks underfitted so much that labels which served
-  other learners made them worse. The seeds that were looked at then, 0 to 19, are not reported.
+  and protein, was given up when errors of yacht had been seen: noisy K-FAC underfitted, and labels of the greatest
+  variance, which served a random forest, made it worse. The seeds that were looked at then, 0 to 19, are not reported.
 
 {tuning}
 Figures are the test's root mean squared errors, mean ± standard error over splits. Differences are paired by split,

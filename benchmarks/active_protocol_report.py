@@ -123,6 +123,7 @@ def where_table(folder: Path = FOLDER) -> str:
 def draw(folder: Path = FOLDER, image: Path = IMAGE) -> None:
     """Errors against labels: a row for each method, a panel for each data set."""
     from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
 
     from bayes_kfac.plotting.style import PALETTE
 
@@ -143,7 +144,10 @@ def draw(folder: Path = FOLDER, image: Path = IMAGE) -> None:
                 dashes = "--" if name == "random" else "-"
                 axis.plot(labels, mean, dashes, color=colors[name], label=name, linewidth=1.5)
                 axis.fill_between(labels, mean - error, mean + error, color=colors[name], alpha=0.12, linewidth=0)
-    axes[0, 0].legend(fontsize=7, frameon=False)
+    handles = [
+        Line2D([], [], color=color, linestyle="--" if name == "random" else "-") for name, color in colors.items()
+    ]
+    figure.legend(handles, list(colors), loc="outside upper center", ncols=len(colors), frameon=False)
     figure.supxlabel("labels")
     figure.supylabel("test RMSE")
     image.parent.mkdir(parents=True, exist_ok=True)
