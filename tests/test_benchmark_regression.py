@@ -28,13 +28,13 @@ def yacht(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
 
 
-def test_each_fold_holds_out_its_own_examples_and_learns_from_all_others(yacht):
+def test_each_fold_holds_out_a_tenth_of_its_own_and_learns_from_all_others(yacht):
     import regression
 
     splits = regression.load_splits("yacht", 2)
     parts = regression.folds(splits, seed=3)
-    assert parts.train_x.shape == (21, 6, 3)
-    assert parts.test_x.shape == (10, 6, 3)
+    assert parts.train_x.shape == (28, 6, 3)
+    assert parts.test_x.shape == (3, 6, 3)
     for split in range(2):
         everything = {tuple(row) for row in splits.train_x[:, split].tolist()}
         held_out = []
@@ -45,7 +45,7 @@ def test_each_fold_holds_out_its_own_examples_and_learns_from_all_others(yacht):
             assert learned | own == everything
             assert not learned & own
             held_out += own
-        assert len(set(held_out)) == 30
+        assert len(set(held_out)) == 9
     target = (parts.test_y / parts.scale)[0, 3]  # still that of its input
     row = (splits.train_x[:, 1] == parts.test_x[0, 3]).all(-1)
     torch.testing.assert_close(target, splits.train_y[row, 1][0])
