@@ -3,12 +3,14 @@
 The jobs of ``hmc.py``. Every method has the network, the prior and the noise of the chains, all training examples in
 one batch and the exact Fisher, so that what is left of chance is the start and, in noisy training, the weight samples.
 Noisy training has temperature 1 and one recipe for all sets and structures; what the evidence lower bound still gained
-in its last fifth is kept beside the figures. Laplace is around a mode that L-BFGS finds from Adam's.
+in its last fifth is kept beside the figures. Laplace is around a mode that L-BFGS finds from Adam's. The best known
+structures have three seeds, and the mixture of the three posteriors is compared too.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 import bayes_kfac as bk
 
-STEPS = 3000
+STEPS = 2000
 #: The recipe of noisy training.
 RECIPE: dict[str, Any] = {
     "lr": 3e-2,
@@ -33,21 +35,28 @@ RECIPE: dict[str, Any] = {
 #: The decay of the statistics in the second half: longer averages for the posterior that is kept.
 LATE_DECAY = 0.998
 DRAWS = 200
-#: Structures that are done first.
+#: Structures that are done first, with all seeds, and that pictures show.
 FIRST = ("kron", "ekfac", "diagonal", "dense")
-CURVES = ("mean", "std")
+SEEDS = (0, 1, 2)
 LEVELS = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
 
 
 def all_jobs(options: dict[str, Any], results: Path, quick: bool) -> list[Job]:
-    """A job for each method, structure and damping that makes a difference, the cheap and best known ones first."""
+    """A job for each method, structure and damping that makes a difference, the best known ones first."""
     pairs = sorted(structures.names(), key=lambda pair: (pair[0] not in FIRST, pair))
     steps = 20 if quick else STEPS
     return [
         Job(
             results / "posteriors" / options["name"] / f"{method}-{structure}-{damping}.json",
             job,
-            {**options, "method": method, "structure": structure, "damping": damping, "seed": 0, "steps": steps},
+            {
+                **options,
+                "method": method,
+                "structure": structure,
+                "damping": damping,
+                "seeds": list(SEEDS if structure in FIRST else SEEDS[:1]),
+                "steps": steps,
+            },
         )
         for structure, damping in (pairs[:2] if quick else pairs)
         for method in ("noisy", "laplace")
@@ -55,21 +64,29 @@ def all_jobs(options: dict[str, Any], results: Path, quick: bool) -> list[Job]:
 
 
 def job(
-    name: str, noise: float, method: str, structure: str, damping: str, seed: int, steps: int, cache: str
+    name: str, noise: float, method: str, structure: str, damping: str, seeds: list[int], steps: int, cache: str
 ) -> dict[str, Any]:
-    """Train or fit one posterior, and compare both of its predictions with the chains."""
+    """Train or fit a posterior for each seed; compare both predictions of each, and their mixtures, with the chains."""
     problem = hmc.load(name)
-    started = time.process_time()
-    trained = noisy if method == "noisy" else laplace
-    posterior, figures = trained(problem, noise, structure, damping, seed, steps)
-    seconds = time.process_time() - started
     reference = hmc.draws(name, Path(cache)).flatten(0, 1).double()
-    found = {
-        kind: compare(values, reference, noise) for kind, values in predictions(posterior, problem.test_x, seed).items()
-    }
-    if structure not in FIRST:  # the curves of those that pictures show are enough
-        found = {kind: {key: value for key, value in own.items() if key not in CURVES} for kind, own in found.items()}
-    return {"seconds": seconds, **figures, **found}
+    started = time.process_time()
+    made: dict[str, list[Marginals]] = {"linearized": [], "sampled": []}
+    training = []
+    for seed in seeds:
+        fitted = noisy if method == "noisy" else laplace
+        posterior, figures = fitted(problem, noise, structure, damping, seed, steps)
+        training.append(figures)
+        for kind, own in predictions(posterior, problem.test_x, seed).items():
+            made[kind].append(own)
+    result: dict[str, Any] = {"seconds": (time.process_time() - started) / len(seeds), "training": training}
+    for kind, own in made.items():
+        each = [compare(one, reference, noise) for one in own]
+        result[kind] = {key: [figures[key] for figures in each] for key in each[0]}
+        if structure in FIRST:
+            result[f"{kind}, mixture"] = compare(mixture(own), reference, noise)
+            # of the first seed, for the pictures
+            result[kind] |= {"mean": hmc.rounded(own[0].mean), "std": hmc.rounded(own[0].std)}
+    return result
 
 
 # -- posteriors --------------------------------------------------------------------------------------------------------
@@ -164,38 +181,61 @@ def as_network(weights: Tensor, features: int, hidden: int = hmc.HIDDEN) -> nn.S
 # -- beside the chains -------------------------------------------------------------------------------------------------
 
 
-def predictions(posterior: bk.Posterior, x: Tensor, seed: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Means, standard deviations and quantiles ``[levels, examples]`` of the outputs, noise left out."""
+@dataclass(frozen=True)
+class Marginals:
+    """The distribution of the output at each test input, noise left out.
+
+    Attributes:
+        mean: Means, ``[examples]``.
+        std: Standard deviations.
+        quantiles: Quantiles at ``LEVELS``, ``[levels, examples]``.
+    """
+
+    mean: Tensor
+    std: Tensor
+    quantiles: Tensor
+
+
+def predictions(posterior: bk.Posterior, x: Tensor, seed: int) -> dict[str, Marginals]:
+    """Linearised, and by draws of the weights."""
     linearized = posterior.predict(x, "linearized")
     mean = linearized.mean.detach().squeeze(-1).double()
     std = linearized.epistemic_variance.detach().squeeze(-1).double().sqrt()
     generator = torch.Generator().manual_seed(seed)
-    sampled = posterior.predict(x, "sampling", num_samples=DRAWS, generator=generator).outputs
-    sampled = sampled.detach().squeeze(-1).double()
+    drawn = posterior.predict(x, "sampling", num_samples=DRAWS, generator=generator).outputs
     return {
-        "linearized": (mean, std, mean + std * torch.special.ndtri(LEVELS)[:, None]),
-        "sampled": (sampled.mean(0), sampled.std(0), sampled.quantile(LEVELS, dim=0)),
+        "linearized": Marginals(mean, std, mean + std * torch.special.ndtri(LEVELS)[:, None]),
+        "sampled": of_draws(drawn.detach().squeeze(-1).double()),
     }
 
 
-def compare(predicted: tuple[Tensor, Tensor, Tensor], reference: Tensor, noise: float) -> dict[str, Any]:
-    """How far the marginals of outputs are from those of draws ``[draws, examples]``.
+def of_draws(values: Tensor) -> Marginals:
+    """Of draws, ``[draws, examples]``."""
+    return Marginals(values.mean(0), values.std(0), values.quantile(LEVELS, dim=0))
+
+
+def mixture(parts: list[Marginals]) -> Marginals:
+    """Of several posteriors in equal shares: one for each mode that was found."""
+    mean = torch.stack([part.mean for part in parts]).mean(0)
+    variance = torch.stack([part.std**2 + (part.mean - mean) ** 2 for part in parts]).mean(0)
+    return Marginals(mean, variance.sqrt(), torch.cat([part.quantiles for part in parts]).quantile(LEVELS, dim=0))
+
+
+def compare(own: Marginals, reference: Tensor, noise: float) -> dict[str, float]:
+    """How far marginals are from those of draws ``[draws, examples]``.
 
     The noise is the same everywhere and adds a constant to variances, so that the correlation of total variances is
     that of the variances without it; of standard deviations it is another.
     """
-    mean, std, quantiles = predicted
-    own_std = reference.std(0)
-    distance = (quantiles - reference.quantile(LEVELS, dim=0)).abs().mean(0)
+    nuts = of_draws(reference)
+    distance = (own.quantiles - nuts.quantiles).abs().mean(0)
     return {
-        "r_std": correlation(std, own_std),
-        "r_variance": correlation(std**2, own_std**2),
-        "r_total_std": correlation((std**2 + noise**2).sqrt(), (own_std**2 + noise**2).sqrt()),
-        "ratio": float((std / own_std).mean()),
-        "wasserstein": float((distance / own_std).mean()),
-        "mean_error": float(((mean - reference.mean(0)).abs() / own_std).mean()),
-        "mean": hmc.rounded(mean),
-        "std": hmc.rounded(std),
+        "r_std": correlation(own.std, nuts.std),
+        "r_variance": correlation(own.std**2, nuts.std**2),
+        "r_total_std": correlation((own.std**2 + noise**2).sqrt(), (nuts.std**2 + noise**2).sqrt()),
+        "ratio": float((own.std / nuts.std).mean()),
+        "wasserstein": float((distance / nuts.std).mean()),
+        "mean_error": float(((own.mean - nuts.mean).abs() / nuts.std).mean()),
     }
 
 

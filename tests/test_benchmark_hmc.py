@@ -63,16 +63,30 @@ def test_figures_of_known_gaussians():
     std = torch.tensor([0.5, 1.0, 2.0, 4.0]).double()
     reference = std * torch.special.ndtri((torch.arange(4000) + 0.5) / 4000).double()[:, None]
     levels = torch.special.ndtri(hmc_posteriors.LEVELS)[:, None]
-    same = hmc_posteriors.compare((0 * std, std, std * levels), reference, 0.1)
+
+    def compare(mean, std):
+        return hmc_posteriors.compare(hmc_posteriors.Marginals(mean, std, mean + std * levels), reference, 0.1)
+
+    same = compare(0 * std, std)
     assert same["r_std"] == pytest.approx(1)
     assert same["ratio"] == pytest.approx(1, abs=0.01)
     assert same["wasserstein"] == pytest.approx(0, abs=0.01)
     # a shift by one standard deviation is a distance of one; a width of twice that is E|z| = (2/π)^½
-    shifted = hmc_posteriors.compare((std, std, std + std * levels), reference, 0.1)
-    assert shifted["wasserstein"] == pytest.approx(1, abs=0.01)
-    wide = hmc_posteriors.compare((0 * std, 2 * std, 2 * std * levels), reference, 0.1)
+    assert compare(std, std)["wasserstein"] == pytest.approx(1, abs=0.01)
+    wide = compare(0 * std, 2 * std)
     assert wide["wasserstein"] == pytest.approx((2 / np.pi) ** 0.5, abs=0.01)
     assert wide["ratio"] == pytest.approx(2, abs=0.01)
+
+
+def test_a_mixture_has_the_moments_of_its_parts_drawn_together():
+    torch.manual_seed(0)
+    parts = [torch.randn(4000, 3) + shift for shift in (0.0, 2.0)]
+    mixed = hmc_posteriors.mixture([hmc_posteriors.of_draws(part) for part in map(torch.Tensor.double, parts)])
+    together = hmc_posteriors.of_draws(torch.cat(parts).double())
+    torch.testing.assert_close(mixed.mean, together.mean)
+    torch.testing.assert_close(mixed.std, together.std, rtol=1e-3, atol=0)
+    inner = slice(10, -10)  # the ends are single draws
+    torch.testing.assert_close(mixed.quantiles[inner], together.quantiles[inner], rtol=0, atol=0.1)
 
 
 def test_mixing_tells_chains_that_agree_from_those_that_do_not():
