@@ -28,6 +28,7 @@ MAIN = (
     ("Laplace, K-FAC", "laplace-kron-exact", "linearized"),
     ("Laplace, diagonal", "laplace-diagonal-exact", "linearized"),
     ("Laplace, dense", "laplace-dense-exact", "linearized"),
+    ("Laplace of the last layer, dense", "last_layer-dense-exact", "linearized"),
 )
 KINDS = ("linearized", "sampled")
 HEAD = """## Against Hamiltonian Monte Carlo
