@@ -245,7 +245,7 @@ def plot_scatter() -> None:
         axis.plot(ends, ends, color=style.QUIET, linewidth=1, zorder=0)
         axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal", title=name)
         axis.set(xlabel="standard deviation, NUTS", ylabel="standard deviation")
-        style.legend(axis, loc="lower right", fontsize="x-small")
+        style.legend(axis, loc="upper left", fontsize="x-small")
     save(figure, "hmc_scatter")
 
 
