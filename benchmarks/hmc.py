@@ -1,0 +1,378 @@
+"""Posteriors beside Hamiltonian Monte Carlo: Pyro's NUTS of a network with one hidden layer, and every structure.
+
+``python benchmarks/hmc.py`` does what is missing of four steps, each resumable, a file for each job:
+
+- noise: the noise's standard deviation of each data set, learned by noisy K-FAC with the paper's Gamma(6, 6) prior on
+  the training part alone; the cubic's is known, and Snelson's is Rice's (1984), of differences between neighbours. From
+  there on it is fixed, and the same for every method.
+- chains: four of NUTS for each set, in ``.cache/hmc`` with the network's outputs at the test inputs for each draw.
+- nuts: of the chains of each set, the mean and standard deviation of the output at each test input, and how well the
+  chains have mixed, in ``benchmarks/results/hmc/nuts``.
+- posteriors: ``hmc_posteriors.py``, in ``benchmarks/results/hmc/posteriors``.
+
+The network has 50 ReLU units and a prior N(0, 1) on every weight and bias, as in the noisy K-FAC paper. Data are the
+first of Gal's splits, standardised; of power a random 1000 of the training examples, and 200 of the test inputs.
+``python benchmarks/hmc_report.py`` draws the pictures.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jobs
+import numpy as np
+import pyro
+import torch
+from jobs import Job
+from pyro.infer import MCMC, NUTS
+from pyro.ops.stats import effective_sample_size, split_gelman_rubin
+from torch import Tensor, nn
+from uci import HERE, data_folder, load_splits
+
+import bayes_kfac as bk
+
+CACHE = HERE.parent / ".cache" / "hmc"
+HIDDEN = 50
+PRIOR_PRECISION = 1.0
+CHAINS = 4
+#: Of Adam, to a mode.
+START_STEPS = 1500
+POWER_EXAMPLES = 1000
+#: More test inputs than these are left out; it is power that has more.
+TEST_EXAMPLES = 200
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Standardised data, and the inputs at which functions are compared.
+
+    Attributes:
+        x: Training inputs, ``[examples, features]``.
+        y: Training targets, ``[examples, 1]``.
+        test_x: The inputs at which functions are compared; a grid where there is one input.
+        noise: The noise's standard deviation where no network has to find it.
+        shift: What is to be added to inputs and targets, after ``scale``, for the data's units; of data on a line.
+        scale: What they are to be multiplied by.
+    """
+
+    x: Tensor
+    y: Tensor
+    test_x: Tensor
+    noise: float | None = None
+    shift: tuple[float, float] = (0.0, 0.0)
+    scale: tuple[float, float] = (1.0, 1.0)
+
+    @classmethod
+    def on_a_line(cls, x: Tensor, y: Tensor, margin: float, noise: float | None = None) -> Problem:
+        """Standardise one-dimensional data; the grid reaches a margin beyond them."""
+        shift, scale = (float(x.mean()), float(y.mean())), (float(x.std()), float(y.std()))
+        grid = torch.linspace(float(x.min()) - margin, float(x.max()) + margin, 150)
+        x, y, grid = (x - shift[0]) / scale[0], (y - shift[1]) / scale[1], (grid - shift[0]) / scale[0]
+        return cls(x[:, None], y[:, None], grid[:, None], noise and noise / scale[1], shift, scale)
+
+
+def uci(name: str) -> Problem:
+    """The first split of a set."""
+    splits = load_splits(name, 1)
+    x, y = splits.train_x[:, 0], splits.train_y[:, 0]
+    if name == "power":
+        rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:POWER_EXAMPLES]
+        x, y = x[rows], y[rows]
+    return Problem(x, y, splits.test_x[:TEST_EXAMPLES, 0])
+
+
+def snelson() -> Problem:
+    """Snelson and Ghahramani's 200 points."""
+    with np.load(next((data_folder().parent / "snelson1d").glob("*.npz")), allow_pickle=False) as file:
+        x, y = (torch.as_tensor(file[key], dtype=torch.float32).flatten() for key in ("X", "y"))
+    # half the mean square of differences between neighbours: no model of the function enters
+    noise = float(y[x.argsort()].diff().square().mean().div(2).sqrt())
+    return Problem.on_a_line(x, y, margin=2.0, noise=noise)
+
+
+def cubic() -> Problem:
+    """Twenty points of a cubic with noise of standard deviation 3 (Hernández-Lobato and Adams 2015)."""
+    generator = torch.Generator().manual_seed(0)
+    x = 8 * torch.rand(20, generator=generator) - 4
+    return Problem.on_a_line(x, x**3 + 3 * torch.randn(20, generator=generator), margin=2.0, noise=3.0)
+
+
+LINES: dict[str, Callable[[], Problem]] = {"cubic": cubic, "snelson": snelson}
+#: Warm-up, draws and the greatest depth of a trajectory's tree, for each chain; small sets first.
+BUDGETS = {
+    "cubic": (300, 500, 8),
+    "snelson": (200, 400, 8),
+    "boston": (200, 400, 8),
+    "yacht": (200, 300, 9),
+    "energy": (200, 300, 9),
+    "concrete": (200, 400, 8),
+    "wine_red": (200, 300, 8),
+    "power": (200, 400, 8),
+}
+UCI = ("boston", "concrete", "energy", "power", "wine_red", "yacht")
+
+
+def load(name: str) -> Problem:
+    """A problem by its name."""
+    return LINES[name]() if name in LINES else uci(name)
+
+
+def network(features: int, hidden: int = HIDDEN) -> nn.Sequential:
+    """The network of all methods."""
+    return nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+
+# -- noise -------------------------------------------------------------------------------------------------------------
+
+
+def learned_noise(name: str, epochs: int) -> dict[str, Any]:
+    """The noise that noisy K-FAC with the paper's prior finds on the training part."""
+    problem = load(name)
+    if problem.noise is not None:
+        return {"noise": problem.noise, "source": "data"}
+    torch.manual_seed(0)
+    likelihood = bk.likelihoods.Gaussian(bk.likelihoods.GammaNoise(6.0, 6.0))
+    data = torch.utils.data.TensorDataset(problem.x, problem.y)
+    bk.fit(
+        network(problem.x.shape[1]),
+        likelihood,
+        torch.utils.data.DataLoader(data, batch_size=32, shuffle=True),
+        epochs=epochs,
+        statistics_every=2,
+        inverse_every=10,
+        prior_precision=PRIOR_PRECISION,
+        progress=False,
+        generator=torch.Generator().manual_seed(0),
+    )
+    return {"noise": round(float(likelihood.noise_scale), 4), "source": "learned"}
+
+
+# -- NUTS --------------------------------------------------------------------------------------------------------------
+
+
+class Potential:
+    """The negative log-density of all weights given the data, up to a constant, with its gradient written out.
+
+    The weights are one vector: those of the hidden layer, ``[hidden, features + 1]`` with the biases as the last
+    column, and then those of the output with its bias. A leapfrog step is two products of matrices and little else.
+
+    Args:
+        x: Inputs, ``[examples, features]``.
+        y: Targets, ``[examples, 1]``.
+        noise: The noise's standard deviation.
+        hidden: Hidden units.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, noise: float, hidden: int = HIDDEN) -> None:
+        self.inputs, self.targets = with_one(x), y[:, 0]
+        self.precision = noise**-2
+        self.shape = (hidden, self.inputs.shape[1])
+        self.size = math.prod(self.shape) + hidden + 1
+        self.calls = 0
+
+    def __call__(self, sites: dict[str, Tensor]) -> Tensor:
+        """What Pyro asks for: the potential of a dictionary of one site."""
+        self.calls += 1
+        return _WithGradient.apply(sites["weights"], self)
+
+    def value_and_gradient(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The potential and its gradient."""
+        hidden, output = weights[: math.prod(self.shape)].view(self.shape), weights[math.prod(self.shape) :]
+        units = (self.inputs @ hidden.T).relu_()
+        residuals = units @ output[:-1] + output[-1] - self.targets
+        scaled = self.precision * residuals
+        into_units = torch.outer(scaled, output[:-1]).mul_(units > 0)
+        data = torch.cat([(into_units.T @ self.inputs).flatten(), units.T @ scaled, scaled.sum()[None]])
+        value = 0.5 * (residuals @ scaled + PRIOR_PRECISION * weights @ weights)
+        return value, data.add_(weights, alpha=PRIOR_PRECISION)
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, potential: Potential) -> Tensor:
+        value, gradient = potential.value_and_gradient(weights)
+        ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return outer * ctx.saved_tensors[0], None
+
+
+def with_one(x: Tensor) -> Tensor:
+    """Inputs with a one appended, for the bias."""
+    return torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+
+
+def functions(weights: Tensor, x: Tensor, hidden: int = HIDDEN) -> Tensor:
+    """The outputs of networks, ``[draws, examples]``, of vectors as :class:`Potential` has them."""
+    x = with_one(x)
+    first, output = weights[:, : hidden * x.shape[1]], weights[:, hidden * x.shape[1] :]
+    units = (x @ first.reshape(-1, hidden, x.shape[1]).mT).relu()
+    return (units @ output[:, :-1, None]).squeeze(-1) + output[:, -1:]
+
+
+def start(potential: Potential, seed: int) -> Tensor:
+    """The mode that Adam finds from weights of its own: each chain starts at another."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = (0.3 * torch.randn(potential.size, generator=generator)).requires_grad_()
+    optimizer = torch.optim.Adam([weights], lr=1e-2)
+    for _ in range(START_STEPS):
+        optimizer.zero_grad()
+        potential({"weights": weights}).backward()
+        optimizer.step()
+    return weights.detach()
+
+
+def chain(name: str, index: int, noise: float, budget: list[int], cache: str) -> dict[str, Any]:
+    """Run one chain; the outputs at the test inputs go to a file in the cache."""
+    warmup, num_samples, depth = budget
+    problem = load(name)
+    potential = Potential(problem.x, problem.y, noise)
+    weights = start(potential, index)
+    pyro.set_rng_seed(index)
+    kernel = NUTS(potential_fn=potential, max_tree_depth=depth)
+    calls: list[int] = [potential.calls]
+    energies: list[float] = []
+
+    def watch(kernel: NUTS, sites: dict[str, Tensor], stage: str, number: int) -> None:
+        calls.append(potential.calls)
+        energies.append(float(potential.value_and_gradient(sites["weights"].detach())[0]))
+
+    mcmc = MCMC(
+        kernel,
+        num_samples=num_samples,
+        warmup_steps=warmup,
+        initial_params={"weights": weights},
+        hook_fn=watch,
+        disable_progbar=True,
+    )
+    started, wall = time.process_time(), time.perf_counter()
+    mcmc.run()
+    seconds = time.process_time() - started
+    drawn = mcmc.get_samples()["weights"]
+    path = draws_path(Path(cache), name, index)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, functions(drawn, problem.test_x).numpy())
+    diagnostics = mcmc.diagnostics()
+    leapfrogs = np.diff(calls)
+    halves = np.array_split(np.asarray(energies[warmup:]), 2)
+    return {
+        "seconds": seconds,
+        "wall_seconds": time.perf_counter() - wall,
+        "leapfrogs": int(leapfrogs.sum()),
+        "leapfrogs_per_draw": float(leapfrogs[warmup:].mean()),
+        "step_size": float(kernel.step_size),
+        "acceptance": diagnostics["acceptance rate"]["chain 0"],
+        "divergences": len(diagnostics["divergences"]["chain 0"]),
+        "potential_of_halves": [float(half.mean()) for half in halves],
+        "pyro": pyro.__version__,
+    }
+
+
+def draws_path(cache: Path, name: str, index: int) -> Path:
+    """Where the outputs of a chain's draws are."""
+    return cache / name / f"chain-{index}.npy"
+
+
+def draws(name: str, cache: Path = CACHE) -> Tensor:
+    """The outputs at the test inputs, ``[chains, draws, examples]``."""
+    return torch.stack([torch.as_tensor(np.load(draws_path(cache, name, index))) for index in range(CHAINS)])
+
+
+def mixing(values: Tensor) -> dict[str, float]:
+    """R-hat and bulk effective sample size of the output at each input, of ranks as normal quantiles over split chains.
+
+    Args:
+        values: ``[chains, draws, examples]``.
+    """
+    chains, length, _ = values.shape
+    ranks = values.double().flatten(0, 1).argsort(0).argsort(0) + 1.0
+    normal = torch.special.ndtri((ranks - 0.375) / (chains * length + 0.25)).reshape(values.shape)
+    r_hat = split_gelman_rubin(normal, chain_dim=0, sample_dim=1)
+    half = length // 2
+    split = torch.cat([normal[:, :half], normal[:, length - half :]])
+    size = effective_sample_size(split, chain_dim=0, sample_dim=1)
+    return {
+        "r_hat_median": float(r_hat.median()),
+        "r_hat_max": float(r_hat.max()),
+        "r_hat_below_1.05": float((r_hat < 1.05).double().mean()),
+        "ess_median": float(size.median()),
+        "ess_min": float(size.min()),
+    }
+
+
+def summarise(name: str, noise: float, budget: list[int], cache: str) -> dict[str, Any]:
+    """What the chains of a set say, and the agreement that two halves of them have: what can be asked of others."""
+    values = draws(name, Path(cache))
+    everything = values.flatten(0, 1).double()
+    own = [values[pair].flatten(0, 1).double().std(0) for pair in ([0, 1], [2, 3])]
+    runs = [Job(draws_path(Path(cache), name, index).with_suffix(".json"), chain).path for index in range(CHAINS)]
+    kept = [jobs.json.loads(path.read_text()) for path in runs]
+    return {
+        "mixing": mixing(values),
+        "r_of_halves": float(torch.corrcoef(torch.stack(own))[0, 1]),
+        "chains": [{key: run[key] for key in run if key not in ("arguments", "versions", "machine")} for run in kept],
+        "mean": rounded(everything.mean(0)),
+        "std": rounded(everything.std(0)),
+    }
+
+
+def rounded(values: Tensor) -> list[float]:
+    """Numbers as a file keeps them, to five digits."""
+    return [float(f"{value:.5g}") for value in values.tolist()]
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def noises(names: list[str], results: Path, processes: int, epochs: int) -> dict[str, float]:
+    """The noise of each set."""
+    wanted = [
+        Job(results / "noise" / f"{name}.json", learned_noise, {"name": name, "epochs": epochs}) for name in names
+    ]
+    return {name: found["noise"] for name, found in zip(names, jobs.run(wanted, processes), strict=True)}
+
+
+def main() -> None:
+    """Run what is missing."""
+    parser = jobs.parser(__doc__)
+    parser.add_argument("--data", nargs="+", default=list(BUDGETS), choices=list(BUDGETS), metavar="NAME")
+    parser.add_argument("--chains-only", action="store_true", help="NUTS alone")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        results, cache = (Path(folder), Path(folder)) if arguments.quick else (arguments.results / "hmc", CACHE)
+        run(arguments.data, results, cache, arguments.processes, arguments.quick, arguments.chains_only)
+
+
+def run(names: list[str], results: Path, cache: Path, processes: int, quick: bool, chains_only: bool) -> None:
+    """All steps for some sets, one after another, so that what is small is there first."""
+    found = noises(names, results, processes, 2 if quick else 300)
+    for name in names:
+        budget = [10, 10, 4] if quick else list(BUDGETS[name])
+        options = {"name": name, "noise": found[name], "budget": budget, "cache": str(cache)}
+        summary = Job(results / "nuts" / f"{name}.json", summarise, options)
+        paths = [draws_path(cache, name, index) for index in range(CHAINS)]
+        if not summary.path.exists() or not all(path.exists() for path in paths):
+            chains = [Job(path.with_suffix(".json"), chain, {**options, "index": i}) for i, path in enumerate(paths)]
+            jobs.run(chains, processes)
+        (row,) = jobs.run([summary])
+        print(f"{name:10s} noise {found[name]:.3f}", {key: round(value, 3) for key, value in row["mixing"].items()})
+        if not chains_only:
+            import hmc_posteriors  # which is built on this module
+
+            own = {"name": name, "noise": found[name], "cache": str(cache)}
+            jobs.run(hmc_posteriors.all_jobs(own, results, quick), processes)
+
+
+if __name__ == "__main__":
+    main()
