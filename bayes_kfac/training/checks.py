@@ -36,6 +36,7 @@ def check_ready(sampler: Sampler, layers: Mapping[str, Layer], *, measured: bool
 
     Raises:
         UsageError: If no gradient, or no statistics that were due, came from inside ``sampled_params()``.
+        NonFiniteError: If samples are missing because their gradients held NaN or infinity.
     """
     if sampler.contexts == 0:
         raise UsageError(
@@ -43,6 +44,8 @@ def check_ready(sampler: Sampler, layers: Mapping[str, Layer], *, measured: bool
             "inside `with optimizer.sampled_params():`, or pass a closure to step()."
         )
     if sampler.contexts % sampler.num_samples:
+        # a sample after one whose gradients were not finite begins the step anew: then the count is not what is wrong
+        check_finite({}, {}, _gradients(layers))
         raise UsageError(
             f"num_samples={sampler.num_samples}, but sampled_params() was entered {sampler.contexts} times before "
             "step(). Enter it num_samples times for each batch."
@@ -56,6 +59,12 @@ def check_ready(sampler: Sampler, layers: Mapping[str, Layer], *, measured: bool
             "output is no tensor, or with fisher='empirical', the loss must be computed by calling "
             "likelihood(output, target)."
         )
+
+
+def _gradients(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    """The gradients that there are, by parameter."""
+    parameters = {key: value for layer in layers.values() for key, value in layer.parameters.items()}
+    return {key: value.grad for key, value in parameters.items() if value.grad is not None}
 
 
 def check_finite(

@@ -161,6 +161,22 @@ def test_non_finite_targets_are_found_in_the_gradients():
     assert all(torch.equal(a, b) for a, b in zip(before, optimizer.model.parameters(), strict=True))
 
 
+def test_several_samples_of_a_batch_that_is_not_finite_are_told_by_what_is_wrong():
+    """The second sample begins the step anew, so that the count is off too."""
+    optimizer = make(num_samples=2)
+    y = Y.clone()
+    y[0] = math.nan
+
+    def closure():
+        optimizer.zero_grad()
+        loss = optimizer.likelihood(optimizer.model(X), y)
+        loss.backward()
+        return loss.detach()
+
+    with pytest.raises(NonFiniteError, match="gradient holds NaN"):
+        optimizer.step(closure)
+
+
 @pytest.mark.parametrize(
     ("target", "match"),
     [(Y.squeeze(1), "must be equal"), (Y.long(), "must be floating point"), (Y[:4], "must be equal")],
