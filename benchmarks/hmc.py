@@ -110,13 +110,13 @@ LINES: dict[str, Callable[[], Problem]] = {"cubic": cubic, "snelson": snelson}
 #: Warm-up, draws and the greatest depth of a trajectory's tree, for each chain; small sets first.
 BUDGETS = {
     "cubic": (300, 500, 8),
-    "snelson": (200, 400, 8),
     "boston": (200, 400, 8),
-    "yacht": (200, 300, 9),
-    "energy": (200, 300, 9),
-    "concrete": (200, 400, 8),
-    "wine_red": (200, 300, 8),
-    "power": (200, 400, 8),
+    "snelson": (150, 250, 8),
+    "yacht": (150, 200, 8),
+    "energy": (150, 200, 8),
+    "concrete": (150, 200, 8),
+    "power": (150, 200, 8),
+    "wine_red": (150, 200, 8),
 }
 UCI = ("boston", "concrete", "energy", "power", "wine_red", "yacht")
 
