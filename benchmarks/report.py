@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import evidence
 import structures_report
 from laplace_uci import section
 from uci import DATA_SETS, HERE, summary
@@ -181,8 +182,9 @@ def laplace_page() -> str:
 
 
 def write() -> None:
-    """Write the pages on UCI, laplace-torch and structures."""
+    """Write the pages of evidence, on UCI, laplace-torch and structures."""
     structures_report.write()
+    evidence.PAGE.write_text(evidence.page())
     LAPLACE_PAGE.write_text(laplace_page())
     PAGE.write_text(page())
 

@@ -156,6 +156,7 @@ def test_the_page_is_what_the_results_make_it():
     import report
 
     assert report.PAGE.read_text() == report.page()
+    assert report.evidence.PAGE.read_text() == report.evidence.page()
 
 
 def test_links_are_measured(monkeypatch, capsys):
