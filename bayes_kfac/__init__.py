@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bayes_kfac import curvature, errors, likelihoods, structures
 from bayes_kfac.laplace import Laplace
+from bayes_kfac.mixture import Mixture
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.training import (
     AdaptiveNaturalGradient,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveNaturalGradient",
     "Laplace",
+    "Mixture",
     "NaturalGradient",
     "NoisyAdam",
     "NoisyEKFAC",

@@ -219,7 +219,7 @@ class Posterior:
             return from_outputs(self.likelihood, outputs, Source(method, len(draws), self.provenance))
 
         if isinstance(inputs, DataLoader):
-            return concatenate([predict(part) for part in self._parts(inputs, progress)])
+            return concatenate([predict(part) for part in parts_of(inputs, self.device, progress)])
         return predict(inputs)
 
     def output(
@@ -295,11 +295,6 @@ class Posterior:
             name: torch.vmap(layer.matrix)({key: draws.values[key] - self.mean[key] for key in layer.parameters})
             for name, layer in self.layers.items()
         }
-
-    def _parts(self, loader: Iterable[Any], progress: bool) -> Iterator[Any]:
-        """The inputs of a loader's batches, on the model's device."""
-        for batch in progress_bar(loader, desc="predict", unit="batch", shown=progress):
-            yield inputs_of(batch, self.device)
 
     # -- the Gaussian itself ------------------------------------------------------------------------------------------
 
@@ -465,6 +460,12 @@ class Posterior:
         from bayes_kfac.serialization import load
 
         return load(cls, Path(path), model, likelihood)
+
+
+def parts_of(loader: Iterable[Any], device: torch.device, progress: bool) -> Iterator[Any]:
+    """The inputs of a loader's batches on a device, with a progress bar or without."""
+    for batch in progress_bar(loader, desc="predict", unit="batch", shown=progress):
+        yield inputs_of(batch, device)
 
 
 def _named_state(model: nn.Module) -> dict[str, Tensor]:

@@ -2,14 +2,14 @@
 
 Tensors are named ``mean/<parameter>``, ``block/<layer>/<tensor>``, ``link/<layer>/<tensor>`` (where layers are linked),
 ``prior/<layer>`` (precisions of single weights) and ``likelihood/<tensor>``, with the names that parameters and layers
-have where no part of the model is compiled.
+have where no part of the model is compiled. In a file of a mixture ``member/<index>/`` stands before all of that.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +29,8 @@ from bayes_kfac.structures import BlockGaussian, JointGaussian, Link, gaussian_f
 if TYPE_CHECKING:
     from bayes_kfac.posterior import Posterior
 
-#: Files without links are of format 1, which all versions read.
-FORMAT = 2
+#: Files without links are of format 1, which all versions read; those of mixtures are of format 3.
+FORMAT = 3
 
 
 def save(posterior: Posterior, path: Path) -> None:
@@ -43,7 +43,26 @@ def save(posterior: Posterior, path: Path) -> None:
     Raises:
         ArgumentError: If it is a folder, or in a folder that does not exist.
     """
-    check_file("path", path)
+    _write(path, *_packed(posterior))
+
+
+def save_members(members: Sequence[Posterior], path: Path) -> None:
+    """Write the members of a mixture to one file.
+
+    Args:
+        members: The posteriors.
+        path: The file.
+
+    Raises:
+        ArgumentError: If it is a folder, or in a folder that does not exist.
+    """
+    packed = [_packed(member) for member in members]
+    tensors = {f"member/{index}/{name}": own for index, (_, each) in enumerate(packed) for name, own in each.items()}
+    _write(path, {"format": 3, "members": [header for header, _ in packed]}, tensors)
+
+
+def _packed(posterior: Posterior) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What describes a posterior, and its tensors."""
     tensors = {f"mean/{_plain(name)}": value for name, value in posterior.mean.items()}
     for layer, block in posterior.blocks.items():
         tensors.update({f"block/{_plain(layer)}/{name}": value for name, value in block.state.items()})
@@ -68,6 +87,11 @@ def save(posterior: Posterior, path: Path) -> None:
         "links": {_plain(layer): _plain(link.to) for layer, link in links.items()},
         "likelihood": {"name": type(posterior.likelihood).__name__, "config": posterior.likelihood.config()},
     }
+    return header, tensors
+
+
+def _write(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    check_file("path", path)
     save_file(
         {name: value.detach().contiguous().clone() for name, value in tensors.items()},
         path,
@@ -91,6 +115,48 @@ def load(posterior_type: type[Posterior], path: Path, model: nn.Module, likeliho
         ArgumentError: If the file is not a saved posterior, or not one of this architecture.
     """
     header, tensors = _read(path, next(model.parameters()).device)
+    if "members" in header:
+        raise ArgumentError(
+            f"path={str(path)!r} holds a mixture of {len(header['members'])} posteriors. Read it with Mixture.load()."
+        )
+    return _unpacked(posterior_type, path, header, tensors, model, likelihood)
+
+
+def load_members(
+    posterior_type: type[Posterior], path: Path, model: nn.Module, likelihood: Likelihood | None
+) -> list[Posterior]:
+    """Read the members of a mixture from a file.
+
+    Args:
+        posterior_type: The class to build.
+        path: The file.
+        model: A model of the same architecture.
+        likelihood: As in :func:`load`; each member has a copy of its own.
+
+    Returns:
+        The posteriors.
+
+    Raises:
+        ArgumentError: If the file is not a saved mixture, or not one of this architecture.
+    """
+    header, tensors = _read(path, next(model.parameters()).device)
+    if "members" not in header:
+        raise ArgumentError(f"path={str(path)!r} holds one posterior, not a mixture. Read it with Posterior.load().")
+    return [
+        _unpacked(posterior_type, path, own, _under(f"member/{index}/", tensors), model, likelihood)
+        for index, own in enumerate(header["members"])
+    ]
+
+
+def _unpacked(
+    posterior_type: type[Posterior],
+    path: Path,
+    header: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    likelihood: Likelihood | None,
+) -> Posterior:
+    """The posterior of what :func:`_packed` made of it."""
     mean = _under("mean/", tensors)
     _check_architecture(path, mean, model)
     layers, _ = find_layers(model, _parameters(header, model), rest="diagonal")

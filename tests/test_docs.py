@@ -26,6 +26,7 @@ PAGES = [
     "docs/modules.md",
     "docs/optimizers.md",
     "docs/plotting.md",
+    "docs/predicting.md",
     "docs/pyro.md",
     "docs/quickstart.md",
     "docs/saving.md",

@@ -20,6 +20,9 @@ CORE = [
     bk.Laplace.from_trainer,
     bk.Laplace.log_marginal_likelihood,
     bk.Laplace.optimize_prior_precision,
+    bk.Mixture,
+    bk.Mixture.load,
+    bk.Mixture.predict,
     bk.NaturalGradient,
     bk.NoisyAdam,
     bk.NoisyEKFAC,
@@ -38,6 +41,7 @@ CORE = [
     bk.likelihoods.Categorical,
     bk.likelihoods.Gaussian,
     bk.prediction.concatenate,
+    bk.prediction.pool,
     bk.structures.available,
     bk.structures.get,
 ]

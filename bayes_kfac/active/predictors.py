@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from bayes_kfac.batches import inputs_of
 from bayes_kfac.errors import ArgumentError, UsageError
+from bayes_kfac.mixture import Mixture
 from bayes_kfac.posterior import Posterior
-from bayes_kfac.prediction import batch_dim, concatenate
+from bayes_kfac.prediction import batch_dim, concatenate, pool
 
 
 @singledispatch
@@ -71,7 +72,7 @@ def predict(
 
 @predict.register
 def _(
-    predictor: Posterior, inputs: Any, options: Mapping[str, Any], *, generator: torch.Generator | None = None
+    predictor: Posterior | Mixture, inputs: Any, options: Mapping[str, Any], *, generator: torch.Generator | None = None
 ) -> Any:
     return predictor.predict(for_posterior(predictor, inputs), generator=generator, **_given(options))
 
@@ -100,6 +101,9 @@ def predict_jointly(
             "several tell together needs functions that are drawn once for all. Pass a bayes_kfac.Posterior, or choose "
             "by an acquisition that judges each candidate by itself, such as PowerBALD."
         )
+    if isinstance(predictor, Mixture):  # the functions of each member, those of one after those of another
+        found = [predict_jointly(member, inputs, options, generator=generator) for member in predictor.members]
+        return [pool(predictions) for predictions in zip(*found, strict=True)]
     if isinstance(predictor, Posterior):
         given: dict[str, Any] = {"method": "linearized", "num_samples": 128} | _given(options)
         options = {"draws": predictor.sample(given.pop("num_samples"), generator=generator)} | given
@@ -117,7 +121,7 @@ def parts(predictor: Any, inputs: Any) -> Iterator[Any]:
         yield inputs
         return
     check_order("inputs", inputs)
-    device = predictor.device if isinstance(predictor, Posterior) else torch.device("cpu")
+    device = predictor.device if isinstance(predictor, Posterior | Mixture) else torch.device("cpu")
     for batch in inputs:
         yield inputs_of(batch, device)
 
@@ -169,8 +173,9 @@ def ask(prediction: Any, name: str, who: str) -> Any:
     return getattr(prediction, name)
 
 
-def for_posterior(posterior: Posterior, inputs: Any) -> Any:
+def for_posterior(posterior: Posterior | Mixture, inputs: Any) -> Any:
     """Tensors on the posterior's device, and arrays as tensors of its dtype; anything else as it is."""
+    posterior = posterior.members[0] if isinstance(posterior, Mixture) else posterior
     if isinstance(inputs, Tensor):
         return inputs.to(posterior.device)
     if hasattr(inputs, "iloc"):
@@ -293,7 +298,7 @@ class Committee:
                 raise ArgumentError(
                     f"members hold {names}. Allowed: models that all have predict_proba, or that all have predict, "
                     "which returns numbers. Wrap a network in an object with one of the two; a Posterior knows how its "
-                    "own draws differ, and needs no Committee."
+                    "own draws differ, and needs no Committee; several are a bayes_kfac.Mixture."
                 )
 
     def predict(self, inputs: Any) -> SampledProbabilities | Moments:

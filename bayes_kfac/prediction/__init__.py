@@ -12,6 +12,15 @@ from bayes_kfac.prediction.heteroscedastic import HeteroscedasticMixturePredicti
 from bayes_kfac.prediction.linearized import MEMORY_BUDGET, Features, LinearizedModel
 from bayes_kfac.prediction.links import LINKS
 from bayes_kfac.prediction.output import GaussianOutput
+from bayes_kfac.prediction.pooled import (
+    PooledBernoulli,
+    PooledCategorical,
+    PooledCounts,
+    PooledPrediction,
+    PooledRegression,
+    from_members,
+    pool,
+)
 from bayes_kfac.prediction.regression import GaussianPrediction, MixturePrediction
 from bayes_kfac.prediction.results import Prediction, Source, batch_dim, concatenate, from_gaussian, from_outputs
 from bayes_kfac.prediction.sampling import Draws, sampled_outputs
@@ -34,11 +43,18 @@ __all__ = [
     "MixturePrediction",
     "PoissonMixturePrediction",
     "PoissonPrediction",
+    "PooledBernoulli",
+    "PooledCategorical",
+    "PooledCounts",
+    "PooledPrediction",
+    "PooledRegression",
     "Prediction",
     "Source",
     "batch_dim",
     "concatenate",
     "from_gaussian",
+    "from_members",
     "from_outputs",
+    "pool",
     "sampled_outputs",
 ]

@@ -7,7 +7,6 @@ several classes or binary; and what is known of the probabilities, draws of them
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +17,7 @@ from torch.distributions import Bernoulli, Categorical, Distribution
 
 from bayes_kfac import likelihoods
 from bayes_kfac.errors import UsageError
+from bayes_kfac.prediction.quadrature import log_mean_exp
 from bayes_kfac.prediction.results import Prediction, Source, batch_dim, from_outputs
 
 
@@ -185,7 +185,7 @@ class CategoricalPrediction(OfClasses, ByDraws):
         likelihoods.Categorical().check(self.logits[0], target)
         index = target.expand(self.logits.shape[:-1]).unsqueeze(-1)
         chosen = self.logits.log_softmax(-1).gather(-1, index.long()).squeeze(-1)
-        return _log_mean_exp(_sum_events(chosen))
+        return log_mean_exp(_sum_events(chosen))
 
 
 @dataclass(frozen=True, repr=False)
@@ -211,7 +211,7 @@ class BernoulliPrediction(OfBinaryTargets, ByDraws):
         losses = torch.nn.functional.binary_cross_entropy_with_logits(
             self.logits, target.to(self.logits).expand_as(self.logits), reduction="none"
         )
-        return _log_mean_exp(_sum_events(-losses))
+        return log_mean_exp(_sum_events(-losses))
 
 
 @dataclass(frozen=True, repr=False)
@@ -304,10 +304,6 @@ class DirichletPrediction(OfClasses):
 
 def _sum_events(log_probs: Tensor) -> Tensor:
     return log_probs.flatten(2).sum(2) if log_probs.ndim > 2 else log_probs
-
-
-def _log_mean_exp(log_probs: Tensor) -> Tensor:
-    return log_probs.logsumexp(0) - math.log(len(log_probs))
 
 
 @from_outputs.register

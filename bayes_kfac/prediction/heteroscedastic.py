@@ -20,7 +20,7 @@ from bayes_kfac.likelihoods import HeteroscedasticGaussian
 from bayes_kfac.likelihoods.base import check_same_shape
 from bayes_kfac.prediction.output import GaussianOutput
 from bayes_kfac.prediction.quadrature import JOINT_NODES, equal_log_weights, joint_normal_nodes, mixture, normal_rule
-from bayes_kfac.prediction.regression import RegressionPrediction, bisected, check_probability
+from bayes_kfac.prediction.regression import RegressionPrediction, covariance_over_draws
 from bayes_kfac.prediction.results import Source, batch_dim, from_gaussian, from_outputs, refuse_link
 
 #: How many numbers a joint density may hold at a time.
@@ -68,11 +68,10 @@ class ScalePrediction(RegressionPrediction):
         check_same_shape(self.mean, target)
         return self.distribution.log_prob(target)
 
-    def quantile(self, probability: float) -> Tensor:
-        """The quantile of each target on its own, by bisection, shaped like the mean."""
-        check_probability(probability)
-        spread = (self.epistemic_variance + (2 * self.expected_log_scale).exp()).sqrt()
-        return bisected(self._cdf, probability, self.mean, spread)
+    @property
+    def _width(self) -> Tensor:
+        # the variance of a lognormal scale may be far beyond the quantiles, or infinite
+        return (self.epistemic_variance + (2 * self.expected_log_scale).exp()).sqrt()
 
     def _cdf(self, value: Tensor) -> Tensor:
         components, log_weights = self._marginals
@@ -222,8 +221,7 @@ class HeteroscedasticMixturePrediction(ScalePrediction):
     @property
     def epistemic_covariance(self) -> Tensor:
         """The covariance of the means over draws, ``[batch, outputs, outputs]``."""
-        centred = (self._means - self.mean).flatten(2)
-        return torch.einsum("sbi,sbj->bij", centred, centred) / len(centred)
+        return covariance_over_draws(self._means)
 
     @property
     def aleatoric_variance(self) -> Tensor:

@@ -84,3 +84,8 @@ def mixture(components: Distribution, log_weights: Tensor) -> MixtureSameFamily:
 def equal_log_weights(count: int, like: Tensor) -> Tensor:
     """The log-weights of an equal mixture, ``[count]``."""
     return like.new_full((count,), -math.log(count))
+
+
+def log_mean_exp(log_probs: Tensor) -> Tensor:
+    """The logarithm of the mean over the first dimension: the log-density of an equal mixture."""
+    return log_probs.logsumexp(0) - math.log(len(log_probs))

@@ -90,9 +90,25 @@ class RegressionPrediction(Prediction):
         check_level(level)
         return self.quantile((1 - level) / 2), self.quantile((1 + level) / 2)
 
-    @abstractmethod
     def quantile(self, probability: float) -> Tensor:
-        """The quantile of each target on its own, shaped like the mean."""
+        """The quantile of each target on its own, by bisection where it has no closed form, shaped like the mean.
+
+        Args:
+            probability: The probability, between 0 and 1.
+
+        Returns:
+            The quantiles.
+
+        Raises:
+            ArgumentError: If ``probability`` is not between 0 and 1.
+        """
+        check_probability(probability)
+        return bisected(self._cdf, probability, self.mean, self._width)
+
+    @property
+    def _width(self) -> Tensor:
+        """A distance in which to look for quantiles, shaped like the mean; any positive one will do."""
+        return self.stddev
 
     def cdf(self, target: Tensor) -> Tensor:
         """The probability that each target on its own is at most so large, shaped like the mean.
@@ -211,8 +227,7 @@ class MixturePrediction(RegressionPrediction):
     @property
     def epistemic_covariance(self) -> Tensor:
         """The covariance of the output over draws, ``[batch, outputs, outputs]``."""
-        centred = (self.outputs - self.mean).unsqueeze(-1).flatten(2)
-        return torch.einsum("sbi,sbj->bij", centred, centred) / len(centred)
+        return covariance_over_draws(self.outputs)
 
     @property
     def aleatoric_variance(self) -> Tensor:
@@ -237,11 +252,6 @@ class MixturePrediction(RegressionPrediction):
         check_same_shape(self.mean, target)
         return self.distribution.log_prob(target)
 
-    def quantile(self, probability: float) -> Tensor:
-        """The quantile of each target's mixture, by bisection, shaped like the mean."""
-        check_probability(probability)
-        return bisected(self._cdf, probability, self.mean, self.stddev)
-
     def _cdf(self, value: Tensor) -> Tensor:
         components = self._components
         if isinstance(components, TorchStudentT):  # torch has no distribution function for it
@@ -251,6 +261,19 @@ class MixturePrediction(RegressionPrediction):
             probabilities = stdtr(components.df.cpu().numpy(), standard.cpu().numpy())
             return torch.as_tensor(probabilities).to(value).mean(0)
         return components.cdf(value).mean(0)
+
+
+def covariance_over_draws(draws: Tensor) -> Tensor:
+    """The covariance over the first dimension, of the elements of each example.
+
+    Args:
+        draws: ``[num_samples, batch, ...]``.
+
+    Returns:
+        ``[batch, elements, elements]``.
+    """
+    centred = (draws - draws.mean(0)).unsqueeze(-1).flatten(2)
+    return torch.einsum("sbi,sbj->bij", centred, centred) / len(centred)
 
 
 def bisected(cdf: Callable[[Tensor], Tensor], probability: float, centre: Tensor, spread: Tensor) -> Tensor:

@@ -32,7 +32,16 @@ P = TypeVar("P", bound="Prediction")
 
 
 def batch_dim(dim: int) -> Mapping[str, int]:
-    """The metadata of a dataclass field that holds the batch along ``dim``: a tensor, or a :class:`GaussianOutput`."""
+    """The metadata of a dataclass field that holds the batch along ``dim``.
+
+    It is a tensor, a :class:`GaussianOutput`, or a tuple of predictions, each of which knows its own dimensions.
+
+    Args:
+        dim: The dimension.
+
+    Returns:
+        The metadata.
+    """
     return {"batch_dim": dim}
 
 
@@ -42,14 +51,14 @@ class Source:
 
     Attributes:
         method: ``"linearized"`` or ``"sampling"``.
-        num_samples: The number of draws, or ``None`` where the result is in closed form.
-        posterior: How the posterior was made.
+        num_samples: The number of draws, or ``None`` where the result is in closed form; of a mixture, for each member.
+        posterior: How the posterior was made; of a mixture, each of its members.
         link: How class probabilities came from a Gaussian of logits; ``None`` for regression and for sampled weights.
     """
 
     method: str
     num_samples: int | None
-    posterior: Provenance
+    posterior: Provenance | tuple[Provenance, ...]
     link: str | None = None
 
 
@@ -186,15 +195,7 @@ def concatenate(predictions: Sequence[P]) -> P:
         >>> len(bk.prediction.concatenate([posterior.predict(torch.ones(2, 1)), posterior.predict(torch.ones(5, 1))]))
         7
     """
-    if not predictions:
-        raise ArgumentError("predictions=[] is empty. Allowed: one prediction or more.")
-    kind = type(predictions[0])
-    for index, prediction in enumerate(predictions):
-        if type(prediction) is not kind:
-            raise ArgumentError(
-                f"predictions[{index}] is a {type(prediction).__name__} and predictions[0] a {kind.__name__}. Allowed: "
-                "predictions of one kind. Concatenate those of each kind by themselves."
-            )
+    kind = common_kind(predictions)
     joined = {}
     for own in fields(kind):  # type: ignore[arg-type]  # each kind is a dataclass; their base has no fields
         values = [getattr(prediction, own.name) for prediction in predictions]
@@ -203,8 +204,35 @@ def concatenate(predictions: Sequence[P]) -> P:
     return kind(**joined)
 
 
+def common_kind(predictions: Sequence[P]) -> type[P]:
+    """The one kind of some predictions.
+
+    Args:
+        predictions: The predictions.
+
+    Returns:
+        Their class.
+
+    Raises:
+        ArgumentError: If there is none, or they are of several kinds.
+    """
+    if not predictions:
+        raise ArgumentError("predictions=[] is empty. Allowed: one prediction or more.")
+    kind = type(predictions[0])
+    for index, prediction in enumerate(predictions):
+        if type(prediction) is not kind:
+            raise ArgumentError(
+                f"predictions[{index}] is a {type(prediction).__name__} and predictions[0] a {kind.__name__}. Allowed: "
+                "predictions of one kind. Take those of each kind by themselves."
+            )
+    return kind
+
+
 def _joined(name: str, values: Sequence[Any], dim: int) -> Any:
-    """Tensors along their batch dimension; Gaussian outputs field by field."""
+    """Tensors along their batch dimension; Gaussian outputs field by field, and members of mixtures one by one."""
+    if isinstance(values[0], tuple):
+        _shared(f"number of {name}", [len(value) for value in values])
+        return tuple(concatenate(own) for own in zip(*values, strict=True))
     if isinstance(values[0], GaussianOutput):
         names = [own.name for own in fields(GaussianOutput)]
         return GaussianOutput(*(_joined(f"{name}.{each}", [getattr(v, each) for v in values], dim) for each in names))

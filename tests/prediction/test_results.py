@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -27,11 +28,17 @@ from bayes_kfac.prediction import (
     MixturePrediction,
     PoissonMixturePrediction,
     PoissonPrediction,
+    PooledBernoulli,
+    PooledCategorical,
+    PooledCounts,
+    PooledPrediction,
+    PooledRegression,
     Prediction,
     Source,
     batch_dim,
     concatenate,
 )
+from bayes_kfac.prediction.classification import OfClasses
 from bayes_kfac.provenance import Provenance
 from tests.helpers import randn, random_spd, rng, seeded
 from tests.posteriors import random_posterior
@@ -62,12 +69,38 @@ KINDS: dict[str, Make] = {
 }
 
 
+def pooled(kind: type[Prediction], name: str) -> Make:
+    """Of two members, the other of which holds the examples in the opposite order."""
+    return lambda n: kind((KINDS[name](n), reversed_member(KINDS[name](slice(0, 9)), n)), SOURCE)
+
+
+def reversed_member(prediction: Prediction, n: slice) -> Prediction:
+    own = {}
+    for each in dataclasses.fields(prediction):
+        value, dim = getattr(prediction, each.name), each.metadata.get("batch_dim")
+        if isinstance(value, GaussianOutput):
+            value = GaussianOutput(value.mean.flip(0)[n], value.spread.flip(0)[n])
+        elif dim is not None:
+            value = value.flip(dim)[(slice(None),) * dim + (n,)]
+        own[each.name] = value
+    return type(prediction)(**own)
+
+
+KINDS |= {
+    "pooled": pooled(PooledPrediction, "gaussian"),
+    "pooled-regression": pooled(PooledRegression, "mixture"),
+    "pooled-counts": pooled(PooledCounts, "poisson"),
+    "pooled-categorical": pooled(PooledCategorical, "dirichlet"),
+    "pooled-bernoulli": pooled(PooledBernoulli, "bernoulli"),
+}
+
+
 def subclasses(kind: type) -> set[type]:
     return {kind}.union(*(subclasses(sub) for sub in kind.__subclasses__()))
 
 
 def target_of(prediction: Prediction) -> Tensor:
-    if prediction.__class__.__name__ in {"CategoricalPrediction", "MeanCategoricalPrediction", "DirichletPrediction"}:
+    if isinstance(prediction, OfClasses):
         return torch.arange(len(prediction)) % 2
     return (torch.arange(2 * len(prediction)) % 2).double().reshape(-1, 2)
 
@@ -79,7 +112,9 @@ def make(request: pytest.FixtureRequest) -> Make:
 
 def test_every_kind_of_result_is_tested_here() -> None:
     concrete = {
-        kind for kind in subclasses(Prediction) if dataclasses.is_dataclass(kind) and "bayes_kfac." in kind.__module__
+        kind
+        for kind in subclasses(Prediction)
+        if dataclasses.is_dataclass(kind) and not inspect.isabstract(kind) and "bayes_kfac." in kind.__module__
     }
     assert {type(make(slice(0, 1))) for make in KINDS.values()} == concrete
 
@@ -136,6 +171,13 @@ def test_different_numbers_of_draws_are_refused() -> None:
     few = CategoricalPrediction(DRAWS[:2], SOURCE)
     with pytest.raises(ArgumentError, match=r"predictions\[1\]\.logits has shape \(2, 9, 2\).*same num_samples"):
         concatenate([KINDS["categorical"](slice(0, 4)), few])
+
+
+def test_different_numbers_of_members_are_refused() -> None:
+    one = KINDS["pooled-regression"](slice(0, 4))
+    fewer = dataclasses.replace(one, members=one.members[:1])
+    with pytest.raises(ArgumentError, match=r"predictions\[1\]\.number of members=1 differs"):
+        concatenate([one, fewer])
 
 
 def test_covariances_and_variances_are_refused_together() -> None:
