@@ -10,11 +10,11 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import active_protocol
 import active_protocol_labels
 import hmc_report
 import images_report
+import numpy as np
 import peers
 import regression
 import temperature
@@ -117,27 +117,29 @@ def chosen() -> str:
 
 HEAD = """# Evidence
 
-What this library's posteriors are worth on real data, beside the alternatives of today, each in one run of one command.
-Every table and picture is made by `python benchmarks/report.py` from files in `benchmarks/results`, which hold figures of
-each split or seed, versions, machine and commit. Commands go on where they were stopped; `--processes` says how many jobs
-run at once, `--quick` shows that they run. The data are read from the folder that `BAYES_KFAC_DATA` names. What is worse
-than a peer stands here as plainly as what is better.
+What this library's posteriors are worth on real data, beside the alternatives of today, each in one run of one
+command. Every table and picture is made by `python benchmarks/report.py` from files in `benchmarks/results`, which
+hold figures of each split or seed, versions, machine and commit. Commands go on where they were stopped;
+`--processes` says how many jobs run at once, `--quick` shows that they run. The data are read from the folder that
+`BAYES_KFAC_DATA` names. What is worse than a peer stands here as plainly as what is better.
 
 """
 
 UCI = """## UCI regression
 
-One hidden layer of 50 ReLU units; Gal's splits 0 to 19 (the paper's recipe: 0 to 9); figures in the target's units, mean ±
-standard error over splits, the best mean of each set in bold. All methods see the same splits, and choose what they choose
-on each split's training part alone.
+One hidden layer of 50 ReLU units; Gal's splits 0 to 19 (the paper's recipe: 0 to 9); figures in the target's units,
+mean ± standard error over splits, the best mean of each set in bold. All methods see the same splits, and choose what
+they choose on each split's training part alone.
 
-- *5 × noisy K-FAC*: the recommended recipe, `benchmarks/regression.py`. A [mixture](predicting.md) of five posteriors from
-  different starts, each trained by noisy natural gradient with a learned noise. Temperature and noise of the predictions are
-  chosen on three held-out tenths of the training part. *Noisy K-FAC* is one of the five, chosen for by itself.
+- *5 × noisy K-FAC*: the recommended recipe, `benchmarks/regression.py`. A [mixture](predicting.md) of five posteriors
+  from different starts, each trained by noisy natural gradient with a learned noise. Temperature and noise of the
+  predictions are chosen on three held-out tenths of the training part. *Noisy K-FAC* is one of the five, chosen for by
+  itself.
 - *The paper's recipe*: `benchmarks/uci.py`; [more on it and on Laplace](uci.md).
 - *Laplace*, *laplace-torch*: `benchmarks/laplace_uci.py`.
-- *5-ensemble*, *mean-variance 5-ensemble*, *IVON*, *MC dropout*, *GP*: `benchmarks/peers.py`. Lengths, decays, rates and
-  noises are chosen as ours are, on three held-out tenths of each training part; the Gaussian process by its evidence.
+- *5-ensemble*, *mean-variance 5-ensemble*, *IVON*, *MC dropout*, *GP*: `benchmarks/peers.py`. Lengths, decays, rates
+  and noises are chosen as ours are, on three held-out tenths of each training part; the Gaussian process by its
+  evidence.
 
 ### Log-likelihood
 

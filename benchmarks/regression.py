@@ -5,11 +5,11 @@ set, temperature and part of the work in ``benchmarks/results/uci/recommended``;
 methods. ``--structure ekfac`` and ``--structure diagonal`` do the same for noisy EK-FAC and noisy Adam.
 
 The recipe: five posteriors from different initial weights, each trained by noisy natural gradient with a noise that is
-learned, are one mixture. Which temperature they are trained at, and which noise they predict with, is where three tenths
-of the *training part* of a split are best predicted, each by networks that learn from the other nine. A single
-posterior is chosen for in the same way. All networks of a data set at one temperature train at once, as replicas of one
-stack. (A first version held out thirds. After a look at yacht's test figures it was changed to tenths, as the peers
-have it: networks that lack a third of the data need more noise than those that are to predict.)
+learned, are one mixture. Which temperature they are trained at, and which noise they predict with, is where three
+tenths of the *training part* of a split are best predicted, each by networks that learn from the other nine. A single
+posterior is chosen for in the same way. All networks of a data set at one temperature train at once, as replicas of
+one stack. (A first version held out thirds. After a look at yacht's test figures it was changed to tenths, as the
+peers have it: networks that lack a third of the data need more noise than those that are to predict.)
 """
 
 from __future__ import annotations

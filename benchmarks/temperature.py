@@ -156,8 +156,8 @@ HEAD = """## What temperature and damping do
 
 Noisy K-FAC on four sets at every temperature with every damping (`benchmarks/temperature.py`; ten of Gal's splits, a
 Gamma(6, 6) posterior over the noise as in the paper). The bound is that of temperature 1, whatever the posterior was
-trained at: it says how near a posterior is to the true one. Bars are standard errors over splits; the bound is a mean of
-all.
+trained at: it says how near a posterior is to the true one. Bars are standard errors over splits; the bound is a mean
+of all.
 
 ![Bound, log-likelihood and calibration against temperature](images/evidence/temperature.png)
 
