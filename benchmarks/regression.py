@@ -29,6 +29,7 @@ DATA_SETS = ("boston", "concrete", "energy", "wine_red", "yacht")
 TEMPERATURES = (1.0, 0.3, 0.1)
 #: Standard deviations of the noise that predictions are made with, for targets of variance 1.
 NOISES = torch.logspace(-2.4, 0.2, 27)
+PARTS = ("folds", "full")
 FOLDS, FOLD_MEMBERS, MEMBERS, DRAWS = 3, 2, 5, 100
 STEPS, BATCH_SIZE, SPLITS, SEED = 6000, 32, 20, 1
 
@@ -144,7 +145,7 @@ def jobs(folder: Path, data: list[str], structure: str, *, quick: bool) -> list[
             {"data": name, "structure": structure, "temperature": temperature, "part": part, "seed": SEED, **size},
         )
         for name in data
-        for part in ("folds", "full")
+        for part in PARTS
         for temperature in TEMPERATURES
     ]
 
@@ -169,11 +170,7 @@ def load(data: str, structure: str = "kron", kind: str = "mixture", folder: Path
     Returns:
         ``rmse``, ``log_likelihood``, ``temperature`` and ``noise``, each a list over splits.
     """
-    own = folder / "uci" / "recommended" / structure / data
-    read = {
-        part: [json.loads((own / f"{part}-{tau}.json").read_text())[kind] for tau in TEMPERATURES]
-        for part in ("folds", "full")
-    }
+    read = {part: [_read(data, structure, part, tau, folder)[kind] for tau in TEMPERATURES] for part in PARTS}
     held_out = torch.tensor([one["log_likelihood"] for one in read["folds"]])  # [temperatures, noises, folds × splits]
     held_out = held_out.unflatten(-1, (FOLDS, -1)).mean(-2)
     rmse = torch.tensor([one["rmse"] for one in read["full"]])
@@ -186,6 +183,36 @@ def load(data: str, structure: str = "kron", kind: str = "mixture", folder: Path
         "temperature": [TEMPERATURES[index] for index in tau],
         "noise": NOISES[noise].tolist(),
     }
+
+
+def load_untuned(
+    data: str, structure: str = "kron", kind: str = "mixture", folder: Path = HERE / "results"
+) -> dict[str, Any]:
+    """Figures of each split at temperature 1, with the noise of the grid that is nearest to the learned one.
+
+    Args:
+        data: The data set.
+        structure: The structure of the posteriors.
+        kind: As in :func:`load`.
+        folder: Where all results are.
+
+    Returns:
+        ``rmse``, ``log_likelihood`` and ``noise``, each a list over splits.
+    """
+    read = _read(data, structure, "full", 1.0, folder)
+    learned = torch.tensor(read["learned_noise"])
+    noise = (NOISES[:, None].log() - learned.log()).abs().argmin(0)
+    density = torch.tensor(read[kind]["log_likelihood"])
+    return {
+        "rmse": read[kind]["rmse"],
+        "log_likelihood": density.gather(0, noise[None])[0].tolist(),
+        "noise": NOISES[noise].tolist(),
+    }
+
+
+def _read(data: str, structure: str, part: str, temperature: float, folder: Path) -> dict[str, Any]:
+    path = folder / "uci" / "recommended" / structure / data / f"{part}-{temperature}.json"
+    return json.loads(path.read_text())
 
 
 def table(data: list[str], structure: str, folder: Path) -> list[str]:
