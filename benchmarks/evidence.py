@@ -169,10 +169,10 @@ def uci_section() -> str:
 
 UCI_NOTES = """
 Untuned, five noisy K-FAC posteriors are better than laplace-torch in log-likelihood on all five sets, and than the
-paper's recipe on all but wine_red, where they are level. With the ensemble of five plain networks, which is tuned, they
-are level on four sets; on concrete it is better. Tuned, they are better than it on concrete and energy, in both figures,
-and level elsewhere, except that its error on boston is less by two standard errors. One posterior alone is level with
-laplace-torch on boston, and better on the others, untuned on concrete by nothing that counts.
+paper's recipe on all but wine_red, where they are level. With the ensemble of five plain networks, which is tuned,
+they are level on four sets; on concrete it is better. Tuned, they are better than it on concrete and energy, in both
+figures, and level elsewhere, except that its error on boston is less by two standard errors. One posterior alone is
+level with laplace-torch on boston, and better on the others, untuned on concrete by nothing that counts.
 
 What is worse: a Gaussian process with a length scale for each input beats every network on boston and, by far, on
 yacht. Three held-out tenths are few examples on the smallest sets: on boston what they choose is worse than not to

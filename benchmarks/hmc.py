@@ -5,9 +5,10 @@
 - noise: the noise's standard deviation of each data set, learned by noisy K-FAC with the paper's Gamma(6, 6) prior on
   the training part alone; the cubic's is known, and Snelson's is Rice's (1984), of differences between neighbours. From
   there on it is fixed, and the same for every method.
-- chains: four of NUTS for each set, in ``.cache/hmc`` with the network's outputs at the test inputs for each draw.
-- nuts: of the chains of each set, the mean and standard deviation of the output at each test input, and how well the
-  chains have mixed, in ``benchmarks/results/hmc/nuts``.
+- chains: four of NUTS for each set, in ``.cache/hmc``, or in the folder that ``BAYES_KFAC_CACHE`` names, with the
+  network's outputs at the test inputs for each draw.
+- nuts: of the chains of each set, mean, standard deviation and quantiles of the output at each test input, and how well
+  the chains have mixed, in ``benchmarks/results/hmc/nuts``. Chains are run only where this is missing.
 - posteriors: ``hmc_posteriors.py``, in ``benchmarks/results/hmc/posteriors``.
 
 The network has 50 ReLU units and a prior N(0, 1) on every weight and bias, as in the noisy K-FAC paper. Data are the
@@ -17,7 +18,9 @@ first of Gal's splits, standardised; of power a random 1000 of the training exam
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -37,13 +40,14 @@ from uci import HERE, data_folder, load_splits
 
 import bayes_kfac as bk
 
-CACHE = HERE.parent / ".cache" / "hmc"
 HIDDEN = 50
 PRIOR_PRECISION = 1.0
 CHAINS = 4
 #: Of Adam, to a mode.
 START_STEPS = 1500
 POWER_EXAMPLES = 1000
+#: Where the quantiles of marginals are taken.
+LEVELS = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
 #: More test inputs than these are left out; it is power that has more.
 TEST_EXAMPLES = 200
 
@@ -233,7 +237,7 @@ def start(potential: Potential, seed: int) -> Tensor:
     return weights.detach()
 
 
-def chain(name: str, index: int, noise: float, budget: list[int], cache: str) -> dict[str, Any]:
+def chain(name: str, index: int, noise: float, budget: list[int]) -> dict[str, Any]:
     """Run one chain; the outputs at the test inputs go to a file in the cache."""
     warmup, num_samples, depth = budget
     problem = load(name)
@@ -260,7 +264,7 @@ def chain(name: str, index: int, noise: float, budget: list[int], cache: str) ->
     mcmc.run()
     seconds = time.process_time() - started
     drawn = mcmc.get_samples()["weights"]
-    path = draws_path(Path(cache), name, index)
+    path = draws_path(name, index)
     path.parent.mkdir(parents=True, exist_ok=True)
     np.save(path, functions(drawn, problem.test_x).numpy())
     diagnostics = mcmc.diagnostics()
@@ -279,14 +283,45 @@ def chain(name: str, index: int, noise: float, budget: list[int], cache: str) ->
     }
 
 
-def draws_path(cache: Path, name: str, index: int) -> Path:
+def cache() -> Path:
+    """Where chains are kept."""
+    return Path(os.environ.get("BAYES_KFAC_CACHE", HERE.parent / ".cache")) / "hmc"
+
+
+def draws_path(name: str, index: int) -> Path:
     """Where the outputs of a chain's draws are."""
-    return cache / name / f"chain-{index}.npy"
+    return cache() / name / f"chain-{index}.npy"
 
 
-def draws(name: str, cache: Path = CACHE) -> Tensor:
+def draws(name: str) -> Tensor:
     """The outputs at the test inputs, ``[chains, draws, examples]``."""
-    return torch.stack([torch.as_tensor(np.load(draws_path(cache, name, index))) for index in range(CHAINS)])
+    return torch.stack([torch.as_tensor(np.load(draws_path(name, index))) for index in range(CHAINS)])
+
+
+@dataclass(frozen=True)
+class Marginals:
+    """The distribution of the output at each test input, noise left out.
+
+    Attributes:
+        mean: Means, ``[examples]``.
+        std: Standard deviations.
+        quantiles: Quantiles at ``LEVELS``, ``[levels, examples]``.
+    """
+
+    mean: Tensor
+    std: Tensor
+    quantiles: Tensor
+
+    @classmethod
+    def of_draws(cls, values: Tensor) -> Marginals:
+        """Of draws, ``[draws, examples]``."""
+        return cls(values.mean(0), values.std(0), values.quantile(LEVELS, dim=0))
+
+
+def marginals(name: str) -> Marginals:
+    """Those of the chains, as :func:`run` has put them into the cache."""
+    with np.load(cache() / name / "marginals.npz") as file:
+        return Marginals(*(torch.as_tensor(file[key]) for key in ("mean", "std", "quantiles")))
 
 
 def mixing(values: Tensor) -> dict[str, float]:
@@ -311,19 +346,20 @@ def mixing(values: Tensor) -> dict[str, float]:
     }
 
 
-def summarise(name: str, noise: float, budget: list[int], cache: str) -> dict[str, Any]:
+def summarise(name: str, noise: float, budget: list[int]) -> dict[str, Any]:
     """What the chains of a set say, and the agreement that two halves of them have: what can be asked of others."""
-    values = draws(name, Path(cache))
-    everything = values.flatten(0, 1).double()
+    del noise, budget  # which are kept beside the figures
+    values = draws(name)
+    everything = Marginals.of_draws(values.flatten(0, 1).double())
     own = [values[pair].flatten(0, 1).double().std(0) for pair in ([0, 1], [2, 3])]
-    runs = [Job(draws_path(Path(cache), name, index).with_suffix(".json"), chain).path for index in range(CHAINS)]
-    kept = [jobs.json.loads(path.read_text()) for path in runs]
+    kept = [json.loads(draws_path(name, index).with_suffix(".json").read_text()) for index in range(CHAINS)]
     return {
         "mixing": mixing(values),
         "r_of_halves": float(torch.corrcoef(torch.stack(own))[0, 1]),
         "chains": [{key: run[key] for key in run if key not in ("arguments", "versions", "machine")} for run in kept],
-        "mean": rounded(everything.mean(0)),
-        "std": rounded(everything.std(0)),
+        "mean": rounded(everything.mean),
+        "std": rounded(everything.std),
+        "quantiles": [rounded(row) for row in everything.quantiles],
     }
 
 
@@ -347,31 +383,35 @@ def main() -> None:
     """Run what is missing."""
     parser = jobs.parser(__doc__)
     parser.add_argument("--data", nargs="+", default=list(BUDGETS), choices=list(BUDGETS), metavar="NAME")
+    parser.add_argument("--structures", nargs="+", metavar="NAME", help="only these; by default all of the registry")
     parser.add_argument("--chains-only", action="store_true", help="NUTS alone")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        results, cache = (Path(folder), Path(folder)) if arguments.quick else (arguments.results / "hmc", CACHE)
-        run(arguments.data, results, cache, arguments.processes, arguments.quick, arguments.chains_only)
+        results = arguments.results / "hmc"
+        if arguments.quick:
+            results = Path(folder)
+            os.environ["BAYES_KFAC_CACHE"] = folder
+        chosen = arguments.structures if not arguments.chains_only else []
+        run(arguments.data, results, arguments.processes, chosen, quick=arguments.quick)
 
 
-def run(names: list[str], results: Path, cache: Path, processes: int, quick: bool, chains_only: bool) -> None:
-    """All steps for some sets, one after another, so that what is small is there first."""
+def run(names: list[str], results: Path, processes: int, chosen: list[str] | None, *, quick: bool) -> None:
+    """All steps for some sets, one after another, with some structures or with all."""
     found = noises(names, results, processes, 2 if quick else 300)
     for name in names:
-        budget = [10, 10, 4] if quick else list(BUDGETS[name])
-        options = {"name": name, "noise": found[name], "budget": budget, "cache": str(cache)}
+        options = {"name": name, "noise": found[name], "budget": [10, 10, 4] if quick else list(BUDGETS[name])}
         summary = Job(results / "nuts" / f"{name}.json", summarise, options)
-        paths = [draws_path(cache, name, index) for index in range(CHAINS)]
-        if not summary.path.exists() or not all(path.exists() for path in paths):
-            chains = [Job(path.with_suffix(".json"), chain, {**options, "index": i}) for i, path in enumerate(paths)]
-            jobs.run(chains, processes)
+        if not summary.path.exists():
+            paths = [draws_path(name, index).with_suffix(".json") for index in range(CHAINS)]
+            jobs.run([Job(path, chain, {**options, "index": i}) for i, path in enumerate(paths)], processes)
         (row,) = jobs.run([summary])
         print(f"{name:10s} noise {found[name]:.3f}", {key: round(value, 3) for key, value in row["mixing"].items()})
-        if not chains_only:
-            import hmc_posteriors  # which is built on this module
+        (cache() / name).mkdir(parents=True, exist_ok=True)
+        np.savez(cache() / name / "marginals.npz", **{key: row[key] for key in ("mean", "std", "quantiles")})
+        import hmc_posteriors  # which is built on this module
 
-            own = {"name": name, "noise": found[name], "cache": str(cache)}
-            jobs.run(hmc_posteriors.all_jobs(own, results, quick), processes)
+        own = {"name": name, "noise": found[name]}
+        jobs.run(hmc_posteriors.all_jobs(own, results, chosen, quick=quick), processes)
 
 
 if __name__ == "__main__":

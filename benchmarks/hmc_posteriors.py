@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import hmc
 import structures
 import torch
+from hmc import LEVELS, Marginals
 from jobs import Job
 from torch import Tensor, nn
 
@@ -40,12 +40,12 @@ DRAWS = 200
 #: Structures that are done first, with all seeds, and that pictures show.
 FIRST = ("kron", "ekfac", "diagonal", "dense")
 SEEDS = (0, 1, 2)
-LEVELS = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
 
 
-def all_jobs(options: dict[str, Any], results: Path, quick: bool) -> list[Job]:
+def all_jobs(options: dict[str, Any], results: Path, chosen: list[str] | None, *, quick: bool) -> list[Job]:
     """A job for each method, structure and damping that makes a difference, the best known ones first."""
-    pairs = sorted(structures.names(), key=lambda pair: (pair[0] not in FIRST, pair))
+    pairs = [pair for pair in structures.names() if chosen is None or pair[0] in chosen]
+    pairs.sort(key=lambda pair: (pair[0] not in FIRST, pair))
     steps = 20 if quick else STEPS
     return [
         Job(
@@ -66,11 +66,11 @@ def all_jobs(options: dict[str, Any], results: Path, quick: bool) -> list[Job]:
 
 
 def job(
-    name: str, noise: float, method: str, structure: str, damping: str, seeds: list[int], steps: int, cache: str
+    name: str, noise: float, method: str, structure: str, damping: str, seeds: list[int], steps: int
 ) -> dict[str, Any]:
     """Train or fit a posterior for each seed; compare both predictions of each, and their mixtures, with the chains."""
     problem = hmc.load(name)
-    reference = hmc.draws(name, Path(cache)).flatten(0, 1).double()
+    reference = hmc.marginals(name)
     started = time.process_time()
     made: dict[str, list[Marginals]] = {"linearized": [], "sampled": []}
     training = []
@@ -190,21 +190,6 @@ def as_network(weights: Tensor, features: int, hidden: int = hmc.HIDDEN) -> nn.S
 # -- beside the chains -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Marginals:
-    """The distribution of the output at each test input, noise left out.
-
-    Attributes:
-        mean: Means, ``[examples]``.
-        std: Standard deviations.
-        quantiles: Quantiles at ``LEVELS``, ``[levels, examples]``.
-    """
-
-    mean: Tensor
-    std: Tensor
-    quantiles: Tensor
-
-
 def predictions(posterior: bk.Posterior, x: Tensor, seed: int) -> dict[str, Marginals]:
     """Linearised, and by draws of the weights."""
     linearized = posterior.predict(x, "linearized")
@@ -214,13 +199,8 @@ def predictions(posterior: bk.Posterior, x: Tensor, seed: int) -> dict[str, Marg
     drawn = posterior.predict(x, "sampling", num_samples=DRAWS, generator=generator).outputs
     return {
         "linearized": Marginals(mean, std, mean + std * torch.special.ndtri(LEVELS)[:, None]),
-        "sampled": of_draws(drawn.detach().squeeze(-1).double()),
+        "sampled": Marginals.of_draws(drawn.detach().squeeze(-1).double()),
     }
-
-
-def of_draws(values: Tensor) -> Marginals:
-    """Of draws, ``[draws, examples]``."""
-    return Marginals(values.mean(0), values.std(0), values.quantile(LEVELS, dim=0))
 
 
 def mixture(parts: list[Marginals]) -> Marginals:
@@ -230,13 +210,12 @@ def mixture(parts: list[Marginals]) -> Marginals:
     return Marginals(mean, variance.sqrt(), torch.cat([part.quantiles for part in parts]).quantile(LEVELS, dim=0))
 
 
-def compare(own: Marginals, reference: Tensor, noise: float) -> dict[str, float]:
-    """How far marginals are from those of draws ``[draws, examples]``.
+def compare(own: Marginals, nuts: Marginals, noise: float) -> dict[str, float]:
+    """How far marginals are from those of the chains.
 
     The noise is the same everywhere and adds a constant to variances, so that the correlation of total variances is
     that of the variances without it; of standard deviations it is another.
     """
-    nuts = of_draws(reference)
     distance = (own.quantiles - nuts.quantiles).abs().mean(0)
     return {
         "r_std": correlation(own.std, nuts.std),

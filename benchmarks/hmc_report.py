@@ -39,7 +39,9 @@ noise is fixed and the same for every method: what noisy K-FAC with the paper's 
 part; of the two one-dimensional sets it is known (cubic) or Rice's estimate from neighbours (Snelson). Every posterior
 is compared by the marginals of the network's output at the test inputs, noise left out. R-hat and bulk effective sample
 sizes (ranks as normal quantiles, split chains) are of these outputs too. *Halves* is Pearson's r between the standard
-deviations of two chains and those of the other two: no method can be expected to come above it.
+deviations of two chains and those of the other two: no method can be expected to come above it. The recipe of noisy
+training was settled on boston, by bound and cost, but with its r in view, and seeds, mixtures and the fit of the last
+layer were added after a look at it; the other sets were looked at afterwards.
 
 """
 AGREEMENT = """
@@ -51,9 +53,9 @@ three seeds; *mixture* is the three posteriors in equal shares. A correlation of
 
 """
 STRUCTURES = """
-All structures, means over the UCI sets: r of standard deviations; the ratio of standard deviations to those of
-NUTS; the 1-Wasserstein distance of marginals, in units of the NUTS standard deviation. Sorted by the distance of the
-better prediction.
+Structures that were run on all of these sets, means over them: r of standard deviations; the ratio of standard
+deviations to those of NUTS; the 1-Wasserstein distance of marginals, in units of the NUTS standard deviation. Sorted by
+the distance of the better prediction.
 
 """
 

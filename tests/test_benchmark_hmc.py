@@ -61,11 +61,11 @@ def test_the_gradient_is_that_of_autograd_and_networks_give_the_same_outputs(pro
 def test_figures_of_known_gaussians():
     torch.manual_seed(0)
     std = torch.tensor([0.5, 1.0, 2.0, 4.0]).double()
-    reference = std * torch.special.ndtri((torch.arange(4000) + 0.5) / 4000).double()[:, None]
-    levels = torch.special.ndtri(hmc_posteriors.LEVELS)[:, None]
+    reference = hmc.Marginals.of_draws(std * torch.special.ndtri((torch.arange(4000) + 0.5) / 4000).double()[:, None])
+    levels = torch.special.ndtri(hmc.LEVELS)[:, None]
 
     def compare(mean, std):
-        return hmc_posteriors.compare(hmc_posteriors.Marginals(mean, std, mean + std * levels), reference, 0.1)
+        return hmc_posteriors.compare(hmc.Marginals(mean, std, mean + std * levels), reference, 0.1)
 
     same = compare(0 * std, std)
     assert same["r_std"] == pytest.approx(1)
@@ -81,8 +81,8 @@ def test_figures_of_known_gaussians():
 def test_a_mixture_has_the_moments_of_its_parts_drawn_together():
     torch.manual_seed(0)
     parts = [torch.randn(4000, 3) + shift for shift in (0.0, 2.0)]
-    mixed = hmc_posteriors.mixture([hmc_posteriors.of_draws(part) for part in map(torch.Tensor.double, parts)])
-    together = hmc_posteriors.of_draws(torch.cat(parts).double())
+    mixed = hmc_posteriors.mixture([hmc.Marginals.of_draws(part) for part in map(torch.Tensor.double, parts)])
+    together = hmc.Marginals.of_draws(torch.cat(parts).double())
     torch.testing.assert_close(mixed.mean, together.mean)
     torch.testing.assert_close(mixed.std, together.std, rtol=1e-3, atol=0)
     inner = slice(10, -10)  # the ends are single draws
@@ -104,12 +104,14 @@ def test_the_whole_command_on_the_cubic_and_its_section(tmp_path, monkeypatch):
     monkeypatch.setattr(hmc, "START_STEPS", 20)
     monkeypatch.setattr(hmc_posteriors, "STEPS", 5)
     monkeypatch.setattr(hmc_posteriors.structures, "names", lambda: [("kron", "factored"), ("kron", "exact")])
-    hmc.run(["cubic"], tmp_path / "results", tmp_path / "cache", 1, quick=False, chains_only=False)
+    monkeypatch.setenv("BAYES_KFAC_CACHE", str(tmp_path / "cache"))
+    hmc.run(["cubic"], tmp_path / "results", 1, ["kron"], quick=False)
     monkeypatch.setattr(hmc_report, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(hmc_report, "IMAGES", tmp_path / "images")
     assert "cubic | 0.166" in hmc_report.section()
     kept = hmc_report.read("posteriors", "cubic", "noisy-kron-factored")
     assert set(hmc_report.KINDS) < set(kept)
+    assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "results").rglob("*.json"))
     pytest.importorskip("matplotlib")
     hmc_report.plot_bands()
     assert (tmp_path / "images" / "hmc_bands.png").exists()
