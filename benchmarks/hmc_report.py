@@ -154,13 +154,25 @@ def structures_table() -> str:
     return STRUCTURES + text + f"\nThe highest mean r is {high:.2f} ({best}), the lowest {low:.2f} ({worst}).\n"
 
 
+NOTES = """
+Noisy K-FAC comes above the recalled mark on energy and yacht, comes near it on power, and stays below it on boston,
+concrete and wine_red: the marks are not beaten. Trained dense blocks are nearer to NUTS than Kronecker ones by every
+measure, so that a part of the distance is the Kronecker product's; what one mode leaves out is seen in the mixtures. By
+r alone Laplace of the last layer is the best, but its standard deviations are 0.6 of those of NUTS; Laplace of all
+layers is 1.5 to 3 times too wide, and sampled far more. Noisy training has the smallest distances, and with exact or
+optimal damping the widths of NUTS in the mean over sets: too wide on energy, too narrow on wine_red. The chains of
+concrete have not mixed (R-hat up to 1.24): its column is uncertain. On Snelson's data noisy training with Kronecker and
+diagonal blocks smooths the second wave away, as far as 2000 steps take it; dense blocks do not.
+"""
+
+
 def section() -> str:
     """The section, of what is committed."""
     if not done((*LINES, *UCI)):
         return ""
     text = HEAD + chains_table()
     if done():
-        text += AGREEMENT + agreement_table() + structures_table()
+        text += AGREEMENT + agreement_table() + structures_table() + NOTES
     text += "\n![Standard deviations beside those of NUTS](images/evidence/hmc_scatter.png)\n"
     return text + "\n![Predictive bands of one-dimensional data](images/evidence/hmc_bands.png)\n"
 
@@ -201,7 +213,7 @@ def plot_bands() -> None:
         ]
         for axis, (label, entry) in zip(axis_row, entries, strict=True):
             style.prepare(axis, figsize=(1, 1))
-            axis.set_title(label if axis_row is axes[0] else "", fontsize="small", color=style.INK)
+            axis.set_title(label if name == names[0] else "", fontsize="x-small", color=style.INK)
             if entry:
                 mean = np.asarray(entry["mean"]) * problem.scale[1] + problem.shift[1]
                 std = np.asarray(entry["std"]) * problem.scale[1]
@@ -229,10 +241,11 @@ def plot_scatter() -> None:
     for axis, name in zip(axes.flat, names, strict=False):
         style.prepare(axis, figsize=(1, 1))
         reference = np.asarray((read("nuts", name) or {})["std"])
-        seen = [reference]
+        seen, correlations = [reference], []
         for (label, file, kind), color, marker in zip(SCATTER, style.PALETTE, style.MARKERS, strict=False):
             own = (read("posteriors", name, file) or {})[kind]
             seen.append(np.asarray(own["std"]))
+            correlations.append(f"{own['r_std'][0]:.2f}")
             axis.scatter(
                 reference,
                 own["std"],
@@ -241,13 +254,13 @@ def plot_scatter() -> None:
                 marker=marker,
                 alpha=0.6,
                 linewidths=0,
-                label=f"{label}, {kind}: r = {own['r_std'][0]:.2f}",
+                label=f"{label}, {kind}",
             )
-        ends = [0.8 * min(values.min() for values in seen), 1.25 * max(values.max() for values in seen)]
+        ends = [0.0, 1.05 * max(values.max() for values in seen)]
         axis.plot(ends, ends, color=style.QUIET, linewidth=1, zorder=0)
-        axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal", title=name)
-        axis.set(xlabel="standard deviation, NUTS", ylabel="standard deviation")
-        style.legend(axis, loc="upper left", fontsize="x-small")
+        axis.set(xlim=ends, ylim=ends, aspect="equal", xlabel="standard deviation, NUTS", ylabel="standard deviation")
+        axis.set_title(f"{name}: r = {', '.join(correlations)}", fontsize="small", color=style.INK)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     save(figure, "hmc_scatter")
 
 
