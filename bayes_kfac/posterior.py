@@ -7,7 +7,7 @@ object serves as the function only, and is left as it was by every call here.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bayes_kfac import linalg, structures
-from bayes_kfac.batches import inputs_of
+from bayes_kfac.batches import parts_of
 from bayes_kfac.curvature import Layer, Summary, find_layers, summarize
 from bayes_kfac.errors import ArgumentError, UsageError, check_choice, check_count
 from bayes_kfac.likelihoods import Likelihood
@@ -34,7 +34,6 @@ from bayes_kfac.prediction import (
     from_outputs,
     sampled_outputs,
 )
-from bayes_kfac.progress import progress_bar
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import BlockGaussian, JointGaussian
 
@@ -460,12 +459,6 @@ class Posterior:
         from bayes_kfac.serialization import load
 
         return load(cls, Path(path), model, likelihood)
-
-
-def parts_of(loader: Iterable[Any], device: torch.device, progress: bool) -> Iterator[Any]:
-    """The inputs of a loader's batches on a device, with a progress bar or without."""
-    for batch in progress_bar(loader, desc="predict", unit="batch", shown=progress):
-        yield inputs_of(batch, device)
 
 
 def _named_state(model: nn.Module) -> dict[str, Tensor]:

@@ -20,14 +20,13 @@ import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from active_learners import DRAWS, METHODS, SampledStack, Setting, Stack
 from active_protocol_report import FOLDER, draw, number, stem, tables, where_table
-from jobs import Job, parser, run
+from jobs import Job, parser, results_folder, run
 from torch import Tensor
 from uci import HERE, data_folder
 
@@ -331,9 +330,9 @@ def main() -> None:
         print(tuning_table(folder))
         return
     if arguments.quick:
-        with TemporaryDirectory() as quick:
-            run(jobs(Path(quick), arguments.data, arguments.methods, 2, 1), arguments.processes)
-            print(tables(Path(quick)))
+        with results_folder(arguments) as quick:
+            run(jobs(quick, arguments.data, arguments.methods, 2, 1), arguments.processes)
+            print(tables(quick))
         return
     run(jobs(folder, arguments.data, arguments.methods, arguments.seeds, arguments.acquired), arguments.processes)
     print(tables(folder) + "\n" + where_table(folder))

@@ -20,10 +20,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +29,11 @@ import jobs
 import numpy as np
 import pyro
 import torch
+from hmc_problems import load
 from jobs import Job
 from pyro.infer import MCMC, NUTS
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor, nn
-from uci import HERE, data_folder, load_splits
 
 import bayes_kfac as bk
 
@@ -45,72 +42,8 @@ PRIOR_PRECISION = 1.0
 CHAINS = 4
 #: Of Adam, to a mode.
 START_STEPS = 1500
-POWER_EXAMPLES = 1000
 #: Where the quantiles of marginals are taken.
 LEVELS = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
-#: More test inputs than these are left out; it is power that has more.
-TEST_EXAMPLES = 200
-
-
-# -- data --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Standardised data, and the inputs at which functions are compared.
-
-    Attributes:
-        x: Training inputs, ``[examples, features]``.
-        y: Training targets, ``[examples, 1]``.
-        test_x: The inputs at which functions are compared; a grid where there is one input.
-        noise: The noise's standard deviation where no network has to find it.
-        shift: What is to be added to inputs and targets, after ``scale``, for the data's units; of data on a line.
-        scale: What they are to be multiplied by.
-    """
-
-    x: Tensor
-    y: Tensor
-    test_x: Tensor
-    noise: float | None = None
-    shift: tuple[float, float] = (0.0, 0.0)
-    scale: tuple[float, float] = (1.0, 1.0)
-
-    @classmethod
-    def on_a_line(cls, x: Tensor, y: Tensor, margin: float, noise: float | None = None) -> Problem:
-        """Standardise one-dimensional data; the grid reaches a margin beyond them."""
-        shift, scale = (float(x.mean()), float(y.mean())), (float(x.std()), float(y.std()))
-        grid = torch.linspace(float(x.min()) - margin, float(x.max()) + margin, 150)
-        x, y, grid = (x - shift[0]) / scale[0], (y - shift[1]) / scale[1], (grid - shift[0]) / scale[0]
-        return cls(x[:, None], y[:, None], grid[:, None], noise and noise / scale[1], shift, scale)
-
-
-def uci(name: str) -> Problem:
-    """The first split of a set."""
-    splits = load_splits(name, 1)
-    x, y = splits.train_x[:, 0], splits.train_y[:, 0]
-    if name == "power":
-        rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:POWER_EXAMPLES]
-        x, y = x[rows], y[rows]
-    return Problem(x, y, splits.test_x[:TEST_EXAMPLES, 0])
-
-
-def snelson() -> Problem:
-    """Snelson and Ghahramani's 200 points."""
-    with np.load(next((data_folder().parent / "snelson1d").glob("*.npz")), allow_pickle=False) as file:
-        x, y = (torch.as_tensor(file[key], dtype=torch.float32).flatten() for key in ("X", "y"))
-    # half the mean square of differences between neighbours: no model of the function enters
-    noise = float(y[x.argsort()].diff().square().mean().div(2).sqrt())
-    return Problem.on_a_line(x, y, margin=2.0, noise=noise)
-
-
-def cubic() -> Problem:
-    """Twenty points of a cubic with noise of standard deviation 3 (Hernández-Lobato and Adams 2015)."""
-    generator = torch.Generator().manual_seed(0)
-    x = 8 * torch.rand(20, generator=generator) - 4
-    return Problem.on_a_line(x, x**3 + 3 * torch.randn(20, generator=generator), margin=2.0, noise=3.0)
-
-
-LINES: dict[str, Callable[[], Problem]] = {"cubic": cubic, "snelson": snelson}
 #: Warm-up, draws and the greatest depth of a trajectory's tree, for each chain; small sets first.
 BUDGETS = {
     "cubic": (300, 500, 8),
@@ -122,12 +55,6 @@ BUDGETS = {
     "power": (150, 200, 8),
     "wine_red": (150, 200, 8),
 }
-UCI = ("boston", "concrete", "energy", "power", "wine_red", "yacht")
-
-
-def load(name: str) -> Problem:
-    """A problem by its name."""
-    return LINES[name]() if name in LINES else uci(name)
 
 
 def network(features: int, hidden: int = HIDDEN) -> nn.Sequential:
@@ -285,7 +212,7 @@ def chain(name: str, index: int, noise: float, budget: list[int]) -> dict[str, A
 
 def cache() -> Path:
     """Where chains are kept."""
-    return Path(os.environ.get("BAYES_KFAC_CACHE", HERE.parent / ".cache")) / "hmc"
+    return jobs.cache() / "hmc"
 
 
 def draws_path(name: str, index: int) -> Path:
@@ -386,13 +313,9 @@ def main() -> None:
     parser.add_argument("--structures", nargs="+", metavar="NAME", help="only these; by default all of the registry")
     parser.add_argument("--chains-only", action="store_true", help="NUTS alone")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        results = arguments.results / "hmc"
-        if arguments.quick:
-            results = Path(folder)
-            os.environ["BAYES_KFAC_CACHE"] = folder
+    with jobs.results_folder(arguments) as folder:
         chosen = arguments.structures if not arguments.chains_only else []
-        run(arguments.data, results, arguments.processes, chosen, quick=arguments.quick)
+        run(arguments.data, folder / "hmc", arguments.processes, chosen, quick=arguments.quick)
 
 
 def run(names: list[str], results: Path, processes: int, chosen: list[str] | None, *, quick: bool) -> None:

@@ -19,6 +19,7 @@ import hmc
 import structures
 import torch
 from hmc import LEVELS, Marginals
+from hmc_problems import Problem, load
 from jobs import Job
 from torch import Tensor, nn
 
@@ -69,7 +70,7 @@ def job(
     name: str, noise: float, method: str, structure: str, damping: str, seeds: list[int], steps: int
 ) -> dict[str, Any]:
     """Train or fit a posterior for each seed; compare both predictions of each, and their mixtures, with the chains."""
-    problem = hmc.load(name)
+    problem = load(name)
     reference = hmc.marginals(name)
     started = time.process_time()
     made: dict[str, list[Marginals]] = {"linearized": [], "sampled": []}
@@ -94,7 +95,7 @@ def job(
 
 
 def noisy(
-    problem: hmc.Problem, noise: float, structure: str, damping: str, seed: int, steps: int
+    problem: Problem, noise: float, structure: str, damping: str, seed: int, steps: int
 ) -> tuple[bk.Posterior, dict[str, Any]]:
     """A posterior trained by noisy natural gradient."""
     torch.manual_seed(seed)
@@ -131,7 +132,7 @@ def noisy(
 
 
 @torch.no_grad()
-def evidence_lower_bound(optimizer: bk.NoisyNaturalGradient, problem: hmc.Problem, num_samples: int = 50) -> float:
+def evidence_lower_bound(optimizer: bk.NoisyNaturalGradient, problem: Problem, num_samples: int = 50) -> float:
     """Of the training part, in nats for each example."""
     posterior = optimizer.posterior()
     outputs = posterior.predict(problem.x, "sampling", num_samples=num_samples).outputs
@@ -140,7 +141,7 @@ def evidence_lower_bound(optimizer: bk.NoisyNaturalGradient, problem: hmc.Proble
 
 
 def laplace(
-    problem: hmc.Problem, noise: float, structure: str, damping: str, seed: int, steps: int, subset: str = "all"
+    problem: Problem, noise: float, structure: str, damping: str, seed: int, steps: int, subset: str = "all"
 ) -> tuple[bk.Posterior, dict[str, Any]]:
     """A posterior fitted around a mode."""
     model = mode(problem, noise, seed, steps)
@@ -162,7 +163,7 @@ METHODS: dict[str, Callable[..., tuple[bk.Posterior, dict[str, Any]]]] = {
 }
 
 
-def mode(problem: hmc.Problem, noise: float, seed: int, steps: int) -> nn.Sequential:
+def mode(problem: Problem, noise: float, seed: int, steps: int) -> nn.Sequential:
     """The network at a mode of the posterior."""
     potential = hmc.Potential(problem.x, problem.y, noise)
     weights = hmc.start(potential, seed).requires_grad_()

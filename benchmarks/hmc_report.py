@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hmc import LINES, UCI, load
+from hmc_problems import LINES, UCI, load
 from uci import HERE
 
 RESULTS = HERE / "results" / "hmc"

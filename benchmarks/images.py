@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import tempfile
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +27,8 @@ import torch
 from images_data import CORRUPTIONS, SEVERITIES, STRANGE, Images, as_format, corrupted, read
 from images_methods import Predictor
 from images_training import PROBLEMS, Batches, Parts, Problem, Trained, clock, parts, probabilities, train
-from jobs import HERE, Job, parser, run
+from jobs import Job, parser, results_folder, run
+from jobs import cache as jobs_cache
 from torch import Tensor
 
 import bayes_kfac as bk
@@ -91,7 +90,7 @@ def under_corruption(predict: Predictor, problem: Problem, test: Images, device:
 
 def cache() -> Path:
     """The folder of checkpoints."""
-    return Path(os.environ.get("BAYES_KFAC_CACHE") or HERE.parent / ".cache" / "images")
+    return jobs_cache() / "images"
 
 
 # -- one job ----------------------------------------------------------------------------------------------------------
@@ -204,11 +203,6 @@ def affordable(options: argparse.Namespace, problem: str, seed: int, epochs: int
     return max(epochs, math.floor(epochs * noisy / plain))
 
 
-def section() -> str:
-    """The page's section."""
-    return images_report.section()
-
-
 def main() -> None:
     """Run what is asked for and not yet there."""
     own = parser(__doc__)
@@ -221,10 +215,10 @@ def main() -> None:
     if "ivon" in options.methods and find_spec("ivon") is None:
         print("IVON is left out: its package, ivon-opt, is not installed.")
         options.methods.remove("ivon")
-    with tempfile.TemporaryDirectory() as folder:
-        if options.quick:  # nothing is kept
-            options.results, os.environ["BAYES_KFAC_CACHE"] = Path(folder), folder
+    with results_folder(options) as options.results:
         run_all(options)
+    if not options.quick:
+        images_report.draw()
 
 
 def run_all(options: argparse.Namespace) -> None:

@@ -226,9 +226,22 @@ def _save(figure: Any, name: str) -> None:
 # -- the section ------------------------------------------------------------------------------------------------------
 
 
+def done() -> dict[str, Any]:
+    """All results, by problem."""
+    return {problem: found for problem in TITLES if (found := results(problem))}
+
+
+def draw() -> None:
+    """The section's pictures."""
+    everything = done()
+    plot_curves(everything)
+    plot_reliability(everything)
+    plot_corruption(everything)
+
+
 def section() -> str:
-    """The section, and its pictures; empty where nothing is committed."""
-    everything = {problem: found for problem in TITLES if (found := results(problem))}
+    """The section; empty where nothing is committed."""
+    everything = done()
     if not everything:
         return ""
     text = HEAD
@@ -236,9 +249,6 @@ def section() -> str:
         text += f"### {TITLES[problem]}\n\n{table(found)}{further_table(found)}"
     if any(problem.startswith("cifar10") for problem in everything):
         text += MARKS
-    plot_curves(everything)
-    plot_reliability(everything)
-    plot_corruption(everything)
     text += "![Test loss against epochs and seconds](images/evidence/images_curves.png)\n\n"
     text += "![Accuracy less confidence, by confidence](images/evidence/images_reliability.png)\n\n"
     text += "![Scores against the severity of corruption](images/evidence/images_corruption.png)\n\n"

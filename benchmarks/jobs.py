@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -21,8 +22,7 @@ from typing import Any
 import torch
 from measure import keep
 from tqdm import tqdm
-
-HERE = Path(__file__).resolve().parent
+from uci import HERE
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,19 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 @contextmanager
 def results_folder(arguments: argparse.Namespace) -> Iterator[Path]:
-    """Where results are kept; with ``--quick`` a folder that is gone at the end."""
+    """Where results are kept; with ``--quick`` a folder that is gone at the end, and what :func:`cache` holds too."""
     if not arguments.quick:
         yield arguments.results
         return
+    before = os.environ.get("BAYES_KFAC_CACHE")
     with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
+        os.environ["BAYES_KFAC_CACHE"] = folder  # which other processes inherit
+        try:
+            yield Path(folder)
+        finally:
+            os.environ.pop("BAYES_KFAC_CACHE") if before is None else os.environ.update(BAYES_KFAC_CACHE=before)
+
+
+def cache() -> Path:
+    """Where unfinished work is kept: the folder that ``BAYES_KFAC_CACHE`` names, or ``.cache``."""
+    return Path(os.environ.get("BAYES_KFAC_CACHE", HERE.parent / ".cache"))

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -248,8 +247,7 @@ def main() -> None:
             methods.append(method)
         else:
             print(f"{method} is left out, as it needs the modules {', '.join(MODULES[method])}.")
-    with tempfile.TemporaryDirectory() as folder:
-        results = Path(folder) if arguments.quick else arguments.results
+    with jobs.results_folder(arguments) as results:
         splits = 2 if arguments.quick else arguments.splits
         todo = all_jobs(methods, arguments.data, splits, arguments.seed, results, arguments.quick)
         try:

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jobs import HERE, Job, parser, results_folder, run
+from jobs import Job, cache, parser, results_folder, run
 from torch import Tensor
-from uci import Recipe, Splits, load_splits, summary, train
+from uci import HERE, Recipe, Splits, load_splits, summary, train
 
 DATA_SETS = ("boston", "concrete", "energy", "wine_red", "yacht")
 TEMPERATURES = (1.0, 0.3, 0.1)
@@ -125,7 +125,7 @@ def measure(
     members = FOLD_MEMBERS if part == "folds" else MEMBERS
     stack = repeated(parts, members)
     own = recipe(structure, temperature, len(parts.train_x), steps)
-    checkpoint = HERE.parent / ".cache" / "regression" / f"{data}-{structure}-{temperature}-{part}-{steps}-{seed}.pt"
+    checkpoint = cache() / "regression" / f"{data}-{structure}-{temperature}-{part}-{steps}-{seed}.pt"
     posterior, seconds = train(data, own, stack, seed, checkpoint, shown=False)
     checkpoint.unlink(missing_ok=True)
     draws = posterior.sample(own.test_samples, generator=torch.Generator().manual_seed(seed))
@@ -186,20 +186,25 @@ def load(data: str, structure: str = "kron", kind: str = "mixture", folder: Path
 
 
 def load_untuned(
-    data: str, structure: str = "kron", kind: str = "mixture", folder: Path = HERE / "results"
+    data: str,
+    structure: str = "kron",
+    kind: str = "mixture",
+    folder: Path = HERE / "results",
+    temperature: float = 1.0,
 ) -> dict[str, Any]:
-    """Figures of each split at temperature 1, with the noise of the grid that is nearest to the learned one.
+    """Figures of each split at one temperature, with the noise of the grid that is nearest to the learned one.
 
     Args:
         data: The data set.
         structure: The structure of the posteriors.
         kind: As in :func:`load`.
         folder: Where all results are.
+        temperature: The temperature.
 
     Returns:
         ``rmse``, ``log_likelihood`` and ``noise``, each a list over splits.
     """
-    read = _read(data, structure, "full", 1.0, folder)
+    read = _read(data, structure, "full", temperature, folder)
     learned = torch.tensor(read["learned_noise"])
     noise = (NOISES[:, None].log() - learned.log()).abs().argmin(0)
     density = torch.tensor(read[kind]["log_likelihood"])

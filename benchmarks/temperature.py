@@ -21,8 +21,8 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
-from jobs import HERE, Job, parser, results_folder, run
-from uci import Recipe, Splits, load_splits, summary, train
+from jobs import Job, cache, parser, results_folder, run
+from uci import HERE, Recipe, Splits, load_splits, summary, train
 
 import bayes_kfac as bk
 from bayes_kfac.metrics import miscalibration_area
@@ -49,7 +49,7 @@ def measure(data: str, temperature: float, damping: str, steps: int, splits: int
         num_samples=2,
         batch_size=BATCH_SIZE,
     )
-    checkpoint = HERE.parent / ".cache" / "temperature" / f"{data}-{temperature}-{damping}-{steps}.pt"
+    checkpoint = cache() / "temperature" / f"{data}-{temperature}-{damping}-{steps}.pt"
     posterior, seconds = train(data, recipe, parts, seed, checkpoint, shown=False)
     checkpoint.unlink(missing_ok=True)
     generator = torch.Generator().manual_seed(seed)
@@ -169,10 +169,7 @@ def section(folder: Path = HERE / "results") -> str:
     results = load(folder)
     if any((name, *pair) not in results for name in DATA_SETS for pair in PAIRS):
         return ""
-    return HEAD + "\n".join(table(results)) + NOTES
-
-
-NOTES = ""
+    return HEAD + "\n".join(table(results))
 
 
 def main() -> None:

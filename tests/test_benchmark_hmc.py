@@ -20,13 +20,14 @@ sys.path.insert(0, str(BENCHMARKS))
 import hmc  # noqa: E402
 import hmc_posteriors  # noqa: E402
 import hmc_report  # noqa: E402
+from hmc_problems import Problem  # noqa: E402
 
 
 @pytest.fixture
 def problem():
     torch.manual_seed(0)
     x = torch.randn(20, 3).double()
-    return hmc.Problem(x, x[:, :1] ** 2, torch.randn(7, 3).double())
+    return Problem(x, x[:, :1] ** 2, torch.randn(7, 3).double())
 
 
 def test_the_potential_is_that_of_the_generative_model(problem):

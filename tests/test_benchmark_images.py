@@ -246,7 +246,7 @@ def test_the_command_runs_every_method_and_the_section_shows_them(toy, monkeypat
     assert [len(kept["corrupted"][kind]) for kind in CORRUPTIONS] == [5] * len(CORRUPTIONS)
     assert len(kept["curve"]) == 2
     assert str(toy) not in json.dumps(kept)  # no path of the machine is kept
-    text = images.section()
+    text = images_report.section()
     for method in (*TRAINERS, images.LONG, "ensemble", *images.LAPLACE):
         assert f"| {method} |" in text
     assert "nan" not in text
