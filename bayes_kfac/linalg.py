@@ -11,8 +11,9 @@ has no dense one.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -26,6 +27,14 @@ BatchedFunction = Callable[[Tensor, Sequence[str]], tuple[Tensor, ...]]
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """No autocast, where the caller has a region open: factorisations and draws in 16 bits would be others."""
     return torch.autocast(device.type, enabled=False)
+
+
+def all_finite(tensors: Collection[Tensor]) -> bool:
+    """Whether no tensor holds NaN or infinity; where none does, one number is read back from the device."""
+    sums = [tensor.sum() for tensor in tensors]
+    if not sums or math.isfinite(torch.stack(sums).sum()):
+        return True
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)  # sums of what is finite may overflow
 
 
 def symmetrize(matrix: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ class Recipe:
         decay: How it falls: ``"step"``, by ten in the middle and the statistics' rate with it, or ``"cosine"``.
         noise_lr: Step size of the noise.
         kl_clip: The largest step of a split's network, as ``NoisyNaturalGradient`` measures it.
+        extrinsic_damping: Damping of the steps alone.
         statistics_rate: How much a step's statistics weigh in their moving average.
         statistics_every: Steps between two measurements of the statistics.
         inverse_every: Steps between two refreshes of the factors.
@@ -67,6 +68,7 @@ class Recipe:
     decay: str = "step"
     noise_lr: float = 1e-3
     kl_clip: float | None = None
+    extrinsic_damping: float = 0.0
     statistics_rate: float = 1e-3
     statistics_every: int = 1
     inverse_every: int = 1
@@ -155,6 +157,7 @@ def train(
         inverse_every=recipe.inverse_every,
         num_samples=recipe.num_samples,
         kl_clip=recipe.kl_clip and recipe.kl_clip * replicas,  # that of all networks together
+        extrinsic_damping=recipe.extrinsic_damping,
         deterministic_lr=recipe.noise_lr,
         generator=generator,
     )

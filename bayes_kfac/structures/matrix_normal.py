@@ -7,6 +7,8 @@ of a diagonal side is its diagonal, ``[*blocks, 1, size]``.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,15 @@ class MatrixNormalGaussian(BlockGaussian):
     def whiten(self, value: Tensor) -> Tensor:  # noqa: D102
         product = linalg.left_product(linalg.transpose(self.scale_tril_row), value)
         return linalg.right_product(product, self.scale_tril_column)
+
+    def solve(self, value: Tensor) -> Tensor:  # noqa: D102
+        row, column = self._covariances
+        return linalg.right_product(linalg.left_product(row, value), column)
+
+    @cached_property
+    def _covariances(self) -> tuple[Tensor, Tensor]:
+        """``U`` and ``V``: training solves many times with them, and each takes two products where roots take four."""
+        return linalg.gram(self.scale_tril_row), linalg.gram(self.scale_tril_column)
 
     def multiply(self, value: Tensor) -> Tensor:  # noqa: D102
         by_row = _precision_product(self.scale_tril_row, value)

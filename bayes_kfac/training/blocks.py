@@ -172,22 +172,22 @@ class Blocks:
         states = states.updated({name: self._with_gradient(name, states[name], own) for name, own in gradients.items()})
         inner: dict[str, Tensor] = {}
         damped: dict[str, Tensor] = {}
+        scale = self.num_data / self.temperature
         for name in gradients:
             state = states[name]
             assert state.momentum is not None
-            is_damped = state.preconditioner is not None and self.is_preconditioned(name)
-            (damped if is_damped else inner)[name] = state.momentum / state.momentum_weight
+            if state.preconditioner is not None and self.is_preconditioned(name):
+                damped[name] = state.momentum / state.momentum_weight
+            else:
+                inner[name] = state.momentum * (scale / state.momentum_weight)
         # linked layers without a gradient have a direction too, and stay where they are
-        by_posterior, by_preconditioner = states.posterior.solve(inner), states.preconditioner.solve(damped)
-        scale = self.num_data / self.temperature
-        return states, {
-            name: by_preconditioner[name] if name in damped else by_posterior[name] * scale for name in gradients
-        }
+        found = {**states.posterior.solve(inner), **states.preconditioner.solve(damped)}
+        return states, {name: found[name] for name in gradients}
 
     def _with_gradient(self, name: str, state: BlockState, gradient: Tensor) -> BlockState:
         """The state with a gradient in its moving average."""
         decay = self._options(name)["momentum"]
-        average = (1 - decay) * gradient if state.momentum is None else decay * state.momentum + (1 - decay) * gradient
+        average = (1 - decay) * gradient if state.momentum is None else gradient.lerp(state.momentum, decay)
         return replace(state, momentum=average, momentum_weight=decay * state.momentum_weight + (1 - decay))
 
     def describe(self) -> dict[str, str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from bayes_kfac import linalg
 from bayes_kfac.curvature import Layer, Statistics
 from bayes_kfac.errors import NonFiniteError, UsageError
 from bayes_kfac.training.sampler import Sampler
@@ -85,6 +86,8 @@ def check_finite(
         for statistic in batch.non_finite():
             raise NonFiniteError(f"Layer {name!r}: the batch's {statistic!r} statistic holds NaN or infinity. {advice}")
     for kind, tensors in (("Layer", gradients), ("Parameter", deterministic)):
+        if linalg.all_finite(tensors.values()):
+            continue
         for name, gradient in tensors.items():
             if not bool(torch.isfinite(gradient).all()):
                 raise NonFiniteError(f"{kind} {name!r}: the gradient holds NaN or infinity. {advice}")

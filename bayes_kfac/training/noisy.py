@@ -315,8 +315,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             gradient = layer.gradient()
             if gradient is not None:
                 dtype = torch.promote_types(gradient.dtype, torch.float32)  # the algebra of a bf16 model is in float32
-                damping = self._blocks.intrinsic_damping(name)
-                gradients[name] = gradient.to(dtype) + damping * self._sampler.mean_sample(name)
+                decay = self._blocks.intrinsic_damping(name)
+                gradients[name] = self._sampler.with_decay(name, gradient.to(dtype), decay)
         return gradients
 
     def _changes(
@@ -334,8 +334,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         for name, direction in directions.items():
             momentum = states[name].momentum
             assert momentum is not None
-            inner = (momentum * direction).sum() / states[name].momentum_weight
-            lengths.append(self._group(name)["lr"] ** 2 * inner)
+            inner = torch.dot(momentum.flatten(), direction.flatten())
+            lengths.append(inner * (self._group(name)["lr"] ** 2 / states[name].momentum_weight))
         return (self.kl_clip / torch.stack(lengths).sum()).sqrt().clamp(max=1.0)
 
     def posterior(self) -> Posterior:

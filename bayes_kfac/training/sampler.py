@@ -6,7 +6,7 @@ after the mean is back fails instead of using the wrong weights. Noise is one ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -67,10 +67,11 @@ class Sampler:
         self.statistics: dict[str, Statistics] = {}
         self.noise_sum: dict[str, Tensor] = {}
 
-    def mean_sample(self, name: str) -> Tensor:
-        """The mean over this step's samples of a layer's ``[weight, bias]``, ``[*blocks, out, in]``."""
-        mean = self._layers[name].values()
-        return mean + self.noise_sum[name] / self.contexts if name in self.noise_sum else mean
+    def with_decay(self, name: str, gradient: Tensor, decay: float) -> Tensor:
+        """``gradient + decay · W`` with the mean ``W`` over this step's samples of a layer, ``[*blocks, out, in]``."""
+        layer = self._layers[name]
+        total = torch.add(gradient, layer.matrix(layer.parameters), alpha=decay)
+        return total.add_(self.noise_sum[name], alpha=decay / self.contexts) if name in self.noise_sum else total
 
     @contextmanager
     def sample(self, gaussian: JointGaussian, *, measure: bool) -> Iterator[None]:
@@ -135,7 +136,7 @@ class Sampler:
             return {}
         # copies: DistributedDataParallel may write the next gradients into the memory of these
         gradients = {p: p.grad.clone() for p in self._parameters if p.grad is not None}
-        if not gradients or not _are_finite(gradients.values()):
+        if not gradients or not linalg.all_finite(gradients.values()):
             # cleared by the user, or in a step that a gradient scaler refused: the step begins anew
             self.forget()
             gradients = {}
@@ -157,7 +158,3 @@ class Sampler:
             self.noise_sum[name] = self.noise_sum[name] + noise if name in self.noise_sum else noise
         self.statistics = added(self.statistics, self._meter.take())
         self.contexts += 1
-
-
-def _are_finite(gradients: Iterable[Tensor]) -> bool:
-    return bool(torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all())
