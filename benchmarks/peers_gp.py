@@ -41,8 +41,8 @@ class Fit:
 def fit(x: Tensor, y: Tensor, points: Tensor, iterations: int = ITERATIONS) -> Fit:
     """Fit length scales, variance, noise and mean by the evidence, and predict."""
     import gpytorch
-    from botorch.fit import fit_gpytorch_mll
     from botorch.models import SingleTaskGP
+    from botorch.optim.fit import fit_gpytorch_mll_scipy
 
     features = x.shape[-1]
     own = gpytorch.kernels.MaternKernel(2.5, ard_num_dims=features)
@@ -55,7 +55,7 @@ def fit(x: Tensor, y: Tensor, points: Tensor, iterations: int = ITERATIONS) -> F
         own.lengthscale, likelihood.noise = features**0.5, 0.1
         evidence = gpytorch.mlls.ExactMarginalLogLikelihood(likelihood, model)
         with gpytorch.settings.fast_computations(False, False, False):  # Cholesky factors, not conjugate gradients
-            fit_gpytorch_mll(evidence, optimizer_kwargs={"options": {"maxiter": iterations}}, max_attempts=1)
+            fit_gpytorch_mll_scipy(evidence, options={"maxiter": iterations})
             with torch.no_grad():
                 model.train()
                 value = float(evidence(model(*model.train_inputs), model.train_targets)) * len(x)

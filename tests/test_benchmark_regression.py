@@ -32,7 +32,7 @@ def test_each_fold_holds_out_a_tenth_of_its_own_and_learns_from_all_others(yacht
     import regression
 
     splits = regression.load_splits("yacht", 2)
-    parts = regression.folds(splits, seed=3)
+    parts = regression.folds(splits, 3, seed=3)
     assert parts.train_x.shape == (28, 6, 3)
     assert parts.test_x.shape == (3, 6, 3)
     for split in range(2):

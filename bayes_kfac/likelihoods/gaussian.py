@@ -86,14 +86,13 @@ class Gaussian(Likelihood):
     def _precision(self, output: Tensor) -> Tensor:
         """The expected precision; refuses a shape that would widen the output, or differ between examples."""
         precision = self.noise.precision()
-        event = tuple(output.shape[1:])
-        try:
-            fits = torch.broadcast_shapes(precision.shape, (1, *event)) == (1, *event)
-        except RuntimeError:
-            fits = False
+        widest = (1, *output.shape[1:])
+        # by hand: on a small network torch.broadcast_shapes takes longer than the loss
+        pairs = zip(reversed(precision.shape), reversed(widest), strict=False)
+        fits = precision.ndim <= len(widest) and all(own in (1, size) for own, size in pairs)
         if not fits:
             raise TargetError(
-                f"noise of shape {tuple(precision.shape)} does not broadcast to one example's output of shape {event} "
-                f"(outputs are {tuple(output.shape)}). Give noise_scale a number, or a shape that does."
+                f"noise of shape {tuple(precision.shape)} does not broadcast to one example's output of shape "
+                f"{widest[1:]} (outputs are {tuple(output.shape)}). Give noise_scale a number, or a shape that does."
             )
         return precision

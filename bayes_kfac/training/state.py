@@ -42,10 +42,9 @@ class BlockState:
 
     def like(self, tensor: Tensor) -> BlockState:
         """The same state on a tensor's device, in its dtype or float32 if that is wider; itself if it is already."""
-        held = self.statistics.tensors if self.statistics else []
-        held += [*(self.posterior.state if self.posterior else {}).values()]
+        held = self.posterior.like if self.posterior else self.statistics.tensors[0] if self.statistics else None
         dtype = torch.promote_types(tensor.dtype, torch.float32)
-        if all(own.dtype == dtype and own.device == tensor.device for own in held[:1]):
+        if held is None or (held.dtype == dtype and held.device == tensor.device):
             return self
 
         def move(value: Tensor) -> Tensor:

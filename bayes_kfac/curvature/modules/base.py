@@ -104,9 +104,12 @@ class ModuleAdapter(ABC):
 
     def parameter(self, kind: str) -> Tensor:
         """The module's ``"weight"`` or ``"bias"``."""
-        value: Any = self.module
-        for name in self.parameter_names[kind == "bias"].split("."):
-            value = getattr(value, name)
+        name = self.parameter_names[kind == "bias"]
+        value: Any = self.module._parameters.get(name)  # getattr on a module is slow, and this is asked for often
+        if value is None:
+            value = self.module
+            for part in name.split("."):
+                value = getattr(value, part)
         tensor: Tensor = value
         return tensor
 
