@@ -68,6 +68,29 @@ def vgg16() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
 
 
+class Gpt(nn.Module):
+    """Twelve blocks of a transformer of width 768 over embedded tokens, and a classifier of the last one."""
+
+    def __init__(self, layers: int = 12, width: int = 768, heads: int = 12) -> None:
+        super().__init__()
+        self.heads = heads
+        self.mixing = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(layers))
+        self.mixed = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.hidden = nn.ModuleList(nn.Linear(width, 4 * width) for _ in range(layers))
+        self.back = nn.ModuleList(nn.Linear(4 * width, width) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.classifier = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens ``[batch, tokens, width]`` to logits ``[batch, 10]``."""
+        for mixing, mixed, hidden, back in zip(self.mixing, self.mixed, self.hidden, self.back, strict=True):
+            parts = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in mixing(self.norm(x)).chunk(3, -1))
+            attended = nn.functional.scaled_dot_product_attention(*parts, is_causal=True)
+            x = x + mixed(attended.transpose(1, 2).flatten(2))
+            x = x + back(nn.functional.gelu(hidden(self.norm(x))))
+        return self.classifier(self.norm(x)[:, -1])
+
+
 class WithOne(nn.Module):
     """Appends a feature of 1: what a layer without a bias needs to be one with a bias."""
 
