@@ -51,19 +51,22 @@ class ReplicatedLinearAdapter(ModuleAdapter):
 
 
 class ReplicatedMLP(nn.Module):
-    """Independent networks with one hidden ReLU layer: ``[batch, replicas, in]`` to ``[batch, replicas, 1]``.
+    """Independent networks with one hidden ReLU layer: ``[batch, replicas, in]`` to ``[batch, replicas, outputs]``.
 
     Args:
         replicas: How many.
         in_features: The inputs of each.
         hidden: The hidden units of each.
         generator: The source of randomness of the initial weights.
+        outputs: The outputs of each.
     """
 
-    def __init__(self, replicas: int, in_features: int, hidden: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, replicas: int, in_features: int, hidden: int, generator: torch.Generator, outputs: int = 1
+    ) -> None:
         super().__init__()
         self.hidden = ReplicatedLinear(replicas, in_features, hidden, generator)
-        self.output = ReplicatedLinear(replicas, hidden, 1, generator)
+        self.output = ReplicatedLinear(replicas, hidden, outputs, generator)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The regression functions' values."""

@@ -42,7 +42,7 @@ class Recipe:
         damping: How the prior enters the posterior.
         temperature: The weight of the KL term.
         noise_prior: Concentration and rate of the Gamma prior of the noise's precision; ``None`` learns it by maximum
-            likelihood.
+            likelihood, and with ``"varying"`` the network predicts it for each input.
         hidden: Hidden units.
         epochs: Passes over the data.
         lr: Step size of the mean.
@@ -61,7 +61,7 @@ class Recipe:
     structure: str = "kron"
     damping: str = "factored"
     temperature: float = 1.0
-    noise_prior: tuple[float, float] | None = (6.0, 6.0)
+    noise_prior: tuple[float, float] | str | None = (6.0, 6.0)
     hidden: int = 50
     epochs: int = 1000
     lr: float = 1e-2
@@ -76,11 +76,13 @@ class Recipe:
     batch_size: int = 10
     test_samples: int = 100
 
-    def noise(self, shape: tuple[int, ...]) -> bk.likelihoods.Noise:
-        """The belief about the noise, before training."""
+    def likelihood(self, replicas: int) -> bk.likelihoods.Likelihood:
+        """What the networks' outputs mean; a noise is each network's own."""
+        if self.noise_prior == "varying":
+            return bk.likelihoods.HeteroscedasticGaussian()
         if self.noise_prior is None:
-            return bk.likelihoods.LearnedNoise(torch.ones(shape))
-        return bk.likelihoods.GammaNoise(*self.noise_prior, shape=shape)
+            return bk.likelihoods.Gaussian(bk.likelihoods.LearnedNoise(torch.ones(replicas, 1)))
+        return bk.likelihoods.Gaussian(bk.likelihoods.GammaNoise(*self.noise_prior, shape=(replicas, 1)))
 
     def rates(self, epoch: int) -> dict[str, float]:
         """Step size and statistics' decay in an epoch."""
@@ -142,8 +144,11 @@ def train(
     """Train all splits at once; returns the last epoch's posterior and the seconds that it took."""
     num_data, replicas, features = splits.train_x.shape
     generator = torch.Generator().manual_seed(seed)
-    model = ReplicatedMLP(replicas, features, recipe.hidden, generator)
-    likelihood = bk.likelihoods.Gaussian(recipe.noise((replicas, 1)))
+    outputs = 2 if recipe.noise_prior == "varying" else 1
+    model, likelihood = (
+        ReplicatedMLP(replicas, features, recipe.hidden, generator, outputs),
+        recipe.likelihood(replicas),
+    )
     optimizer = bk.NoisyNaturalGradient(
         model,
         likelihood,
