@@ -83,6 +83,7 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
         activation: str = "tanh",
         *,
         method: str = "laplace",
+        n_members: int = 1,
         structure: str | Structure = "kron",
         damping: str | None = None,
         fisher: str | None = None,
@@ -102,6 +103,7 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
         self.hidden_layer_sizes = hidden_layer_sizes
         self.activation = activation
         self.method = method
+        self.n_members = n_members
         self.structure = structure
         self.damping = damping
         self.fisher = fisher
@@ -170,42 +172,50 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
                 "early_stopping=True sets examples aside for validation, which partial_fit never sees again. Set "
                 "early_stopping=False, or call fit()."
             )
-        is_first = not hasattr(self, "posterior_")
+        is_first = not hasattr(self, "posteriors_")
         examples = self._checked(X, y, sample_weight, is_first=is_first, classes=classes)
         if is_first:
             return self._fit(examples, early_stopping=False)
-        random, plan = self._plan(len(examples))
-        batches = self._batches(self._scaled(examples), random)
-        posterior, record = update_laplace(self.posterior_, self.total_weight_, batches, plan)
+        random = check_random_state(self.random_state)
+        scaled, trained = self._scaled(examples), []
+        for posterior in self.posteriors_:
+            plan = self._plan(len(examples), random)
+            trained.append(update_laplace(posterior, self.total_weight_, self._batches(scaled, random), plan))
         self.total_weight_ += examples.total
-        return self._take(posterior, record)
+        return self._take(trained)
 
     def _fit(self, examples: Examples, *, early_stopping: bool) -> Self:
-        random, plan = self._plan(len(examples))
+        random = check_random_state(self.random_state)
+        plan = self._plan(len(examples), random)
         self._take_scales(examples)
         scaled, held = self._scaled(examples), None
         if early_stopping:
             if len(scaled) < 2:
                 raise ArgumentError("early_stopping=True needs two different examples or more: one is for validation.")
             scaled, held = scaled.split(self.validation_fraction, random, stratified=self._has_classes)
-        network, likelihood = self._network(plan.generator.initial_seed()), self._likelihood()
-        likelihood.to(self._device, self._dtype)
-        posterior, record = METHODS[self.method](
-            network,
-            likelihood,
-            self._batches(scaled, random),
-            None if held is None else self._batches(held, random),
-            plan,
-        )
+        trained: list[tuple[bk.Posterior, Record]] = []
+        for _ in range(self.n_members):
+            own = self._plan(len(examples), random) if trained else plan
+            network, likelihood = self._network(own.generator.initial_seed()), self._likelihood()
+            likelihood.to(self._device, self._dtype)
+            validation = None if held is None else self._batches(held, random)
+            trained.append(METHODS[self.method](network, likelihood, self._batches(scaled, random), validation, own))
         self.total_weight_ = scaled.total
-        return self._take(posterior, record)
+        return self._take(trained)
 
-    def _take(self, posterior: bk.Posterior, record: Record) -> Self:
-        self.posterior_ = posterior
+    def _take(self, trained: list[tuple[bk.Posterior, Record]]) -> Self:
+        self.posteriors_ = [posterior for posterior, _ in trained]
+        record = trained[0][1]
         self.n_iter_ = len(record.losses)
         self.loss_curve_ = record.losses
         self.validation_scores_ = record.scores
         return self
+
+    @property
+    def posterior_(self) -> bk.Posterior | bk.Mixture:
+        """The posterior of the network's weights; with several members their mixture."""
+        check_is_fitted(self)
+        return self.posteriors_[0] if len(self.posteriors_) == 1 else bk.Mixture(self.posteriors_)
 
     def _check_parameters(self) -> None:
         check_choice("method", self.method, tuple(METHODS))
@@ -222,6 +232,7 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
             check_positive("temperature", self.temperature)
         for size in self._hidden_layer_sizes:
             check_count("hidden_layer_sizes", size)
+        check_count("n_members", _as_int(self.n_members))
         check_count("batch_size", _as_int(self.batch_size))
         check_count("n_iter_no_change", _as_int(self.n_iter_no_change))
         if self.max_iter is not None:
@@ -237,13 +248,12 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
                 "machine has, as torch names it, such as 'cpu' or 'cuda'."
             ) from error
 
-    def _plan(self, num_examples: int) -> tuple[np.random.RandomState, Plan]:
-        """The source of randomness of batches, and how to train on so many different examples."""
-        random = check_random_state(self.random_state)
+    def _plan(self, num_examples: int, random: np.random.RandomState) -> Plan:
+        """How to train a member on so many different examples."""
         seed = int(random.randint(np.iinfo(np.int32).max))
         steps = -(-num_examples // self.batch_size)
         given = {"damping": self.damping, "fisher": self.fisher}
-        plan = Plan(
+        return Plan(
             epochs=max(EPOCHS, -(-STEPS // steps)) if self.max_iter is None else int(self.max_iter),
             lr=float(self.learning_rate_init or STEP_SIZES[self.method]),
             prior_precision=None if self.prior_precision == TUNED else float(self.prior_precision),
@@ -254,7 +264,6 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
             generator=torch.Generator(self._device).manual_seed(seed),
             progress=bool(self.verbose),
         )
-        return random, plan
 
     def _network(self, seed: int) -> nn.Sequential:
         """The network with torch's initial weights, by a seed of its own."""
@@ -281,7 +290,7 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
         """Checked and scaled inputs for the network."""
         check_is_fitted(self)
         inputs = self.input_scaling_(checked(self, X, dtype=np.float64, reset=False))
-        return torch.as_tensor(inputs).to(self.posterior_.device, self._dtype)
+        return torch.as_tensor(inputs).to(self.posteriors_[0].device, self._dtype)
 
     @property
     def _hidden_layer_sizes(self) -> list[int]:

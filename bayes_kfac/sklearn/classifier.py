@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 import bayes_kfac as bk
 from bayes_kfac import linalg
 from bayes_kfac.errors import ArgumentError
-from bayes_kfac.prediction import CategoricalPrediction, Source, concatenate
+from bayes_kfac.prediction import CategoricalPrediction, Source, concatenate, pool
+from bayes_kfac.prediction.classification import ClassificationPrediction
 from bayes_kfac.prediction.quadrature import joint_normal_nodes
 from bayes_kfac.sklearn.base import BayesianMLP, Scaling, checked, checked_weights
 from bayes_kfac.sklearn.examples import Array, Examples
@@ -35,6 +36,9 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianMLP):  # type: ignore[misc]
         activation: ``"tanh"``, ``"relu"``, ``"logistic"`` or ``"identity"``.
         method: ``"laplace"``: the most probable weights by Adam, and the curvature there. ``"noisy"``: noisy natural
             gradient, which trains the posterior itself; some times slower.
+        n_members: How many posteriors to train from different initial weights; predictions are those of their equal
+            mixture (:class:`bayes_kfac.Mixture`). Five are better than one where data are few; all costs are times
+            their number.
         structure: The family of the posterior's blocks: one of ``bayes_kfac.structures.available()``, or a structure
             with options of its own.
         damping: How the prior enters a block, ``"exact"``, ``"factored"`` or ``"optimal"``; by default the first for
@@ -60,12 +64,14 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianMLP):  # type: ignore[misc]
 
     Attributes:
         classes_: The classes, in the order of all probabilities.
-        posterior_: The :class:`bayes_kfac.Posterior` of the network's weights, for standardised inputs.
+        posterior_: The :class:`bayes_kfac.Posterior` of the network's weights, for standardised inputs; of several
+            members their :class:`bayes_kfac.Mixture`.
+        posteriors_: Those of all members.
         input_scaling_: Its ``location`` and ``scale`` of each input.
         total_weight_: How many examples the posterior is from: the sum of their weights.
-        n_iter_: Passes over the data.
-        loss_curve_: The mean negative log-likelihood of each pass, in nats.
-        validation_scores_: The mean log-likelihood of the validation part after each pass; empty where there is none.
+        n_iter_: Passes over the data, of the first member.
+        loss_curve_: The mean negative log-likelihood of each of its passes, in nats.
+        validation_scores_: The mean log-likelihood of the validation part after each; empty where there is none.
         n_features_in_: The number of inputs.
         feature_names_in_: Their names, where ``X`` had string names.
     """
@@ -135,7 +141,7 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianMLP):  # type: ignore[misc]
         """
         return np.log(self.predict_proba(X))
 
-    def predict_distribution(self, X: ArrayLike) -> CategoricalPrediction:
+    def predict_distribution(self, X: ArrayLike) -> ClassificationPrediction:
         """The predictive distribution as the library's result.
 
         Args:
@@ -148,16 +154,24 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianMLP):  # type: ignore[misc]
         """
         return concatenate(list(self._predictions(self._inputs(X))))
 
-    def _predictions(self, inputs: Tensor) -> Iterator[CategoricalPrediction]:
+    def _predictions(self, inputs: Tensor) -> Iterator[ClassificationPrediction]:
         """Predictions of parts of the inputs."""
         # the expectation over logits is taken at the same points for each input, whatever others there are
         points = joint_normal_nodes(len(self.classes_), inputs, POINTS)
-        source = Source("linearized", len(points), self.posterior_.provenance, "mc")
         for part in inputs.split(TOGETHER):
-            with torch.no_grad():
-                output = self.posterior_.output(part)
-                root = linalg.psd_root(output.covariance, ["output covariance"])
-                yield CategoricalPrediction(output.mean + torch.einsum("bij,sj->sbi", root, points), source)
+            yield cast(
+                ClassificationPrediction,
+                pool([self._prediction(posterior, part, points) for posterior in self.posteriors_]),
+            )
+
+    @staticmethod
+    def _prediction(posterior: bk.Posterior, inputs: Tensor, points: Tensor) -> CategoricalPrediction:
+        """What one member says, by the softmax at standard normal points ``[points, classes]``."""
+        with torch.no_grad():
+            output = posterior.output(inputs)
+            root = linalg.psd_root(output.covariance, ["output covariance"])
+            logits = output.mean + torch.einsum("bij,sj->sbi", root, points)
+        return CategoricalPrediction(logits, Source("linearized", len(points), posterior.provenance, "mc"))
 
     # -- what BayesianMLP asks for ------------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import bayes_kfac as bk
 from bayes_kfac.errors import ArgumentError, check_count
-from bayes_kfac.prediction import GaussianOutput, GaussianPrediction, Source
+from bayes_kfac.prediction import GaussianOutput, GaussianPrediction, Source, pool
+from bayes_kfac.prediction.regression import RegressionPrediction
 from bayes_kfac.sklearn.base import BayesianMLP, Scaling, checked, checked_weights
 from bayes_kfac.sklearn.examples import Array, Examples
 
@@ -30,6 +31,9 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
         activation: ``"tanh"``, ``"relu"``, ``"logistic"`` or ``"identity"``.
         method: ``"laplace"``: the most probable weights by Adam, and the curvature there. ``"noisy"``: noisy natural
             gradient, which trains the posterior itself; some times slower.
+        n_members: How many posteriors to train from different initial weights; predictions are those of their equal
+            mixture (:class:`bayes_kfac.Mixture`). Five are better than one where data are few; all costs are times
+            their number.
         structure: The family of the posterior's blocks: one of ``bayes_kfac.structures.available()``, or a structure
             with options of its own.
         damping: How the prior enters a block, ``"exact"``, ``"factored"`` or ``"optimal"``; by default the first for
@@ -53,13 +57,15 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
         dtype: ``"float64"`` or ``"float32"``: in what precision to compute.
 
     Attributes:
-        posterior_: The :class:`bayes_kfac.Posterior` of the network's weights, for standardised inputs and targets.
+        posterior_: The :class:`bayes_kfac.Posterior` of the network's weights, for standardised inputs and targets;
+            of several members their :class:`bayes_kfac.Mixture`.
+        posteriors_: Those of all members.
         input_scaling_: Its ``location`` and ``scale`` of each input.
         target_scaling_: The same of each target.
         total_weight_: How many examples the posterior is from: the sum of their weights.
-        n_iter_: Passes over the data.
-        loss_curve_: The mean negative log-likelihood of each pass, of standardised targets in nats.
-        validation_scores_: The mean log-likelihood of the validation part after each pass; empty where there is none.
+        n_iter_: Passes over the data, of the first member.
+        loss_curve_: The mean negative log-likelihood of each of its passes, of standardised targets in nats.
+        validation_scores_: The mean log-likelihood of the validation part after each; empty where there is none.
         n_features_in_: The number of inputs.
         feature_names_in_: Their names, where ``X`` had string names.
     """
@@ -103,22 +109,23 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
         """
         if return_std and return_cov:
             raise ArgumentError("return_std=True and return_cov=True cannot both be. The covariance has the variances.")
-        inputs, posterior = self._inputs(X), self.posterior_
+        inputs, scaling = self._inputs(X), self.target_scaling_
         if return_std:
             prediction = self._prediction(inputs, output_covariance="diagonal")
             return self._as_given(_array(prediction.mean)), self._as_given(_array(prediction.stddev))
         with torch.no_grad():
-            output = torch.func.functional_call(posterior.model, posterior.mean, (inputs,))
-        scaling = self.target_scaling_
-        mean = self._as_given(_array(output) * scaling.scale + scaling.location)
+            outputs = torch.stack(
+                [torch.func.functional_call(own.model, own.mean, (inputs,)) for own in self.posteriors_]
+            )
+        mean = self._as_given(_array(outputs.mean(0)) * scaling.scale + scaling.location)
         if not return_cov:
             return mean
-        covariance = _array(posterior.function_covariance(inputs).diagonal(dim1=-2, dim2=-1)).copy()
-        diagonal = np.arange(len(covariance))
-        covariance[diagonal, diagonal] += _array(self._noise_scale**2)
+        covariance = np.mean([_covariance(own, inputs) for own in self.posteriors_], axis=0)
+        apart = _array(outputs - outputs.mean(0))  # the members' means differ, in the same way at all inputs
+        covariance += np.einsum("mio,mjo->ijo", apart, apart) / len(apart)
         return mean, self._as_given(covariance * scaling.scale**2)
 
-    def predict_distribution(self, X: ArrayLike) -> GaussianPrediction:
+    def predict_distribution(self, X: ArrayLike) -> RegressionPrediction:
         """The predictive distribution, in the units of the data, as the library's result.
 
         Args:
@@ -147,33 +154,30 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
         check_count("n_samples", n_samples)
         seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
         generator = torch.Generator(inputs.device).manual_seed(seed)
-        functions = self.posterior_.function_samples(inputs, n_samples, generator=generator)
-        noise = torch.randn(functions.shape, generator=generator, dtype=functions.dtype, device=functions.device)
-        targets = functions + noise * self._noise_scale
-        scaling = self.target_scaling_
-        drawn = _array(targets) * scaling.scale + scaling.location
+        members = len(self.posteriors_)
+        of = torch.randint(members, (n_samples,), generator=generator, device=inputs.device) if members > 1 else None
+        standard = torch.empty(n_samples, len(inputs), self._outputs).to(inputs)
+        for index, posterior in enumerate(self.posteriors_):
+            own = slice(None) if of is None else of == index
+            standard[own] = _targets(posterior, inputs, len(standard[own]), generator)
+        drawn = _array(standard) * self.target_scaling_.scale + self.target_scaling_.location
         return self._as_given(drawn.transpose(1, 0, 2)) if self._is_flat else drawn.transpose(1, 2, 0)
 
-    def _prediction(self, inputs: Tensor, *, output_covariance: str) -> GaussianPrediction:
-        """The posterior's prediction, brought from standard units to those of the targets."""
-        posterior = self.posterior_
-        with torch.no_grad():
-            output = posterior.output(inputs, output_covariance=output_covariance)
+    def _prediction(self, inputs: Tensor, *, output_covariance: str) -> RegressionPrediction:
+        """The members' predictions together, brought from standard units to those of the targets."""
         scale, location = (
-            torch.as_tensor(values).to(output.mean)
-            for values in (self.target_scaling_.scale, self.target_scaling_.location)
+            torch.as_tensor(values).to(inputs) for values in (self.target_scaling_.scale, self.target_scaling_.location)
         )
-        spread = output.spread * (scale**2 if output.is_diagonal else torch.outer(scale, scale))
-        return GaussianPrediction(
-            GaussianOutput(output.mean * scale + location, spread),
-            (self._noise_scale * scale) ** 2,
-            Source("linearized", None, posterior.provenance),
-        )
-
-    @property
-    def _noise_scale(self) -> Tensor:
-        """The noise's standard deviation, ``[outputs]``, for standardised targets."""
-        return cast(bk.likelihoods.Gaussian, self.posterior_.likelihood).noise_scale
+        predictions = []
+        for posterior in self.posteriors_:
+            with torch.no_grad():
+                output = posterior.output(inputs, output_covariance=output_covariance)
+            spread = output.spread * (scale**2 if output.is_diagonal else torch.outer(scale, scale))
+            noise_variance = (_noise_scale(posterior) * scale) ** 2
+            source = Source("linearized", None, posterior.provenance)
+            own = GaussianOutput(output.mean * scale + location, spread)
+            predictions.append(GaussianPrediction(own, noise_variance, source))
+        return cast(RegressionPrediction, pool(predictions))
 
     def _as_given(self, values: Array) -> Array:
         """Without the dimension of outputs, the last one, where the targets had none."""
@@ -216,6 +220,26 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
     @property
     def _outputs(self) -> int:
         return self._num_targets
+
+
+def _noise_scale(posterior: bk.Posterior) -> Tensor:
+    """The noise's standard deviation, ``[outputs]``, for standardised targets."""
+    return cast(bk.likelihoods.Gaussian, posterior.likelihood).noise_scale
+
+
+def _covariance(posterior: bk.Posterior, inputs: Tensor) -> Array:
+    """The joint covariance of standardised targets over inputs, noise included, ``[examples, examples, outputs]``."""
+    covariance = _array(posterior.function_covariance(inputs).diagonal(dim1=-2, dim2=-1)).copy()
+    diagonal = np.arange(len(covariance))
+    covariance[diagonal, diagonal] += _array(_noise_scale(posterior) ** 2)
+    return covariance
+
+
+def _targets(posterior: bk.Posterior, inputs: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draws of standardised targets, ``[count, examples, outputs]``."""
+    functions = posterior.function_samples(inputs, count, generator=generator)
+    noise = torch.randn(functions.shape, generator=generator, dtype=functions.dtype, device=functions.device)
+    return functions + noise * _noise_scale(posterior)
 
 
 def _array(tensor: Tensor) -> Array:

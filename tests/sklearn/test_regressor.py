@@ -58,7 +58,7 @@ def test_without_hidden_layers_it_is_bayesian_linear_regression(structure):
     model.fit(X, Y)
     sx, sy = model.input_scaling_, model.target_scaling_
     a = np.column_stack([sx(X), np.ones(len(X))])
-    noise = float(model._noise_scale)
+    noise = float(model.posterior_.likelihood.noise_scale)
     mean, covariance = linear_posterior(sx(X), sy(Y[:, None])[:, 0], noise, 2.0)
     new = np.column_stack([sx(NEW), np.ones(len(NEW))])
     found, joint = model.predict(NEW, return_cov=True)
@@ -74,7 +74,7 @@ def test_without_hidden_layers_it_is_bayesian_linear_regression(structure):
 def test_a_tuned_prior_is_where_the_evidence_is_greatest():
     model = quick(hidden_layer_sizes=(), structure="dense", max_iter=250, learning_rate_init=0.1).fit(X, Y)
     inputs, targets = model.input_scaling_(X), model.target_scaling_(Y[:, None])[:, 0]
-    a, noise = np.column_stack([inputs, np.ones(len(X))]), float(model._noise_scale)
+    a, noise = np.column_stack([inputs, np.ones(len(X))]), float(model.posterior_.likelihood.noise_scale)
 
     def evidence(precision):
         covariance = a @ a.T / precision + noise**2 * np.eye(len(X))
@@ -89,10 +89,10 @@ def test_more_data_by_partial_fit_is_the_posterior_of_all_data():
     options = {"hidden_layer_sizes": (), "structure": "dense", "prior_precision": 1.0, "max_iter": 250}
     model = quick(**options, learning_rate_init=0.1)
     model.partial_fit(X[:30], Y[:30])
-    first, before = float(model._noise_scale), model.predict(NEW, return_std=True)[1]
+    first, before = float(model.posterior_.likelihood.noise_scale), model.predict(NEW, return_std=True)[1]
     inputs, targets = model.input_scaling_(X), model.target_scaling_(Y[:, None])[:, 0]
     model.partial_fit(X[30:], Y[30:])
-    second = float(model._noise_scale)
+    second = float(model.posterior_.likelihood.noise_scale)
     assert model.total_weight_ == 60
     # rows over the noise they were seen with: the old posterior keeps its precision
     scale = np.repeat([first, second], 30)
@@ -137,7 +137,7 @@ def test_std_covariance_distribution_and_samples_are_of_one_posterior(columns):
     np.testing.assert_allclose(prediction.mean.reshape(mean.shape), mean)
     parts = prediction.epistemic_variance + prediction.aleatoric_variance
     np.testing.assert_allclose(parts.reshape(mean.shape), std**2)
-    noise = model._noise_scale.numpy() * model.target_scaling_.scale
+    noise = model.posterior_.likelihood.noise_scale.numpy() * model.target_scaling_.scale
     np.testing.assert_allclose(prediction.aleatoric_variance[0], noise**2)
     draws = model.sample_y(NEW, 20_000, random_state=3)
     assert draws.shape == (10, *trailing, 20_000)
@@ -200,7 +200,7 @@ def test_weights_that_are_no_whole_numbers_weigh_in_the_curvature():
     weights = np.random.RandomState(0).uniform(0.1, 2, len(X))
     model = quick(hidden_layer_sizes=(), structure="dense", prior_precision=1.0, max_iter=200).fit(X, Y, weights)
     a = np.column_stack([model.input_scaling_(X), np.ones(len(X))]) * weights[:, None] ** 0.5
-    precision = a.T @ a / float(model._noise_scale) ** 2 + np.eye(4)
+    precision = a.T @ a / float(model.posterior_.likelihood.noise_scale) ** 2 + np.eye(4)
     (block,) = model.posterior_.blocks.values()
     np.testing.assert_allclose(block.to_dense(), precision, atol=0.03 * precision.max())
 
