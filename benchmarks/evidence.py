@@ -12,11 +12,13 @@ from typing import Any
 
 import active_protocol
 import active_protocol_labels
+import cost
 import hmc_report
 import images_report
 import numpy as np
 import peers
 import regression
+import step_time
 import temperature
 from uci import HERE, summary
 
@@ -207,5 +209,7 @@ def page() -> str:
         active_protocol_labels.section(),
         temperature.section(),
         images_report.section(),
+        cost.section(),
+        step_time.section(),
     ]
     return HEAD + "\n".join(part.rstrip() + "\n" for part in parts if part)

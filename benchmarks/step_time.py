@@ -296,6 +296,43 @@ def load(kind: str, folder: Path = HERE / "results") -> dict[str, Any]:
     return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
+HEAD = """## Time of a step
+
+Milliseconds of a training step with the default intervals, and in brackets the median over rounds of its ratio to fused
+AdamW's in the same round (`benchmarks/step_time.py`); below, where a step of noisy K-FAC goes. {where}
+
+"""
+WHERE = {
+    "cpu": f"On a CPU with {THREADS} threads, batches of 128; networks of 13 inputs and one output, or of 784 and ten.",
+    "cuda": "On one GPU, batches of 128 (GPT: 16 sequences of 128 tokens).",
+}
+
+
+def section(folder: Path = HERE / "results") -> str:
+    """The page's part on time, of every device that there are results of."""
+    parts = []
+    for kind, where in WHERE.items():
+        results = load(kind, folder)
+        if own := {name: result for name, result in results.items() if "phases" in result}:
+            parts.append(HEAD.format(where=where) + table(own) + exponents(results))
+    return "\n".join(parts)
+
+
+def exponents(results: dict[str, Any]) -> str:
+    """How time grows with width and batch, where that was measured."""
+    found = [
+        f"the {kind} to the power of {own['noisy K-FAC']:.2f} (AdamW {own['adamw']:.2f})"
+        for kind in ("width", "batch")
+        if kind in results
+        for own in [results[kind]["exponents"]]
+    ]
+    return (
+        f"\nOver the upper half of its sizes the time of noisy K-FAC grows with {' and '.join(found)}.\n"
+        if found
+        else ""
+    )
+
+
 def main() -> None:
     """Measure what is missing; print the table."""
     parser = jobs.parser(__doc__)

@@ -215,9 +215,11 @@ def evaluate(posterior: bk.Posterior, splits: Splits, num_samples: int, generato
 
 
 def summary(values: list[float]) -> str:
-    """Mean ± standard error over splits."""
+    """Mean ± standard error over splits, to three digits, or more where the error's first comes later."""
     array = np.asarray(values)
-    return f"{array.mean():.3f}±{array.std() / math.sqrt(len(array)):.3f}"
+    error = array.std() / math.sqrt(len(array))
+    digits = max(3, math.ceil(-math.log10(error))) if error else 3
+    return f"{array.mean():.{digits}f}±{error:.{digits}f}"
 
 
 def commit() -> str | None:

@@ -37,8 +37,7 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianMLP):  # type: ignore[misc]
         method: ``"laplace"``: the most probable weights by Adam, and the curvature there. ``"noisy"``: noisy natural
             gradient, which trains the posterior itself; some times slower.
         n_members: How many posteriors to train from different initial weights; predictions are those of their equal
-            mixture (:class:`bayes_kfac.Mixture`). Five are better than one where data are few; all costs are times
-            their number.
+            mixture (:class:`bayes_kfac.Mixture`). All costs are times their number.
         structure: The family of the posterior's blocks: one of ``bayes_kfac.structures.available()``, or a structure
             with options of its own.
         damping: How the prior enters a block, ``"exact"``, ``"factored"`` or ``"optimal"``; by default the first for

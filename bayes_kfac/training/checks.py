@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from bayes_kfac import linalg
@@ -85,9 +84,9 @@ def check_finite(
     for name, batch in statistics.items():
         for statistic in batch.non_finite():
             raise NonFiniteError(f"Layer {name!r}: the batch's {statistic!r} statistic holds NaN or infinity. {advice}")
+    if linalg.all_finite([*gradients.values(), *deterministic.values()]):
+        return
     for kind, tensors in (("Layer", gradients), ("Parameter", deterministic)):
-        if linalg.all_finite(tensors.values()):
-            continue
         for name, gradient in tensors.items():
-            if not bool(torch.isfinite(gradient).all()):
+            if not linalg.all_finite([gradient]):
                 raise NonFiniteError(f"{kind} {name!r}: the gradient holds NaN or infinity. {advice}")
