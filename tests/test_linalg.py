@@ -31,6 +31,20 @@ def test_symmetrize_keeps_the_symmetric_part_only():
     assert_close(linalg.symmetrize(matrix), (matrix + matrix.transpose(1, 2)) / 2, **TIGHT)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_number_that_is_not_finite_is_found_in_any_tensor(value):
+    tensors = [torch.ones(3), torch.ones(2, 2, dtype=torch.float64), torch.zeros(0)]
+    assert linalg.all_finite(tensors)
+    assert linalg.all_finite([])
+    tensors[1][1, 0] = value
+    assert not linalg.all_finite(tensors)
+    assert not linalg.all_finite([torch.tensor([math.inf, -math.inf])])
+
+
+def test_numbers_whose_sum_overflows_are_finite():
+    assert linalg.all_finite([torch.full((4,), 3e38)])
+
+
 def test_trace_is_of_each_matrix():
     matrix = randn(2, 3, 3, seed=0)
     assert_close(linalg.trace(matrix), torch.stack([torch.trace(one) for one in matrix]), **TIGHT)
