@@ -54,7 +54,7 @@ def fit(
     epochs: int,
     num_data: int | None = None,
     structure: str | Structure = "kron",
-    lr: float = 1e-2,
+    lr: float = 0.1,
     scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
     tune: str | None = None,
     callbacks: Sequence[Callback] = (),

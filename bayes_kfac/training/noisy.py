@@ -58,7 +58,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             ``DistributedDataParallel``.
         likelihood: What the output means; its mean negative log-likelihood is the loss.
         num_data: The number of examples in the training set. The scale between data and prior comes from here alone.
-        lr: The step size.
+        lr: The step size. As gradients are averaged over steps, 0.1 here is 0.01 with torch's momentum.
         structure: The family of the posterior's blocks: one of ``bayes_kfac.structures.available()``, or a structure
             with options of its own.
         damping: How the prior enters a block: ``"factored"``, ``"optimal"`` or ``"exact"``.
@@ -114,7 +114,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         likelihood: Likelihood,
         *,
         num_data: int,
-        lr: float = 1e-2,
+        lr: float = 0.1,
         structure: str | Structure = "kron",
         damping: str = "factored",
         fisher: str = "mc",
