@@ -9,7 +9,7 @@ gradient is pulled back by itself, or that of a few groups of examples where thi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 
-from bayes_kfac.batches import count_examples, weighing_examples, widened
+from bayes_kfac.batches import count_examples, widened
+from bayes_kfac.curvature.alignment import both_ways, by_example, fits, in_every_example, masked
 from bayes_kfac.curvature.layers import Layer, Use
-from bayes_kfac.curvature.rows import Rows, SparseRows, side_by_side
+from bayes_kfac.curvature.rows import Rows, side_by_side
 from bayes_kfac.errors import UnsupportedModelError, UsageError
 
 #: Examples times columns that one batched backward pass takes on, where gradients of single examples are needed.
@@ -134,14 +135,14 @@ class PullBack:
         uses: dict[tuple[str, bool], list[Rows]] = {}
         for call, rows in found:
             if call.layer not in apart:
-                _put(uses, call, _by_example(rows, len(self.output)))
+                _put(uses, call, by_example(rows, len(self.output)))
         for call, rows in self._rows_apart(apart, output_gradients):
             _put(uses, call, rows)
         examples = float(len(self.output)) if mask is None else count_examples(mask)
-        joined = {key: _masked(side_by_side(rows), mask, examples) for key, rows in uses.items()}
+        joined = {key: masked(side_by_side(rows), mask, examples) for key, rows in uses.items()}
         joined |= self._rows_of_parameters(output_gradients, examples)
         names = [name for name in self.layers if (name, False) in joined or (name, True) in joined]
-        return {name: _both_ways(self.layers[name], joined) for name in names}
+        return {name: both_ways(self.layers[name], joined) for name in names}
 
     def _rows_in_place(self, output_gradients: Tensor) -> list[tuple[Call, Rows]]:
         """The rows of each call that the output depends on, as they lie in it."""
@@ -157,7 +158,7 @@ class PullBack:
 
     def _is_in_place(self, call: Call, rows: Rows) -> bool:
         """Whether the rows of a call belong to the examples in whose place they are."""
-        if not _fits(rows, len(self.output)):
+        if not fits(rows, len(self.output)):
             return False
         # sums of squares over all rows have the same expectation for independent gradients, wherever the rows belong
         return self.independent or self.coupled or call.layer not in self.meeting
@@ -186,10 +187,10 @@ class PullBack:
         members = torch.cat([is_set.new_ones(1, size), is_set])
         spread = set()
         for call, rows in self._rows_in_place(probe * widened(members, probe.unsqueeze(0))):
-            if not _fits(rows, size):
+            if not fits(rows, size):
                 spread.add(call.layer)
                 continue
-            every, *some = _by_example(rows, size).gradients
+            every, *some = by_example(rows, size).gradients
             parts = zip(some, members[1:, :, None, None], strict=True)
             if not all(torch.allclose(part, every * here, rtol=1e-3, atol=0) for part, here in parts):
                 spread.add(call.layer)
@@ -201,7 +202,7 @@ class PullBack:
         for call, gradients in zip(calls, self._apart([c.edge for c in calls], output_gradients), strict=True):
             if gradients is not None:
                 rows = Rows(*call.use.adapter.rows(call.captured, gradients.flatten(0, 1)))
-                yield call, _in_every_example(rows, *gradients.shape[:2])
+                yield call, in_every_example(rows, *gradients.shape[:2])
 
     def _rows_of_parameters(self, output_gradients: Tensor, examples: float) -> dict[tuple[str, bool], Rows]:
         """The rows of the parameters that no module multiplies with an input."""
@@ -366,73 +367,6 @@ def _put(uses: dict[tuple[str, bool], list[Rows]], call: Call, rows: Rows) -> No
     """Add the rows of a call to those of its layer, in the order of time."""
     own = uses.setdefault((call.layer, call.use.transposed), [])
     own.insert(0 if call.use.adapter.runs_backwards else len(own), rows)
-
-
-def _fits(rows: Rows, num_examples: int) -> bool:
-    """Whether rows can be told apart by example: the layer's batch is the output's, coarser or finer."""
-    batch, shared = rows.inputs.shape[-3:-1]
-    return batch % num_examples == 0 or (num_examples % batch == 0 and batch * shared % num_examples == 0)
-
-
-def _by_example(rows: Rows, num_examples: int) -> Rows:
-    """Give rows the batch dimension of the output: models flatten ``[batch, time]``, before a layer or at the end."""
-    batch, shared = rows.inputs.shape[-3:-1]
-    if batch == num_examples:
-        return rows
-    sizes = (num_examples, batch * shared // num_examples)
-    inputs = _map(rows.inputs, lambda tensor: tensor.flatten(-3, -2).unflatten(-2, sizes))
-    return replace(rows, inputs=inputs, gradients=rows.gradients.flatten(-3, -2).unflatten(-2, sizes))
-
-
-def _in_every_example(rows: Rows, columns: int, examples: int) -> Rows:
-    """Rows whose columns are ``columns × examples`` of gradients apart: all inputs are in every example."""
-    inputs = _map(
-        rows.inputs,
-        lambda tensor: tensor.flatten(-3, -2).unsqueeze(-3).expand(*[-1] * (tensor.ndim - 3), examples, -1, -1),
-    )
-    gradients = rows.gradients.flatten(-3, -2).unflatten(0, (columns, examples)).movedim(1, -3)
-    return replace(rows, inputs=inputs, gradients=gradients)
-
-
-def _map(inputs: Tensor | SparseRows, function: Any) -> Tensor | SparseRows:
-    if isinstance(inputs, SparseRows):
-        return SparseRows(function(inputs.indices), function(inputs.weights), inputs.size)
-    mapped: Tensor = function(inputs)
-    return mapped
-
-
-def _masked(rows: Rows, mask: Tensor | None, examples: float) -> Rows:
-    """Rows that know which of their positions weigh, and how many examples they come from."""
-    if mask is None or rows.inputs.shape[-3] != len(mask):
-        return replace(rows, examples=examples)
-    # where the layer has as many positions as the mask they are the same ones; elsewhere an example weighs as a whole
-    flat, shared = mask.reshape(len(mask), -1), rows.inputs.shape[-2]
-    weighs = flat if flat.shape[1] == shared else weighing_examples(mask).unsqueeze(1).expand(len(mask), shared)
-    return replace(rows, mask=weighs, examples=examples)
-
-
-def _both_ways(layer: Layer, joined: Mapping[tuple[str, bool], Rows]) -> Rows:
-    """The rows of a layer as it is with those transposed; no rows where one of the two did not happen."""
-    plain, transposed = joined.get((layer.name, False)), joined.get((layer.name, True))
-    if not layer.is_tied_to_transpose:
-        assert plain is not None
-        return plain
-    out_features, in_features = layer.shape[-2:]
-    plain = plain or _no_rows(transposed, in_features, out_features, sparse=False)
-    if transposed is None:
-        is_sparse = any(use.adapter.sparse for use in layer.uses if use.transposed)
-        transposed = _no_rows(plain, out_features, in_features, sparse=is_sparse)
-    return replace(plain, transposed=transposed)
-
-
-def _no_rows(like: Rows | None, inputs: int, outputs: int, *, sparse: bool) -> Rows:
-    assert like is not None
-    columns, batch = like.gradients.shape[0], like.gradients.shape[-3]
-    gradients = like.gradients.new_zeros(columns, batch, 0, outputs)
-    if sparse:
-        weights = like.gradients.new_zeros(batch, 0, 1)
-        return Rows(SparseRows(weights.long(), weights, inputs), gradients, examples=like.examples)
-    return Rows(like.gradients.new_zeros(batch, 0, inputs), gradients, examples=like.examples)
 
 
 def _agree(whole: Tensor, rows: Rows | None, dtype: torch.dtype) -> bool:
