@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ BatchedFunction = Callable[[Tensor, Sequence[str]], tuple[Tensor, ...]]
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """No autocast, where the caller has a region open: factorisations and draws in 16 bits would be others."""
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def all_finite(tensors: Collection[Tensor]) -> bool:

@@ -99,6 +99,11 @@ class Layer:
         parts = zip(names, self.adapter.from_matrix(matrix), strict=True)
         return {name: part for name, part in parts if name is not None and part is not None}
 
+    def by_parameter(self, matrix: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+        """The parameters, each with its part of ``[*blocks, out, in]``."""
+        tensors = self.tensors(matrix)
+        return [(parameter, tensors[name]) for name, parameter in self.parameters.items()]
+
     def values(self) -> Tensor:
         """A copy of the current weight and bias, ``[*blocks, out, in]``."""
         with torch.no_grad():

@@ -300,11 +300,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         for schedule, names in ((self.statistics_schedule, statistics.keys()), (self.inverse_schedule, due)):
             schedule.done(self.steps, {name: own for name, own in states.averages.items() if name in names})
         self.steps += 1
-        for name, change in changes.items():
-            layer = self.layers[name]
-            tensors = layer.tensors(change)
-            for key, parameter in layer.parameters.items():
-                parameter.add_(tensors[key])
+        moves = dict(pair for name, change in changes.items() for pair in self.layers[name].by_parameter(change))
+        torch._foreach_add_(tuple(moves), tuple(moves.values()))
         self._point_estimates.step(self._point_estimates.lr_in(self.param_groups), self.temperature / self.num_data)
         torch.clear_autocast_cache()  # it holds casts of the weights as they were
 

@@ -42,7 +42,8 @@ class Sampler:
         self.is_open = False
         self._meter = meter
         self._noise: dict[str, Tensor] = {}
-        self._means: list[tuple[nn.Parameter, Tensor]] = []
+        self._changed: tuple[Tensor, ...] = ()
+        self._means: tuple[Tensor, ...] = ()
         self.watch({}, [])
 
     def watch(self, layers: Mapping[str, Layer], parameters: Sequence[nn.Parameter]) -> None:
@@ -115,19 +116,24 @@ class Sampler:
 
     @torch.no_grad()
     def _apply(self) -> None:
-        for name, noise in self._noise.items():
-            layer = self._layers[name]
-            tensors = layer.tensors(noise)
-            for key, parameter in layer.parameters.items():
-                self._means.append((parameter, parameter.clone()))
-                parameter.add_(tensors[key])
+        changes = {
+            parameter: change
+            for name, noise in self._noise.items()
+            for parameter, change in self._layers[name].by_parameter(noise)
+        }
+        if (
+            changes
+        ):  # all at once: on a GPU a few launches, where one for each parameter would take longer than the work
+            self._changed = tuple(changes)
+            self._means = tuple(torch._foreach_mul(self._changed, 1))
+            torch._foreach_add_(self._changed, tuple(changes.values()))
         torch.clear_autocast_cache()  # it holds casts of the weights as they were
 
     @torch.no_grad()
     def _restore(self) -> None:
-        for parameter, mean in self._means:
-            parameter.copy_(mean)
-        self._means.clear()
+        if self._means:
+            torch._foreach_copy_(self._changed, self._means)
+        self._changed, self._means = (), ()
         torch.clear_autocast_cache()
 
     def _set_gradients_aside(self) -> dict[nn.Parameter, Tensor]:
