@@ -17,6 +17,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -214,12 +215,20 @@ def evaluate(posterior: bk.Posterior, splits: Splits, num_samples: int, generato
     return {"rmse": errors.tolist(), "log_likelihood": log_likelihood.squeeze(-1).tolist()}
 
 
-def summary(values: list[float]) -> str:
-    """Mean ± standard error over splits, to three digits, or more where the error's first comes later."""
+def summary(values: Iterable[float], sign: str = "") -> str:
+    """Mean ± standard error over splits, to three digits, or more where the error's first comes later.
+
+    Args:
+        values: Those of the splits.
+        sign: ``"+"`` to show the sign of a mean that is positive, too.
+
+    Returns:
+        The text.
+    """
     array = np.asarray(values)
     error = array.std() / math.sqrt(len(array))
     digits = max(3, math.ceil(-math.log10(error))) if error else 3
-    return f"{array.mean():.{digits}f}±{error:.{digits}f}"
+    return f"{array.mean():{sign}.{digits}f}±{error:.{digits}f}"
 
 
 def commit() -> str | None:
