@@ -124,7 +124,7 @@ def draw(results: dict[tuple[str, str, float], dict[str, Any]], path: Path) -> N
     figure, axes = plt.subplots(3, len(DATA_SETS), figsize=(12, 7), sharex=True, layout="constrained")
     for column, name in zip(axes.T, DATA_SETS, strict=True):
         column[0].set_title(name)
-        for axis, (key, label) in zip(column, rows.items(), strict=True):
+        for axis, key in zip(column, rows, strict=True):
             for damping in DAMPINGS:
                 own = [np.atleast_1d(results[name, damping, tau][key]) for tau in TEMPERATURES]
                 means = np.asarray([values.mean() for values in own])
@@ -134,9 +134,9 @@ def draw(results: dict[tuple[str, str, float], dict[str, Any]], path: Path) -> N
             if key != "miscalibration":
                 values = [np.mean(results[name, damping, tau][key]) for damping in DAMPINGS for tau in TEMPERATURES]
                 axis.set_ylim(bottom=max(min(values) - 0.1, max(values) - 3))
-            if column is axes.T[0]:
-                axis.set_ylabel(label)
         column[-1].set_xlabel("temperature")
+    for axis, label in zip(axes[:, 0], rows.values(), strict=True):
+        axis.set_ylabel(label)
     axes[0, 0].legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
