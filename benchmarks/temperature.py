@@ -199,7 +199,7 @@ def main() -> None:
     with results_folder(arguments) as folder:
         run(jobs(folder, arguments.data, quick=arguments.quick), arguments.processes)
         print("\n".join(table(load(folder))))
-    if section():
+    if not arguments.quick and section():
         draw(load(), PICTURE)
 
 
