@@ -8,7 +8,7 @@ which one tensor stands out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from bayes_kfac.errors import ArgumentError
-from bayes_kfac.progress import progress_bar
 
 #: The fields of an output that are it by their name, in this order.
 OUTPUT_NAMES = ("logits", "output")
@@ -86,21 +85,6 @@ def inputs_of(batch: Any, device: torch.device) -> Any:
         The inputs, on that device.
     """
     return _moved(without_target(batch), device)
-
-
-def parts_of(loader: Iterable[Any], device: torch.device, progress: bool) -> Iterator[Any]:
-    """The inputs of a loader's batches, one after the other.
-
-    Args:
-        loader: Any iterable of batches as in :func:`inputs_of`.
-        device: Where to put them.
-        progress: Whether a bar is shown.
-
-    Yields:
-        What a model is called with for each batch, on that device.
-    """
-    for batch in progress_bar(loader, desc="predict", unit="batch", shown=progress):
-        yield inputs_of(batch, device)
 
 
 def without_target(batch: Any) -> Any:

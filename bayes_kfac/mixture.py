@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bayes_kfac.batches import parts_of
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.prediction import MEMORY_BUDGET, Prediction, concatenate, pool
+from bayes_kfac.prediction.forward import parts_of
 
 
 class Mixture:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bayes_kfac import linalg, structures
-from bayes_kfac.batches import parts_of
 from bayes_kfac.curvature import Layer, Summary, find_layers, summarize
 from bayes_kfac.errors import ArgumentError, UsageError, check_choice, check_count
 from bayes_kfac.likelihoods import Likelihood
@@ -34,6 +33,7 @@ from bayes_kfac.prediction import (
     from_outputs,
     sampled_outputs,
 )
+from bayes_kfac.prediction.forward import parts_of
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import BlockGaussian, JointGaussian
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import jobs
 import numpy as np
+import regression
 import torch
 from networks import mlp
 from torch import Tensor, nn
@@ -177,13 +178,7 @@ def one(problem: Problem, structure: str, steps: int, generator: torch.Generator
         model,
         likelihood,
         num_data=len(problem.x),
-        structure=structure,
-        lr=3e-2,
-        kl_clip=2e-2,
-        extrinsic_damping=1e-3,
-        statistics_every=5,
-        inverse_every=20,
-        num_samples=2,
+        **regression.recipe("", structure, 1.0, len(problem.x), steps, 0).options(),
         generator=generator,
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -192,15 +192,16 @@ tuned, they are better than laplace-torch in log-likelihood on every set but pro
 on most; on concrete, kin8nm and, by little, on power it is better. A single posterior is better than laplace-torch on
 concrete, energy, naval, power, wine_red and yacht, level on boston, and worse on kin8nm and protein.
 
-What is worse, and why. On protein the recipe diverges: inputs lie up to 51 standard deviations from their mean, and the
-networks of a stack share one limit of the step's length, which a single one of them may use up; a limit for each
-network has not been tried yet. A Gaussian process with a length scale for each input has the best density on boston, is
-level on energy, and has half of every network's error on yacht. There, networks that predict their noise are far ahead
-of all of one noise in density; on the other small sets they are behind or level. On kin8nm the plain ensemble, which
-trains for up to 30,000 steps, is ahead of ours with 6000; in a trial on held-out data three times as many gained a
-single posterior 0.012. Three held-out tenths are few examples on the smallest sets: on boston and yacht what they
-choose is worse than not to choose. A temperature below 1 makes the mean better where the function is rich (concrete,
-energy, power), but the noise that training learns beside it is too small, so that both have to be chosen together.
+What is worse, and why. On protein the recipe diverges. Why is not settled: inputs lie up to 51 standard deviations from
+their mean, and the networks of a stack share one limit of the step's length, which a single one of them may use up. A
+limit for each network has not been tried yet. A Gaussian process with a length scale for each input has the best
+density on boston, is level on energy, and has the least error on yacht by far. There, networks that predict their noise
+are far ahead of all of one noise in density; on the other small sets they are behind or level. On kin8nm the plain
+ensemble, which trains for up to 30,000 steps, is ahead of ours with 6000; in a trial on held-out data three times as
+many gained a single posterior 0.012. Three held-out tenths are few examples on the smallest sets: on boston and yacht
+what they choose is worse than not to choose. A temperature below 1 makes the mean better where the function is rich
+(concrete, energy, power), but the noise that training learns beside it is too small, so that both have to be chosen
+together.
 """
 
 

@@ -27,6 +27,7 @@ import measure
 import networks
 import numpy as np
 import torch
+from images_methods import gradient_context
 from torch import Tensor, nn
 from tqdm import tqdm
 from uci import HERE
@@ -86,28 +87,21 @@ ON_GPU = {
 
 
 def plain(optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> Callable[..., Step]:
-    """A method with torch's own loss; entered is the context of its samples, where it has one."""
+    """A method with torch's own loss, at a sample of the weights if the optimizer draws them."""
 
     def make(problem: Problem, device: torch.device) -> Step:
         model, (x, y) = built(problem, device), problem.data(device)
         own, loss = optimizer(model), nn.CrossEntropyLoss() if problem.classes else nn.MSELoss()
 
         def step() -> None:
-            own.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16, enabled=problem.autocast):
-                value = loss(model(x), y)
-            value.backward()
-            own.step()
-
-        def sampled() -> None:
-            with own.sampled_params(train=True):
+            with gradient_context(own):
                 own.zero_grad()
                 with torch.autocast(device.type, torch.bfloat16, enabled=problem.autocast):
                     value = loss(model(x), y)
                 value.backward()
             own.step()
 
-        return sampled if hasattr(own, "sampled_params") else step
+        return step
 
     return make
 

@@ -85,6 +85,22 @@ class Recipe:
             return bk.likelihoods.Gaussian(bk.likelihoods.LearnedNoise(torch.ones(replicas, 1)))
         return bk.likelihoods.Gaussian(bk.likelihoods.GammaNoise(*self.noise_prior, shape=(replicas, 1)))
 
+    def options(self, replicas: int = 1) -> dict[str, Any]:
+        """Those of the optimizer of so many networks together."""
+        return {
+            "lr": self.lr,
+            "structure": self.structure,
+            "damping": self.damping,
+            "temperature": self.temperature,
+            "statistics_decay": 1 - self.statistics_rate,
+            "statistics_every": self.statistics_every,
+            "inverse_every": self.inverse_every,
+            "num_samples": self.num_samples,
+            "kl_clip": self.kl_clip and self.kl_clip * replicas,
+            "extrinsic_damping": self.extrinsic_damping,
+            "deterministic_lr": self.noise_lr,
+        }
+
     def rates(self, epoch: int) -> dict[str, float]:
         """Step size and statistics' decay in an epoch."""
         if self.decay == "cosine":
@@ -154,17 +170,7 @@ def train(
         model,
         likelihood,
         num_data=num_data,
-        lr=recipe.lr,
-        structure=recipe.structure,
-        damping=recipe.damping,
-        temperature=recipe.temperature,
-        statistics_decay=1 - recipe.statistics_rate,
-        statistics_every=recipe.statistics_every,
-        inverse_every=recipe.inverse_every,
-        num_samples=recipe.num_samples,
-        kl_clip=recipe.kl_clip and recipe.kl_clip * replicas,  # that of all networks together
-        extrinsic_damping=recipe.extrinsic_damping,
-        deterministic_lr=recipe.noise_lr,
+        **recipe.options(replicas),
         generator=generator,
     )
     first_epoch, seconds = 0, 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from bayes_kfac import batches
 from bayes_kfac.batches import expect_output_tensor
 from bayes_kfac.curvature import PullBack, Recorder
+from bayes_kfac.progress import progress_bar
 
 
 @contextmanager
@@ -31,6 +32,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def differentiable(tensor: Tensor) -> Tensor:
     """The same values as a tensor that autograd accepts: one made under ``inference_mode`` is copied."""
     return tensor.clone() if tensor.is_inference() else tensor
+
+
+def parts_of(loader: Iterable[Any], device: torch.device, progress: bool) -> Iterator[Any]:
+    """The inputs of a loader's batches, one after the other.
+
+    Args:
+        loader: Any iterable of batches as :func:`bayes_kfac.batches.inputs_of` takes them.
+        device: Where to put them.
+        progress: Whether a bar is shown.
+
+    Yields:
+        What a model is called with for each batch, on that device.
+    """
+    for batch in progress_bar(loader, desc="predict", unit="batch", shown=progress):
+        yield batches.inputs_of(batch, device)
 
 
 def call(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Tensor:

@@ -120,7 +120,7 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
         if not return_cov:
             return mean
         covariance = np.mean([_covariance(own, inputs) for own in self.posteriors_], axis=0)
-        apart = _array(outputs - outputs.mean(0))  # the members' means differ, in the same way at all inputs
+        apart = _array(outputs - outputs.mean(0))  # a member's means are off together at all inputs
         covariance += np.einsum("mio,mjo->ijo", apart, apart) / len(apart)
         return mean, self._as_given(covariance * scaling.scale**2)
 
@@ -154,11 +154,13 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
         seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
         generator = torch.Generator(inputs.device).manual_seed(seed)
         members = len(self.posteriors_)
-        of = torch.randint(members, (n_samples,), generator=generator, device=inputs.device) if members > 1 else None
+        of = torch.zeros(n_samples, dtype=torch.long, device=inputs.device)
+        if members > 1:  # one member's draws are those of an estimator of one
+            of = torch.randint(members, (n_samples,), generator=generator, device=inputs.device)
         standard = torch.empty(n_samples, len(inputs), self._outputs).to(inputs)
-        for index, posterior in enumerate(self.posteriors_):
-            own = slice(None) if of is None else of == index
-            standard[own] = _targets(posterior, inputs, len(standard[own]), generator)
+        for index in of.unique().tolist():
+            own = of == index
+            standard[own] = _targets(self.posteriors_[index], inputs, int(own.sum()), generator)
         drawn = _array(standard) * self.target_scaling_.scale + self.target_scaling_.location
         return self._as_given(drawn.transpose(1, 0, 2)) if self._is_flat else drawn.transpose(1, 2, 0)
 

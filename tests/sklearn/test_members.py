@@ -83,6 +83,12 @@ def test_draws_are_of_all_members_in_any_order(fitted):
     assert np.abs(halves[0] - halves[1]).max() < 0.1 * np.sqrt(covariance.max())
 
 
+def test_fewer_draws_than_members_are_draws_too(fitted):
+    drawn = np.concatenate([fitted.sample_y(NEW, random_state=seed) for seed in range(8)], -1)
+    assert drawn.shape == (6, 2, 8)
+    assert np.isfinite(drawn).all()
+
+
 def test_more_data_update_every_member():
     pair, one = (regressor(n_members=count).partial_fit(X[:20], Y[:20]) for count in (2, 1))
     before = [posterior.mean["0.weight"] for posterior in pair.posteriors_]
