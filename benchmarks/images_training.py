@@ -141,6 +141,9 @@ def train(
 
     Returns:
         The run.
+
+    Raises:
+        NonFiniteError: If training diverges.
     """
     torch.manual_seed(seed)
     model = NETWORKS[problem.network]().to(device)
@@ -194,6 +197,8 @@ def _look(model: nn.Module, optimizer: torch.optim.Optimizer, problem: Problem, 
     """Negative log-likelihood and accuracy of the network at the mean, and of the method's own prediction."""
     model.eval()
     mean = probabilities(lambda x: model(x).unsqueeze(0), images.pixels, problem.data)
+    if not mean.isfinite().all():
+        raise bk.errors.NonFiniteError("Training has diverged: the network's outputs are not finite.")
     own = mean
     if hasattr(optimizer, "sampled_params"):
         own = probabilities(own_prediction(model, optimizer, CURVE_DRAWS), images.pixels, problem.data)

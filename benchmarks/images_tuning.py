@@ -2,12 +2,16 @@
 
 ``python benchmarks/images_tuning.py --problem fashion-mlp --methods noisy_kfac --epochs 3`` trains with every setting
 of the method's grid, without these images, and writes a file of its losses on them for each in
-``benchmarks/results/images/tuning/<problem>/<method>``. A result that exists is shown, not computed again. No test
-image is looked at. Settings are not taken over by themselves: they are written into ``images_methods.py``.
+``benchmarks/results/images/tuning/<problem>/<method>``. The three best of each method are then trained for as many
+epochs as the problem has, in ``<method>/full``; they are printed, the best at the top. A result that exists is shown,
+not computed again. No test image is looked at. Settings are not taken over by themselves: they are written into
+``images_methods.py``.
 """
 
 from __future__ import annotations
 
+import argparse
+import math
 from itertools import product
 from typing import Any
 
@@ -17,7 +21,10 @@ from images_methods import settings as settings_of
 from images_training import PROBLEMS, parts, train
 from jobs import Job, parser, run
 
+import bayes_kfac as bk
+
 HOLDOUT = 10_000
+FINALISTS = 3
 
 _NOISY: dict[str, list[Any]] = {
     "lr": [0.03, 0.1, 0.3],
@@ -28,19 +35,28 @@ _NOISY: dict[str, list[Any]] = {
 GRIDS: dict[str, dict[str, list[Any]]] = {
     "sgd": {"lr": [0.03, 0.06, 0.1, 0.2, 0.4, 0.8], "weight_decay": [1e-4, 5e-4, 2e-3]},
     "adamw": {"lr": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2], "weight_decay": [1e-2, 0.1, 0.5]},
-    "ivon": {"lr": [0.3, 1.0, 3.0], "hess_init": [0.03, 0.1, 0.5], "beta2": [0.9999, 0.99999]},
+    "ivon": {"lr": [0.3, 0.6, 1.0], "hess_init": [0.1, 0.5, 1.0], "beta2": [0.9999, 0.99999]},
     "noisy_kfac": _NOISY,
     "noisy_ekfac": _NOISY,
 }
 
 
 def work(problem: str, method: str, settings: dict[str, Any], epochs: int, device: str) -> dict[str, Any]:
-    """One training run without the last images; its losses on them."""
+    """One training run without the last images; its losses on them, or that it diverged."""
     own = PROBLEMS[problem]
     data = parts(own, holdout=HOLDOUT)
     data = type(data)(data.train.to(device), data.held_out.to(device))
-    trained = train(own, method, 0, data, epochs=epochs, device=device, settings=settings)
-    return {"settings": {**settings_of(own.network, method, augment=own.augment), **settings}, "curve": trained.curve}
+    found = {"settings": {**settings_of(own.network, method, augment=own.augment), **settings}}
+    try:
+        trained = train(own, method, 0, data, epochs=epochs, device=device, settings=settings)
+    except bk.errors.NonFiniteError:
+        return {**found, "diverged": True}
+    return {**found, "curve": trained.curve}
+
+
+def loss(found: dict[str, Any]) -> float:
+    """The loss at the end; of a run that diverged there is none."""
+    return math.inf if "diverged" in found else found["curve"][-1]["nll"]
 
 
 def label(settings: dict[str, Any]) -> str:
@@ -48,29 +64,32 @@ def label(settings: dict[str, Any]) -> str:
     return "_".join(f"{name}={value:g}" for name, value in settings.items())
 
 
+def jobs(options: argparse.Namespace, method: str, todo: list[dict[str, Any]], epochs: int) -> list[Job]:
+    """A job for each of some settings; those of the problem's own epochs are kept apart."""
+    folder = options.results / "images" / "tuning" / options.problem / method
+    if epochs == PROBLEMS[options.problem].epochs:
+        folder /= "full"
+    fixed = {"problem": options.problem, "method": method, "epochs": epochs, "device": options.device}
+    return [Job(folder / f"{label(settings)}.json", work, {**fixed, "settings": settings}) for settings in todo]
+
+
 def main() -> None:
-    """Run what is asked for; print it, the best at the top."""
+    """Run what is asked for and not yet there; print the finalists, the best at the top."""
     own = parser(__doc__)
     own.add_argument("--problem", choices=tuple(PROBLEMS), default="fashion-mlp")
     own.add_argument("--methods", nargs="+", choices=tuple(TRAINERS), default=list(TRAINERS))
     own.add_argument("--epochs", type=int, default=3)
     own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = own.parse_args()
-    folder = options.results / "images" / "tuning" / options.problem
     for method in options.methods:
         names, values = zip(*GRIDS[method].items(), strict=True)
         todo = [dict(zip(names, chosen, strict=True)) for chosen in product(*values)]
-        fixed = {"problem": options.problem, "method": method, "epochs": options.epochs, "device": options.device}
-        found = run(
-            [
-                Job(folder / method / f"{label(settings)}.json", work, {**fixed, "settings": settings})
-                for settings in todo
-            ],
-            options.processes,
-        )
-        for one in sorted(found, key=lambda one: one["curve"][-1]["nll"]):
-            last = one["curve"][-1]
-            print(method, one["settings"], {key: round(value, 4) for key, value in last.items()})
+        found = sorted(run(jobs(options, method, todo, options.epochs), options.processes), key=loss)
+        best = [one["arguments"]["settings"] for one in found[:FINALISTS]]
+        finals = run(jobs(options, method, best, PROBLEMS[options.problem].epochs), options.processes)
+        for one in sorted(finals, key=loss):
+            last = one["curve"][-1] if "curve" in one else {}
+            print(method, one["settings"], {key: round(value, 4) for key, value in last.items()} or "diverged")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,13 @@ in]``, weights ``[replicas, out, in]``; the posterior has one block for each rep
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+import bayes_kfac as bk
 from bayes_kfac.curvature import ModuleAdapter, register
 
 
@@ -71,3 +75,21 @@ class ReplicatedMLP(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """The regression functions' values."""
         return self.output(self.hidden(inputs.transpose(0, 1)).relu()).transpose(0, 1)
+
+
+class ReplicatedNoisyNaturalGradient(bk.NoisyNaturalGradient):
+    """Noisy natural gradient whose ``kl_clip`` is that of each replica: the step of one does not shorten the others'.
+
+    All layers are those of a :class:`ReplicatedMLP`.
+    """
+
+    def _clip(self, states: Any, directions: Mapping[str, Tensor]) -> Tensor | float:
+        """A factor ``[replicas, 1, 1]`` for matrices ``[replicas, out, in]``."""
+        if self.kl_clip is None:
+            return 1.0
+        lengths = [
+            torch.linalg.vecdot(states[name].momentum.flatten(1), direction.flatten(1))
+            * (self._group(name)["lr"] ** 2 / states[name].momentum_weight)
+            for name, direction in directions.items()
+        ]
+        return (self.kl_clip / torch.stack(lengths).sum(0)).sqrt().clamp(max=1.0)[:, None, None]

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from replicas import ReplicatedMLP
+from replicas import ReplicatedMLP, ReplicatedNoisyNaturalGradient
 from torch import Tensor
 from tqdm import tqdm
 
@@ -85,8 +85,8 @@ class Recipe:
             return bk.likelihoods.Gaussian(bk.likelihoods.LearnedNoise(torch.ones(replicas, 1)))
         return bk.likelihoods.Gaussian(bk.likelihoods.GammaNoise(*self.noise_prior, shape=(replicas, 1)))
 
-    def options(self, replicas: int = 1) -> dict[str, Any]:
-        """Those of the optimizer of so many networks together."""
+    def options(self) -> dict[str, Any]:
+        """Those of the optimizer."""
         return {
             "lr": self.lr,
             "structure": self.structure,
@@ -96,7 +96,7 @@ class Recipe:
             "statistics_every": self.statistics_every,
             "inverse_every": self.inverse_every,
             "num_samples": self.num_samples,
-            "kl_clip": self.kl_clip and self.kl_clip * replicas,
+            "kl_clip": self.kl_clip,
             "extrinsic_damping": self.extrinsic_damping,
             "deterministic_lr": self.noise_lr,
         }
@@ -166,12 +166,8 @@ def train(
         ReplicatedMLP(replicas, features, recipe.hidden, generator, outputs),
         recipe.likelihood(replicas),
     )
-    optimizer = bk.NoisyNaturalGradient(
-        model,
-        likelihood,
-        num_data=num_data,
-        **recipe.options(replicas),
-        generator=generator,
+    optimizer = ReplicatedNoisyNaturalGradient(
+        model, likelihood, num_data=num_data, **recipe.options(), generator=generator
     )
     first_epoch, seconds = 0, 0.0
     if checkpoint.exists():

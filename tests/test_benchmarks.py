@@ -19,19 +19,20 @@ import bayes_kfac as bk
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from replicas import ReplicatedMLP  # noqa: E402
+from replicas import ReplicatedMLP, ReplicatedNoisyNaturalGradient  # noqa: E402
 
 
-def test_a_stack_has_the_statistics_of_its_networks_one_by_one():
+@pytest.mark.parametrize("kl_clip", [None, 1e-4])
+def test_a_stack_has_the_statistics_of_its_networks_one_by_one(kl_clip):
     """Each replica's factors, and its whole step, are those of the same network trained alone."""
     torch.manual_seed(0)
     stack = ReplicatedMLP(3, 4, 5, torch.Generator().manual_seed(0)).double()
     x, y = torch.randn(8, 3, 4).double(), torch.randn(8, 3, 1).double()
-    options = {"num_data": 20, "fisher": "exact", "lr": 0.1, "statistics_every": 1, "kl_clip": None, "warmup": False}
+    options = {"num_data": 20, "fisher": "exact", "lr": 0.1, "statistics_every": 1, "kl_clip": kl_clip, "warmup": False}
 
-    def step(model, inputs, targets):
+    def step(model, inputs, targets, kind=bk.NoisyNaturalGradient):
         likelihood = bk.likelihoods.Gaussian(0.5).double()
-        optimizer = bk.NoisyKFAC(model, likelihood, **options)
+        optimizer = kind(model, likelihood, **options)
         with optimizer.sampled_params():
             likelihood(model(inputs), targets).backward()
         optimizer.step()
@@ -45,7 +46,9 @@ def test_a_stack_has_the_statistics_of_its_networks_one_by_one():
                 layer.weight.copy_(source.weight[index])
                 layer.bias.copy_(source.bias[index])
         alone.append((model, step(model, x[:, index], y[:, index])))
-    together = step(stack, x, y)
+    before = stack.hidden.weight.detach().clone()
+    together = step(stack, x, y, ReplicatedNoisyNaturalGradient)
+    assert not torch.equal(stack.hidden.weight, before)
     for index, (model, optimizer) in enumerate(alone):
         for mine, name in (("hidden", "0"), ("output", "2")):
             for statistic in ("input", "gradient"):
