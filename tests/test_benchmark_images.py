@@ -291,7 +291,7 @@ def test_deep_networks_go_through_with_every_method(tmp_path, monkeypatch, netwo
 def test_tuning_tries_as_many_settings_of_every_method_and_looks_at_no_test_image(toy, monkeypatch):
     import images_tuning
 
-    assert {np.prod([len(values) for values in grid.values()]) for grid in images_tuning.GRIDS.values()} == {18}
+    assert {np.prod([len(values) for values in grid.values()]) for grid in images_tuning.GRIDS.values()} == {24}
     read = images_training.read
 
     def read_train_only(name, part):
@@ -303,6 +303,32 @@ def test_tuning_tries_as_many_settings_of_every_method_and_looks_at_no_test_imag
     found = images_tuning.work("mnist-mlp", "sgd", {"lr": 0.2}, 1, "cpu")
     assert found["settings"]["lr"] == 0.2
     assert len(found["curve"]) == 1
+
+
+def test_the_best_of_each_regularisation_is_trained_at_full_length(toy, monkeypatch, capsys):
+    import images_tuning
+
+    monkeypatch.setitem(images_training.PROBLEMS, "mnist-mlp", images_training.Problem("mnist", "mlp", 2, 16))
+    monkeypatch.setattr(images_tuning, "HOLDOUT", 10)
+    monkeypatch.setattr(images_tuning, "GRIDS", {"sgd": {"lr": [1e-3, 0.1, 1e30], "weight_decay": [0.0, 0.1]}})
+    results = toy / "results"
+    arguments = ["--problem", "mnist-mlp", "--methods", "sgd", "--epochs", "1", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["images_tuning.py", *arguments, "--results", str(results)])
+    images_tuning.main()
+    folder = results / "images" / "tuning" / "mnist-mlp" / "sgd"
+    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    assert len(found) == 6
+    assert found["lr=1e+30_weight_decay=0"]["diverged"]
+    best = sorted(found, key=lambda name: images_tuning.loss(found[name]))
+    finals = {path.stem: json.loads(path.read_text()) for path in (folder / "full").glob("*.json")}
+    assert set(finals) == {
+        next(name for name in best if name.endswith(f"weight_decay={value}")) for value in ("0", "0.1")
+    }
+    assert {len(one["curve"]) for one in finals.values()} == {2}
+    first = min(finals, key=lambda name: images_tuning.loss(finals[name]))
+    assert f"'lr': {finals[first]['settings']['lr']}" in capsys.readouterr().out.splitlines()[0]
+    monkeypatch.setattr(images_report, "RESULTS", results / "images")
+    assert f"| mnist-mlp | sgd | 6, 2 | {images_tuning.loss(found[best[0]]):.3f} |" in images_report.tuning_table()
 
 
 def test_an_ensemble_averages_probabilities():
