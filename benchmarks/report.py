@@ -8,7 +8,7 @@ from typing import Any
 
 import evidence
 import structures_report
-from laplace_uci import section
+from laplace_uci_report import section
 from uci import DATA_SETS, HERE, summary
 
 PAGE = HERE.parent / "docs" / "uci.md"

@@ -121,7 +121,7 @@ def test_laplace_on_the_splits_runs_prints_and_keeps_no_quick_result(tmp_path, m
 
     toy(tmp_path)
     monkeypatch.setenv("BAYES_KFAC_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(laplace_uci, "laplace_torch", lambda: None)
+    monkeypatch.setattr(laplace_uci.methods, "laplace_torch", lambda: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     arguments = ["--data", "toy", "--splits", "2", "--epochs", "3", "--processes", "1"]
     monkeypatch.setattr("sys.argv", ["laplace_uci.py", *arguments, "--results", str(tmp_path / "results")])
@@ -140,7 +140,7 @@ def test_laplace_on_the_splits_computes_only_what_is_missing(tmp_path, monkeypat
 
     toy(tmp_path)
     monkeypatch.setenv("BAYES_KFAC_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(laplace_uci, "laplace_torch", lambda: None)
+    monkeypatch.setattr(laplace_uci.methods, "laplace_torch", lambda: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     job = laplace_uci.Job("toy", 2, 1, laplace_uci.Recipe(epochs=1), tmp_path / "cache")
     laplace_uci.work(job, None)
