@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from uci import HERE
+from uci import HERE, standard_error
 
 FOLDER = HERE / "results" / "active_protocol"
 IMAGE = HERE.parent / "docs" / "images" / "evidence" / "active_protocol.png"
@@ -44,8 +44,8 @@ def errors(result: dict[str, Any], acquisition: str, figure: str = "rmse") -> np
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """The mean and its standard error, by the sample standard deviation."""
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+    """The mean and its standard error."""
+    return float(values.mean()), float(standard_error(values))
 
 
 def number(value: float, scale: float, sign: str = "") -> str:
@@ -140,7 +140,7 @@ def draw(folder: Path = FOLDER, image: Path = IMAGE) -> None:
             for name in result["acquisitions"]:
                 values = errors(result, name)
                 labels = 20 + np.arange(len(values))
-                mean, error = values.mean(1), values.std(1, ddof=1) / math.sqrt(values.shape[1])
+                mean, error = values.mean(1), standard_error(values)
                 dashes = "--" if name == "random" else "-"
                 axis.plot(labels, mean, dashes, color=colors[name], label=name, linewidth=1.5)
                 axis.fill_between(labels, mean - error, mean + error, color=colors[name], alpha=0.12, linewidth=0)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from laplace_uci_methods import FULL
-from uci import HERE, summary
+from uci import HERE, standard_error, summary
 
 DATA_SETS = ("boston", "concrete", "energy", "kin8nm", "naval", "power", "protein", "wine_red", "yacht")
 RESULTS = HERE / "results" / "uci" / "laplace"
@@ -56,7 +55,7 @@ def paired(result: dict[str, Any], pair: tuple[str, str], key: str) -> str:
         return "–"
     left, right = (np.asarray(result["methods"][name][key]) for name in pair)
     difference = left - right
-    return f"{difference.mean():+.4f}±{difference.std() / math.sqrt(len(difference)):.4f}"
+    return f"{difference.mean():+.4f}±{standard_error(difference):.4f}"
 
 
 def medians(result: dict[str, Any], name: str, key: str) -> list[float]:
@@ -175,7 +174,7 @@ by it (-3.47 against -2.89). On concrete and wine_red the evidence's noise is be
 variance as the squares of the residuals over `examples − determined parameters`. Kronecker blocks count too many as
 determined, because a product `G ⊗ A` has curvature in directions that the sum over examples leaves flat; the last table
 of that section has the counts, down to those of the full matrix. On boston that is most of the difference (-0.198; with
-the full matrix -0.049±0.051); on yacht it is the larger part (-0.517; -0.184±0.046), and the rest is the evidence's
+the full matrix -0.049±0.053); on yacht it is the larger part (-0.517; -0.184±0.047), and the rest is the evidence's
 own.
 
 So for networks of this size take `structure="dense"`, which is better than Kronecker blocks on five sets and equal on

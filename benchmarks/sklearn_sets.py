@@ -31,7 +31,7 @@ from sklearn.model_selection import KFold, StratifiedKFold
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
-from uci import HERE
+from uci import HERE, standard_error
 
 from bayes_kfac.sklearn import BayesianMLPClassifier, BayesianMLPRegressor
 
@@ -143,7 +143,7 @@ def cell(rows: list[dict[str, float]], figure: str) -> str:
     if figure == "seconds":
         return f"{np.median(values):.1f}"
     digits = 1 if np.abs(values).mean() >= 10 else 3
-    return f"{values.mean():.{digits}f}±{values.std() / math.sqrt(len(values)):.{digits}f}"
+    return f"{values.mean():.{digits}f}±{standard_error(values):.{digits}f}"
 
 
 def show(name: str, result: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from jobs import Job, cache, parser, results_folder, run
-from uci import HERE, Recipe, Splits, load_splits, summary, train
+from uci import HERE, Recipe, Splits, load_splits, standard_error, summary, train
 
 import bayes_kfac as bk
 from bayes_kfac.metrics import miscalibration_area
@@ -128,7 +128,7 @@ def draw(results: dict[tuple[str, str, float], dict[str, Any]], path: Path) -> N
             for damping in DAMPINGS:
                 own = [np.atleast_1d(results[name, damping, tau][key]) for tau in TEMPERATURES]
                 means = np.asarray([values.mean() for values in own])
-                errors = [values.std() / math.sqrt(len(values)) for values in own]
+                errors = [standard_error(values) if len(values) > 1 else 0.0 for values in own]
                 axis.errorbar(TEMPERATURES, means, errors, label=damping, marker="o", markersize=3, capsize=2)
             axis.set_xscale("log")
             if key != "miscalibration":

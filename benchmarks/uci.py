@@ -220,6 +220,8 @@ def evaluate(posterior: bk.Posterior, splits: Splits, num_samples: int, generato
 def summary(values: Iterable[float], sign: str = "") -> str:
     """Mean ± standard error over splits, to three digits, or more where the error's first comes later.
 
+    A single split's value stands alone.
+
     Args:
         values: Those of the splits.
         sign: ``"+"`` to show the sign of a mean that is positive, too.
@@ -228,9 +230,16 @@ def summary(values: Iterable[float], sign: str = "") -> str:
         The text.
     """
     array = np.asarray(values)
-    error = array.std() / math.sqrt(len(array))
+    if len(array) == 1:
+        return f"{array[0]:{sign}.3f}"
+    error = float(standard_error(array))
     digits = max(3, math.ceil(-math.log10(error))) if error else 3
     return f"{array.mean():{sign}.{digits}f}±{error:.{digits}f}"
+
+
+def standard_error(values: np.ndarray) -> np.ndarray:
+    """That of the mean over the last axis: the sample standard deviation over the root of how many there are."""
+    return values.std(-1, ddof=1) / math.sqrt(values.shape[-1])
 
 
 def commit() -> str | None:

@@ -146,7 +146,7 @@ def table(title: str, ours: list[Row], theirs: list[Row]) -> str:
 
     def cell(rows: list[Row], name: str) -> str:
         values = torch.tensor([row[name] for row in rows])
-        error = values.std(correction=0) / math.sqrt(len(values))
+        error = values.std() / math.sqrt(len(values))
         return f"{values.mean():9.3f} ± {error:.3f}"
 
     lines = [f"{title:24s}{'noisy K-FAC':>17s}{'Adam':>19s}"]

@@ -135,7 +135,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for (name, method), values in rows.items():
         array = np.asarray(values)
-        errors = array.std(0) / math.sqrt(len(array))
+        errors = array.std(0, ddof=1) / math.sqrt(len(array))
         cells = " | ".join(f"{mean:.3f} ± {error:.3f}" for mean, error in zip(array.mean(0), errors, strict=True))
         print(f"| {name} | {'linearised' if method == 'linearized' else 'sampled weights'} | {cells} |")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
