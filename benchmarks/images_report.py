@@ -258,11 +258,12 @@ def done() -> dict[str, Any]:
 
 
 def draw() -> None:
-    """The section's pictures."""
+    """The section's pictures, of the committed results; none where there are none."""
     everything = done()
-    plot_curves(everything)
-    plot_reliability(everything)
-    plot_corruption(everything)
+    if everything:
+        plot_curves(everything)
+        plot_reliability(everything)
+        plot_corruption(everything)
 
 
 def section() -> str:
