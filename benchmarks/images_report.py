@@ -186,11 +186,11 @@ def plot_reliability(everything: dict[str, Results]) -> None:
             points = pooled_reliability(own)
             axis.plot(points[:, 0], points[:, 1] - points[:, 0], ".-", label=method, color=_color(method), linewidth=1)
         axis.axhline(0, color="black", linewidth=0.6)
-        axis.set_ylim(-0.5, 0.5)
+        axis.set_ylim(-0.25, 0.25)
         axis.set_xlabel("confidence")
         axis.set_title(TITLES[problem], fontsize=8)
     axes[0, 0].set_ylabel("accuracy − confidence")
-    axes[0, 0].legend(fontsize=6)
+    axes[0, 0].legend(fontsize=6, ncols=3, loc="lower right")
     _save(figure, "images_reliability.png")
 
 
