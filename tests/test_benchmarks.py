@@ -90,7 +90,7 @@ def test_the_command_trains_prints_and_keeps_no_quick_result(tmp_path):
         "milliseconds_per_step": 2.0,
     }
     (kept / "toy.json").write_text(json.dumps(result))
-    assert "2.000±0.707" in run(tmp_path, "--data", "toy").stdout
+    assert "2.000±1.000" in run(tmp_path, "--data", "toy").stdout
 
 
 def test_missing_data_is_one_clear_sentence(tmp_path):
