@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from uci import HERE, standard_error
+from uci import HERE, with_error
 
 RESULTS = HERE / "results" / "images"
 PICTURES = HERE.parent / "docs" / "images" / "evidence"
@@ -74,13 +74,6 @@ def results(problem: str) -> Results:
         if paths:
             found[method] = [json.loads(path.read_text()) for path in paths]
     return found
-
-
-def with_error(values: list[float], digits: int, scale: float = 1.0) -> str:
-    """Mean ± standard error; the mean alone of a single seed."""
-    own = scale * np.asarray(values)
-    mean = f"{own.mean():.{digits}f}"
-    return mean if len(own) == 1 else f"{mean}±{standard_error(own):.{digits}f}"
 
 
 def score_cells(tests: list[dict[str, float]]) -> list[str]:

@@ -31,7 +31,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
-from uci import HERE, commit, standard_error
+from uci import HERE, commit, with_error
 
 import bayes_kfac as bk
 from bayes_kfac.prediction import LINKS
@@ -135,7 +135,7 @@ def cell(result: dict[str, Any], posterior: str, way: str, figure: str) -> str:
     values = np.asarray([own[posterior][way][figure] for own in result["splits"]])
     if figure == "milliseconds":
         return f"{np.median(values):.0f}"
-    return f"{values.mean():.3f}±{standard_error(values):.3f}"
+    return with_error(values, 3)
 
 
 def show(result: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from sklearn.model_selection import KFold, StratifiedKFold
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
-from uci import HERE, standard_error
+from uci import HERE, with_error
 
 from bayes_kfac.sklearn import BayesianMLPClassifier, BayesianMLPRegressor
 
@@ -142,8 +142,7 @@ def cell(rows: list[dict[str, float]], figure: str) -> str:
         return "–"
     if figure == "seconds":
         return f"{np.median(values):.1f}"
-    digits = 1 if np.abs(values).mean() >= 10 else 3
-    return f"{values.mean():.{digits}f}±{standard_error(values):.{digits}f}"
+    return with_error(values, 1 if np.abs(values).mean() >= 10 else 3)
 
 
 def show(name: str, result: dict[str, Any]) -> None:

@@ -230,11 +230,15 @@ def summary(values: Iterable[float], sign: str = "") -> str:
         The text.
     """
     array = np.asarray(values)
-    if len(array) == 1:
-        return f"{array[0]:{sign}.3f}"
-    error = float(standard_error(array))
-    digits = max(3, math.ceil(-math.log10(error))) if error else 3
-    return f"{array.mean():{sign}.{digits}f}±{error:.{digits}f}"
+    error = standard_error(array) if len(array) > 1 else 0.0
+    return with_error(array, max(3, math.ceil(-math.log10(error))) if error else 3, sign=sign)
+
+
+def with_error(values: Iterable[float], digits: int, scale: float = 1.0, sign: str = "") -> str:
+    """Mean ± standard error to so many digits; the mean alone of a single value."""
+    own = scale * np.asarray(values)
+    mean = f"{own.mean():{sign}.{digits}f}"
+    return f"{mean}±{standard_error(own):.{digits}f}" if len(own) > 1 else mean
 
 
 def standard_error(values: np.ndarray) -> np.ndarray:
