@@ -142,12 +142,12 @@ def classification(split: int) -> tuple[Row, Row, tuple[Tensor, Tensor, Tensor]]
 
 
 def table(title: str, ours: list[Row], theirs: list[Row]) -> str:
-    """Mean ± standard error over splits, one line for each figure."""
+    """Mean ± standard error over splits (of one the value), one line for each figure."""
 
     def cell(rows: list[Row], name: str) -> str:
         values = torch.tensor([row[name] for row in rows])
-        error = values.std() / math.sqrt(len(values))
-        return f"{values.mean():9.3f} ± {error:.3f}"
+        error = f" ± {values.std() / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+        return f"{values.mean():9.3f}{error}"
 
     lines = [f"{title:24s}{'noisy K-FAC':>17s}{'Adam':>19s}"]
     lines += [f"  {name:22s}{cell(ours, name):>17s}{cell(theirs, name):>19s}" for name in ours[0]]

@@ -90,6 +90,12 @@ def noisy_kfac(loader: DataLoader, seed: int, steps: int) -> bk.Posterior:
 POSTERIORS = {"Laplace": laplace, "noisy K-FAC": noisy_kfac}
 
 
+def cell(values: np.ndarray) -> str:
+    """Mean ± standard error; the mean alone of one split."""
+    error = f" ± {values.std(ddof=1) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+    return f"{values.mean():.3f}{error}"
+
+
 def main() -> None:
     """Train, print the table, draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,8 +141,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for (name, method), values in rows.items():
         array = np.asarray(values)
-        errors = array.std(0, ddof=1) / math.sqrt(len(array))
-        cells = " | ".join(f"{mean:.3f} ± {error:.3f}" for mean, error in zip(array.mean(0), errors, strict=True))
+        cells = " | ".join(cell(values) for values in array.T)
         print(f"| {name} | {'linearised' if method == 'linearized' else 'sampled weights'} | {cells} |")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.output, dpi=90)
