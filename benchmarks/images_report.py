@@ -61,6 +61,8 @@ METHODS = (
     "noisy_ekfac",
 )
 SCORES = {"accuracy": "accuracy, %", "nll": "NLL", "ece": "ECE", "brier": "Brier"}
+#: How near to the least loss.
+NEAR = (0.08, 0.04, 0.02, 0.01)
 CURVES = ("sgd", "adamw", "adamw_long", "ivon", "noisy_kfac", "noisy_ekfac")
 
 Results = dict[str, list[dict[str, Any]]]
@@ -119,6 +121,23 @@ def further_table(found: Results) -> str:
             for name in own[0]["further"]
         ]
     return "\n".join(lines) + "\n\n" if len(lines) > 3 else ""
+
+
+def seconds_table(found: Results) -> str:
+    """Seconds until a method's own prediction comes near the least test loss that any has, the median over seeds."""
+    own = {method: [one["curve"] for one in runs] for method, runs in found.items() if method in CURVES}
+    least = min(float(np.mean([min(at["nll"] for at in curve) for curve in curves])) for curves in own.values())
+    heads = [f"{least + gap:.3f}" for gap in NEAR]
+    lines = ["Seconds of training until the test loss after an epoch is at most:\n"]
+    lines += [f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    for method, curves in own.items():
+        cells = []
+        for gap in NEAR:
+            reached = [[at["seconds"] for at in curve if at["nll"] <= least + gap] for curve in curves]
+            median = float(np.median([min(seconds, default=np.inf) for seconds in reached]))
+            cells.append(f"{median:.0f}" if np.isfinite(median) else "–")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\n"
 
 
 def tuning_table() -> str:
@@ -266,7 +285,7 @@ def section() -> str:
         return ""
     text = HEAD + tuning_table()
     for problem, found in everything.items():
-        text += f"### {TITLES[problem]}\n\n{table(found)}{further_table(found)}"
+        text += f"### {TITLES[problem]}\n\n{table(found)}{further_table(found)}{seconds_table(found)}"
     if any(problem.startswith("cifar10") for problem in everything):
         text += MARKS
     text += "![Test loss against epochs and seconds](images/evidence/images_curves.png)\n\n"
