@@ -127,6 +127,19 @@ hold figures of each split or seed, versions, machine and commit. Commands go on
 `--processes` says how many jobs run at once, `--quick` shows that they run. The data are read from the folder that
 `BAYES_KFAC_DATA` names. What is worse than a peer stands here as plainly as what is better.
 
+**In short**
+
+- *Small regressions*: five noisy K-FAC posteriors by one recipe have a better density than five plain networks on five
+  of nine UCI sets, a level one on three, and a worse one on kin8nm. [More](#uci-regression)
+- *The true posterior*: of what was compared with NUTS, noisy training comes nearest in the marginals of the function;
+  Laplace of all layers is 1.5 to 3 times too wide, and far more when its weights are sampled. The figures that the
+  paper gave for noisy K-FAC are not reached on half of the sets. [More](#against-hamiltonian-monte-carlo)
+- *Temperature*: it moves predictions many times as far as damping does. Whoever wants predictions chooses it by
+  held-out data. [More](#what-temperature-and-damping-do)
+- *Images*: of single trainings for the same epochs noisy K-FAC has the best loss; AdamW with the same seconds is behind
+  on an MLP and level on a CNN, where a deep ensemble is better; Laplace tells strange images best. [More](#images)
+- *Cost*: a step of noisy K-FAC on two cores takes three to five times one of AdamW. [More](#time-of-a-step)
+
 """
 
 UCI = """## UCI regression
@@ -186,22 +199,24 @@ def uci_section() -> str:
 
 UCI_NOTES = """
 Tuned, five noisy K-FAC posteriors are better than the ensemble of five plain networks, which is tuned too, in
-log-likelihood on concrete, energy, naval and power, level with it on boston, wine_red and yacht, and worse on kin8nm;
-on protein they fail. In error they are worse than it on boston, kin8nm and protein, and no worse elsewhere. Nothing
-tuned, they are better than laplace-torch in log-likelihood on every set but protein, and level with the tuned ensemble
-on most; on concrete, kin8nm and, by little, on power it is better. A single posterior is better than laplace-torch on
-concrete, energy, naval, power, wine_red and yacht, level on boston, and worse on kin8nm and protein.
+log-likelihood on concrete, energy, naval, power and protein, level with it on boston, wine_red and yacht, and worse on
+kin8nm. In error they are worse than it on boston and kin8nm, better or level elsewhere. Nothing tuned, they are better
+than laplace-torch in log-likelihood on every set; beside the tuned ensemble they are ahead on naval and protein,
+behind on concrete, kin8nm and, by little, on power, and level on the rest. A single posterior, tuned, is
+better than laplace-torch on energy, naval, power, protein and wine_red, level on boston, concrete and yacht, and worse
+on kin8nm.
 
-What is worse, and why. On protein the recipe diverges. Why is not settled: inputs lie up to 51 standard deviations from
-their mean, and the networks of a stack share one limit of the step's length, which a single one of them may use up. A
-limit for each network has not been tried yet. A Gaussian process with a length scale for each input has the best
-density on boston, is level on energy, and has the least error on yacht by far. There, networks that predict their noise
-are far ahead of all of one noise in density; on the other small sets they are behind or level. On kin8nm the plain
-ensemble, which trains for up to 30,000 steps, is ahead of ours with 6000; in a trial on held-out data three times as
-many gained a single posterior 0.012. Three held-out tenths are few examples on the smallest sets: on boston and yacht
-what they choose is worse than not to choose. A temperature below 1 makes the mean better where the function is rich
-(concrete, energy, power), but the noise that training learns beside it is too small, so that both have to be chosen
-together.
+What is worse, and why. A Gaussian process with a length scale for each input has the best density on boston, is level
+on energy, and has the least error on yacht by far. There, networks that predict their noise are far ahead of all of
+one noise in density; on the other small sets they are behind or level. On kin8nm the plain ensemble, which trains for
+up to 30,000 steps, is ahead of ours with 6000; in a trial on held-out data three times as many gained a single
+posterior 0.012. Three held-out tenths are few examples on the smallest sets: on boston and yacht what they choose is
+worse than not to choose. A temperature below 1 makes the mean better where the function is rich (concrete, energy,
+power), but the noise that training learns beside it is too small, so that both have to be chosen together.
+
+Protein's inputs lie up to 51 standard deviations from their mean. With a KL clip twenty times as large, and one for all
+networks of a stack together, its networks diverged: a step that is short by the averaged curvature is long for an input
+that the average hardly knows.
 """
 
 
