@@ -298,12 +298,11 @@ chosen before, noise and other settings, is not counted. A dash: no budget came 
 
 
 NOTES = """
-On regressions of this size noisy K-FAC is the expensive way to a density: six to nine times the seconds of a plain
-network for the same, as it takes three to four times as long a step, two samples each, and more steps at temperature 1
-than plain training does to the same fit. Laplace around a plain network, prior and noise by the evidence, is the
-cheapest posterior. IVON's settings are not tuned to either set. Two splits tell orders of magnitude, not places: what
-each method is worth when it is tuned is in the tables of [UCI regression](#uci-regression), and [images](#images) have
-their own table of seconds.
+On regressions of this size noisy K-FAC is the expensive way to a density: seven to nine times the seconds of a plain
+network for the same, as its steps take three to four times as long, and it needs more of them at temperature 1. Laplace
+around a plain network, prior and noise by the evidence, costs a tenth to a quarter of it. IVON's settings are not tuned
+to either set. Two splits tell orders of magnitude, not places: what each method is worth when it is tuned is in the
+tables of [UCI regression](#uci-regression), and [images](#images) have their own table of seconds.
 """
 
 
