@@ -217,8 +217,8 @@ def main() -> None:
         options.methods.remove("ivon")
     with results_folder(options) as options.results:
         run_all(options)
-    if not options.quick:
-        images_report.draw()
+        if options.results / "images" == images_report.RESULTS:
+            images_report.draw()
 
 
 def run_all(options: argparse.Namespace) -> None:

@@ -31,7 +31,6 @@ from typing import Any
 
 import laplace_uci_methods as methods
 import torch
-from laplace_uci_methods import FITS, FULL, PEER_STEPS, PEERS, SAMPLES, Recipe, evaluate_split, train
 from laplace_uci_report import DATA_SETS, RESULTS, tables
 from tqdm import tqdm
 from uci import HERE, commit, load_splits
@@ -54,7 +53,7 @@ class Job:
     name: str
     splits: int
     seed: int
-    recipe: Recipe
+    recipe: methods.Recipe
     cache: Path
 
     def path(self, part: str) -> Path:
@@ -77,14 +76,14 @@ def work(job: Job, split: int | None) -> None:
     part = path.with_suffix(".part")
     if split is None:
         start = time.perf_counter()
-        trained = train(splits, job.recipe, job.seed)
+        trained = methods.train(splits, job.recipe, job.seed)
         torch.save({"weights": trained, "seconds": time.perf_counter() - start}, part)
     else:
         trained = torch.load(job.path("weights.pt"), weights_only=True)["weights"]
         if not _IS_WARM:  # the first call of everything is slower
-            evaluate_split(splits, trained, split, job.seed, known)
+            methods.evaluate_split(splits, trained, split, job.seed, known)
             _IS_WARM.append(True)
-        found = evaluate_split(splits, trained, split, job.seed, known)
+        found = methods.evaluate_split(splits, trained, split, job.seed, known)
         for name in found.keys() - known.keys():  # what is kept says what made it, not what put it together
             found[name]["commit"] = commit()
         part.write_text(json.dumps(found))
@@ -94,7 +93,7 @@ def work(job: Job, split: int | None) -> None:
 def result(job: Job) -> dict[str, Any]:
     """What is kept of a data set."""
     parts = [json.loads(job.path(f"{split}.json").read_text()) for split in range(job.splits)]
-    names = ["MAP", *(name for fit in FITS for name, _, _ in fit.predictions), FULL, *PEERS]
+    names = ["MAP", *(name for fit in methods.FITS for name, _, _ in fit.predictions), methods.FULL, *methods.PEERS]
     found = {
         name: {key: [part[name][key] for part in parts] for key in parts[0][name] if key not in {"memory", "commit"}}
         for name in names
@@ -117,8 +116,8 @@ def result(job: Job) -> dict[str, Any]:
         "seed": job.seed,
         "recipe": asdict(job.recipe),
         "training_seconds": torch.load(job.path("weights.pt"), weights_only=True)["seconds"],
-        "samples": SAMPLES,
-        "peer_steps": PEER_STEPS,
+        "samples": methods.SAMPLES,
+        "peer_steps": methods.PEER_STEPS,
         "methods": found,
         "versions": versions,
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": 1},
@@ -168,7 +167,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if methods.laplace_torch() is None:
         print("laplace-torch is not installed, so its columns are left out: pip install laplace-torch==0.3 brings it.")
-    recipe = Recipe(epochs=arguments.epochs or Recipe.epochs)
+    recipe = methods.Recipe(epochs=arguments.epochs or methods.Recipe.epochs)
     with tempfile.TemporaryDirectory() as quick:
         cache = Path(quick) if arguments.epochs else HERE.parent / ".cache" / "laplace_uci"
         paths = {name: arguments.results / f"{name}.json" for name in arguments.data}
