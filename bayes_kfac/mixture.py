@@ -164,6 +164,17 @@ class Mixture:
         """
         return Mixture([member.to(target) for member in self.members])
 
+    def with_likelihood(self, likelihood: Likelihood) -> Mixture:
+        """The same members, whose predictions all have another likelihood; see :meth:`Posterior.with_likelihood`.
+
+        Args:
+            likelihood: What the model's output means, of the kind that it was; copied.
+
+        Returns:
+            A new mixture.
+        """
+        return Mixture([member.with_likelihood(likelihood) for member in self.members])
+
     def save(self, path: str | Path) -> None:
         """Write all members to one safetensors file: tensors, numbers and strings only, no code.
 

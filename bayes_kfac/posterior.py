@@ -414,6 +414,33 @@ class Posterior:
         likelihood = copy.deepcopy(self.likelihood).to(target)
         return self._with(model=self.model.to(target), likelihood=likelihood, blocks=self.blocks.to(target), mean=mean)
 
+    def with_likelihood(self, likelihood: Likelihood) -> Posterior:
+        """The same Gaussian over the weights, whose predictions have another likelihood: a noise chosen afterwards.
+
+        Args:
+            likelihood: What the model's output means, of the kind that it was; copied.
+
+        Returns:
+            A new posterior.
+
+        Raises:
+            ArgumentError: If the likelihood is of another kind.
+
+        Example:
+            >>> import bayes_kfac as bk, torch
+            >>> laplace = bk.Laplace(torch.nn.Linear(2, 1), bk.likelihoods.Gaussian(0.5))
+            >>> posterior = laplace.fit([(torch.eye(2), torch.ones(2, 1))], progress=False).posterior()
+            >>> posterior.with_likelihood(bk.likelihoods.Gaussian(0.25)).predict(torch.eye(2)).aleatoric_variance
+            tensor([[0.0625],
+                    [0.0625]])
+        """
+        if type(likelihood) is not type(self.likelihood):
+            raise ArgumentError(
+                f"likelihood={likelihood!r} is not allowed. Allowed: a {type(self.likelihood).__name__}, as the "
+                "posterior was made with."
+            )
+        return self._with(likelihood=copy.deepcopy(likelihood).to(self.device).requires_grad_(False))
+
     def _with(self, **changed: Any) -> Posterior:
         """The same posterior with other attributes."""
         new = copy.copy(self)

@@ -7,6 +7,7 @@ import re
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -63,6 +64,26 @@ def test_sampled_laplace_is_drawn_and_printed(run, tmp_path):
     assert printed.count("| sampled weights |") == printed.count("| linearised |") == 2
     assert "nan" not in printed
     assert output.stat().st_size < 100_000
+
+
+def test_the_recipe_for_regression_takes_a_table_and_prints_figures_in_its_units(run, tmp_path):
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(60, 2))
+    rows = np.column_stack([x, 1000 * x[:, 0] + 100 * generator.normal(size=60)])
+    np.savetxt(tmp_path / "table.csv", rows, delimiter=",", header="a,b,target")
+    printed = run("regression", str(tmp_path / "table.csv"), "--steps", "30")
+    found = re.findall(r"test RMSE (\S+), log-likelihood (\S+), of 6 rows", printed)
+    assert len(found) == 2
+    assert all(100 < float(error) < 2000 and -12 < float(density) < -6 for error, density in found)
+    assert "the held-out tenth chooses temperature" in printed
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "There is no file"), ("1,2\n3,4\n", "has no 20 rows")])
+def test_a_table_that_will_not_do_is_one_clear_sentence(run, tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "table.csv").write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        run("regression", str(tmp_path / "table.csv"))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

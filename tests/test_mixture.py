@@ -205,6 +205,14 @@ def test_another_dtype() -> None:
     assert whole.members[0].mean["0.weight"].dtype == torch.float64
 
 
+def test_a_noise_chosen_afterwards_is_that_of_all_members() -> None:
+    whole = mixture()
+    other = whole.with_likelihood(Gaussian(0.1))
+    assert_close(other.predict(X).aleatoric_variance, torch.full((7, 2), 0.01).double(), rtol=1e-6, atol=0)
+    assert_close(other.predict(X).epistemic_variance, whole.predict(X).epistemic_variance, rtol=0, atol=0)
+    assert_close(whole.predict(X).aleatoric_variance, mixture().predict(X).aleatoric_variance, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [

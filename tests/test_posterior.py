@@ -378,6 +378,29 @@ def test_summary_knows_layers_without_a_block() -> None:
 # Dtypes
 
 
+def test_with_a_noise_chosen_afterwards_only_the_noise_is_another() -> None:
+    """The weights' Gaussian stays; the posterior itself, and the likelihood that was given, stay what they are."""
+    posterior, x = random_posterior(mlp(), Gaussian(0.5)), randn(4, 3, seed=1)
+    given = Gaussian("learned").double()
+    other = posterior.with_likelihood(given)
+    before, after = posterior.predict(x), other.predict(x)
+    assert_close(after.aleatoric_variance, torch.ones(4, 2).double())
+    assert_close(before.aleatoric_variance, torch.full((4, 2), 0.25).double())
+    assert_close((after.mean, after.epistemic_variance), (before.mean, before.epistemic_variance), rtol=0, atol=0)
+    scramble(given)
+    assert_close(other.predict(x).aleatoric_variance, after.aleatoric_variance, rtol=0, atol=0)
+    assert not any(parameter.requires_grad for parameter in other.likelihood.parameters())
+    assert all(parameter.requires_grad for parameter in given.parameters())
+
+
+def test_a_likelihood_of_another_kind_is_refused() -> None:
+    posterior = random_posterior(mlp(), Gaussian(0.5))
+    with pytest.raises(ArgumentError, match=r"likelihood=Categorical\(\) is not allowed\. Allowed: a Gaussian"):
+        posterior.with_likelihood(Categorical())
+    with pytest.raises(ArgumentError, match=r"likelihood=0\.5 is not allowed"):
+        posterior.with_likelihood(0.5)  # type: ignore[arg-type]
+
+
 def test_to_float64_moves_everything() -> None:
     """A float32 posterior in float64 predicts the same to float32's precision, and float64 inputs are welcome."""
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2)).train()
