@@ -7,9 +7,10 @@ posterior is of the network in standardised units, and the estimators' methods s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -32,8 +33,8 @@ ACTIVATIONS = {"identity": nn.Identity, "logistic": nn.Sigmoid, "tanh": nn.Tanh,
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 #: What chooses the prior's precision from the data.
 TUNED = "marginal_likelihood"
-#: By default as many epochs as make so many steps, and no less than so many epochs.
-STEPS, EPOCHS = 1000, 20
+#: By default no fewer epochs than this.
+EPOCHS = 20
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
     """A multilayer perceptron with a Gaussian posterior over its weights; see its two children."""
 
     _default_temperature = 1.0
+    #: By default as many epochs as make so many steps.
+    _default_steps: ClassVar[Mapping[str, int]] = {"laplace": 1000, "noisy": 1000}
 
     def __init__(
         self,
@@ -254,7 +257,7 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
         steps = -(-num_examples // self.batch_size)
         given = {"damping": self.damping, "fisher": self.fisher}
         return Plan(
-            epochs=max(EPOCHS, -(-STEPS // steps)) if self.max_iter is None else int(self.max_iter),
+            epochs=int(self.max_iter or max(EPOCHS, -(-self._default_steps[self.method] // steps))),
             lr=float(self.learning_rate_init or STEP_SIZES[self.method]),
             prior_precision=None if self.prior_precision == TUNED else float(self.prior_precision),
             temperature=self._default_temperature if self.temperature is None else float(self.temperature),

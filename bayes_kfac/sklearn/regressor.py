@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Self, cast
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
@@ -45,7 +46,8 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
         batch_size: The most examples in a step.
         learning_rate_init: The first step size, which decays along a half cosine; by default 0.01 for Laplace (Adam)
             and 0.1 for noisy natural gradient.
-        max_iter: Passes over the data; by default as many as make 1000 steps, and no less than 20.
+        max_iter: Passes over the data; by default as many as make 1000 steps, or 5000 of noisy natural gradient, and no
+            less than 20.
         early_stopping: Whether to set a validation part aside, stop when its log-likelihood no longer gets better, and
             go back to the best epoch.
         validation_fraction: How large a part.
@@ -68,6 +70,9 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
         n_features_in_: The number of inputs.
         feature_names_in_: Their names, where ``X`` had string names.
     """
+
+    # while the noise is still large, noisy natural gradient sees no more than a linear function
+    _default_steps: ClassVar[Mapping[str, int]] = {"laplace": 1000, "noisy": 5000}
 
     def partial_fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Take in more data, with the posterior so far as their prior; no data are kept.

@@ -20,7 +20,7 @@ import bayes_kfac as bk
 from bayes_kfac.sklearn.examples import Batches
 from bayes_kfac.structures import Structure
 from bayes_kfac.training.fit import FitState
-from bayes_kfac.training.tuning import tune_prior_precision
+from bayes_kfac.training.tuning import EXTRINSIC_DAMPING, tune_prior_precision
 
 #: How often the priors are tuned on the way, after the first tenth of the epochs.
 TUNINGS = 20
@@ -135,6 +135,7 @@ def train_noisy(
         structure=plan.structure,
         lr=plan.lr,
         prior_precision=1.0 if plan.prior_precision is None else plan.prior_precision,
+        extrinsic_damping=EXTRINSIC_DAMPING,
         groups=[{"params": list(layer.parameters())} for layer in linear_layers(network).values()],
         callbacks=[after_epoch],
         generator=plan.generator,

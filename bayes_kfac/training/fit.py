@@ -19,7 +19,7 @@ from bayes_kfac.posterior import Posterior
 from bayes_kfac.progress import progress_bar
 from bayes_kfac.structures import Structure
 from bayes_kfac.training.noisy import NoisyNaturalGradient
-from bayes_kfac.training.tuning import TUNE_KINDS, tune_prior_precision
+from bayes_kfac.training.tuning import EXTRINSIC_DAMPING, TUNE_KINDS, tune_prior_precision
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def fit(
         lr: The step size; by default it decays to zero over the run along a half cosine.
         scheduler: Makes another schedule from the optimizer; stepped after each epoch.
         tune: ``"marginal_likelihood"`` to choose the prior's precision after each epoch but the first tenth, one for
-            each layer, or for each of ``groups``: where the evidence is greatest. ``None`` to leave it as it is.
+            each layer, or for each of ``groups``: where the evidence is greatest; ``extrinsic_damping`` is 0.01 then
+            by default, without which the prior of a long training may fade away. ``None`` to leave it as it is.
         callbacks: Called after each epoch with a :class:`FitState`; one that returns ``True`` ends the training.
         progress: Whether to show a progress bar with the parts of the evidence lower bound.
         options: Further arguments of :class:`NoisyNaturalGradient`, such as ``prior_precision`` or ``damping``.
@@ -110,6 +111,7 @@ def fit(
         if options.get("params") is not None:
             options["params"] = list(options["params"])  # a generator is used up by one look
         options.setdefault("groups", _one_for_each_layer(model, options))
+        options.setdefault("extrinsic_damping", EXTRINSIC_DAMPING)
     optimizer = NoisyNaturalGradient(
         model,
         likelihood,

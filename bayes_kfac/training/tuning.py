@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from bayes_kfac.training.noisy import NoisyNaturalGradient
 
 TUNE_KINDS = ("marginal_likelihood",)
+#: The extrinsic damping of a training that is tuned on the way. A mean that steps by the intrinsic damping alone walks
+#: at random where the data say little, the longer for a weaker prior; its length asks for a weaker prior still.
+EXTRINSIC_DAMPING = 1e-2
 #: What precisions are kept within: weights that are all zero would have an infinite one.
 BOUNDS = (1e-6, 1e8)
 HALVINGS = 60

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sklearn.datasets import load_iris
+from sklearn.datasets import load_digits, load_iris
 from sklearn.model_selection import GridSearchCV
 
 from bayes_kfac.errors import ArgumentError
@@ -93,6 +93,15 @@ def test_more_data_by_partial_fit_leave_what_was_known():
 
 def test_a_pickle_predicts_the_same_to_the_last_bit(fitted):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(fitted)).predict_proba(X), fitted.predict_proba(X))
+
+
+def test_the_tuned_prior_of_a_long_noisy_training_does_not_fade():
+    """Without extrinsic damping these 2400 steps end with a precision of 0.13, and 87 % right."""
+    images, digits = load_digits(return_X_y=True)
+    model = BayesianMLPClassifier(method="noisy", max_iter=200, batch_size=50, random_state=0)
+    model.fit(images[:600], digits[:600])
+    assert min(model.posterior_.prior_precision.values()) > 1
+    assert model.score(images[600:], digits[600:]) > 0.91
 
 
 def test_searches_and_frames():

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bayes_kfac as bk
 from bayes_kfac.errors import ArgumentError, UsageError
-from bayes_kfac.training.tuning import BOUNDS, tune_prior_precision
+from bayes_kfac.training.tuning import BOUNDS, EXTRINSIC_DAMPING, tune_prior_precision
 from tests.helpers import randn, rng, seeded
 from tests.posteriors import FAMILIES
 
@@ -182,6 +182,28 @@ def test_groups_of_the_users_own_are_kept() -> None:
         progress=False,
     )
     assert len(set(posterior.prior_precision.values())) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"tune": "marginal_likelihood"}, EXTRINSIC_DAMPING),
+        ({"tune": "marginal_likelihood", "extrinsic_damping": 0.0}, 0.0),
+        ({}, 0.0),
+    ],
+)
+def test_steps_are_damped_by_default_where_the_prior_is_tuned(given: dict, expected: float) -> None:
+    """Else the mean walks at random where the data say little, and its length asks for a prior ever weaker."""
+    seen = []
+
+    def look(state: bk.training.FitState) -> None:
+        seen.extend(group["extrinsic_damping"] for group in state.optimizer.param_groups if group["kind"] == "block")
+
+    model = seeded(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)))
+    likelihood = bk.likelihoods.Gaussian(torch.tensor(0.6).double())
+    bk.fit(model, likelihood, [data()], epochs=1, num_data=60, callbacks=[look], progress=False, **given)
+    assert seen
+    assert set(seen) == {expected}
 
 
 def test_params_may_be_a_generator() -> None:
