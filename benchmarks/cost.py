@@ -178,7 +178,7 @@ def one(problem: Problem, structure: str, steps: int, generator: torch.Generator
         model,
         likelihood,
         num_data=len(problem.x),
-        **regression.recipe("", structure, 1.0, len(problem.x), steps, 0).options(),
+        **regression.recipe(structure, temperature=1.0, epochs=1).options(),  # the steps are counted here
         generator=generator,
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -4,8 +4,7 @@ A prediction is a function from a batch to logits ``[draws, batch, classes]``, t
 what is predicted; a point estimate has one draw.
 
 Settings of the MLP and the CNN were chosen on Fashion-MNIST by ``images_tuning.py``, by the loss on the last 10 000
-training images, from as many of each method; noisy EK-FAC takes over noisy K-FAC's. Those of VGG16 and ResNet-18 are
-the paper's or customary, and not tuned.
+training images, from as many of each method. Those of VGG16 and ResNet-18 are the paper's or customary, and not tuned.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "adamw": {"lr": 4e-3, "weight_decay": 0.5},
         "ivon": {"lr": 1.0, "weight_decay": 1e-4, "hess_init": 0.5, "beta2": 0.9999},
         "noisy_kfac": _NOISY,
-        "noisy_ekfac": _NOISY,
+        "noisy_ekfac": {**_NOISY, "extrinsic_damping": 3e-2},
     },
     "cnn": {
         "sgd": {"lr": 0.06, "weight_decay": 5e-4},

@@ -37,7 +37,7 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
     "adamw": {"lr": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2], "weight_decay": [1e-2, 0.1, 0.5, 2.0]},
     "ivon": {"lr": [0.3, 1.0], "hess_init": [0.1, 0.5, 1.0], "weight_decay": [2e-5, 1e-4, 5e-4, 2e-3]},
     "noisy_kfac": _NOISY,
-    "noisy_ekfac": _NOISY,
+    "noisy_ekfac": {**_NOISY, "extrinsic_damping": [3e-2, 0.1]},  # 1e-2 was too little in the first trials
 }
 
 

@@ -46,12 +46,12 @@ def fit(x: Tensor, y: Tensor, points: Tensor, iterations: int = ITERATIONS) -> F
 
     features = x.shape[-1]
     own = gpytorch.kernels.MaternKernel(2.5, ard_num_dims=features)
+    # a first step of the optimizer that goes too far would end where no Cholesky factor exists
+    kernel = gpytorch.kernels.ScaleKernel(own, outputscale_constraint=gpytorch.constraints.Interval(1e-3, 1e3))
     likelihood = gpytorch.likelihoods.GaussianLikelihood(noise_constraint=gpytorch.constraints.GreaterThan(1e-6))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of targets not quite of variance 1, and of an optimizer stopped at its end
-        model = SingleTaskGP(
-            x, y, likelihood=likelihood, covar_module=gpytorch.kernels.ScaleKernel(own), outcome_transform=None
-        )
+        model = SingleTaskGP(x, y, likelihood=likelihood, covar_module=kernel, outcome_transform=None)
         own.lengthscale, likelihood.noise = features**0.5, 0.1
         evidence = gpytorch.mlls.ExactMarginalLogLikelihood(likelihood, model)
         with gpytorch.settings.fast_computations(False, False, False):  # Cholesky factors, not conjugate gradients

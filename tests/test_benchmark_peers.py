@@ -162,6 +162,13 @@ def test_a_gaussian_process_is_that_of_its_formula(tmp_path, monkeypatch):
     torch.testing.assert_close(own.scale[:, 0], spread.sqrt())
 
 
+def test_a_gaussian_process_is_left_to_sets_where_its_evidence_has_a_maximum(tmp_path):
+    import peers
+
+    jobs = peers.all_jobs(["gp"], ["wine_red", "kin8nm", "concrete"], 2, 1, tmp_path, quick=True)
+    assert [job.arguments["data"] for job in jobs] == ["concrete"]
+
+
 def test_the_command_keeps_figures_that_load_reads(tmp_path, monkeypatch, capsys):
     import peers
 
