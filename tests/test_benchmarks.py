@@ -142,7 +142,7 @@ def test_laplace_on_the_splits_computes_only_what_is_missing(tmp_path, monkeypat
     monkeypatch.setenv("BAYES_KFAC_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(laplace_uci.methods, "laplace_torch", lambda: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    job = laplace_uci.Job("toy", 2, 1, laplace_uci.Recipe(epochs=1), tmp_path / "cache")
+    job = laplace_uci.Job("toy", 2, 1, laplace_uci.methods.Recipe(epochs=1), tmp_path / "cache")
     laplace_uci.work(job, None)
     laplace_uci.work(job, 0)
     path = job.path("0.json")
