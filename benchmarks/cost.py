@@ -298,11 +298,11 @@ chosen before, noise and other settings, is not counted. A dash: no budget came 
 
 
 NOTES = """
-On regressions of this size noisy K-FAC is the expensive way to a density: seven to nine times the seconds of a plain
-network for the same, as its steps take three to four times as long, and it needs more of them at temperature 1. Laplace
-around a plain network, prior and noise by the evidence, costs a tenth to a quarter of it. IVON's settings are not tuned
-to either set. Two splits tell orders of magnitude, not places: what each method is worth when it is tuned is in the
-tables of [UCI regression](#uci-regression), and [images](#images) have their own table of seconds.
+On regressions of this size noisy K-FAC is the expensive way to a density: two to seven times the seconds of a plain
+network for the same, as its steps take about three times as long, and it needs more of them. Laplace around a plain
+network, prior and noise by the evidence, costs a ninth of it on concrete and as much on energy. IVON's settings are not
+tuned to either set. Two splits tell orders of magnitude, not places: what each method is worth when it is tuned is in
+the tables of [UCI regression](#uci-regression), and [images](#images) have their own table of seconds.
 """
 
 

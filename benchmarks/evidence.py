@@ -136,11 +136,11 @@ folder that `BAYES_KFAC_DATA` names. What is worse than a peer stands here as pl
   paper gave for noisy K-FAC are not reached on half of the sets. [More](#against-hamiltonian-monte-carlo)
 - *Temperature*: it moves predictions many times as far as damping does. Whoever wants predictions chooses it by
   held-out data. [More](#what-temperature-and-damping-do)
-- *Images*: of single trainings for the same epochs noisy K-FAC has the best loss; that of AdamW with the same seconds is
-  worse on an MLP and level on a CNN, where a deep ensemble's is better; Laplace tells strange images best.
+- *Images*: of single trainings for the same epochs noisy K-FAC has the best loss; that of AdamW with the same seconds
+  is worse on an MLP and level on a CNN, where a deep ensemble's is better; Laplace tells strange images best.
   [More](#images)
-- *Cost*: a step of noisy K-FAC on two cores takes three to five times one of AdamW, and on small regressions seven to
-  nine times the seconds of a plain network go by to the same density; Laplace is the cheap way.
+- *Cost*: a step of noisy K-FAC on two cores takes three to five times one of AdamW, and on small regressions two to
+  seven times the seconds of a plain network go by to the same density; Laplace is the cheap way.
   [More](#cost), [and on steps](#time-of-a-step)
 
 """
