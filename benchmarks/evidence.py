@@ -208,9 +208,9 @@ in log-likelihood on every set; beside the tuned ensemble they are behind on con
 ahead or level elsewhere. A single posterior, tuned, is better than laplace-torch on energy, naval, power, protein,
 wine_red and yacht, and level on boston, concrete and kin8nm.
 
-What is worse, and why. A Gaussian process with a length scale for each input has the best density on boston and by far
-the best error on yacht, where networks that predict their noise have by far the best density; on the other small sets
-these are behind or level. Three held-out tenths are few examples on the smallest sets: on boston and yacht what they
+What is worse, and why. A Gaussian process with a length scale for each input has the best density and error on boston
+and, by far, on yacht. There, networks that predict their noise are next in density; on the other small sets they are
+behind or level. Three held-out tenths are few examples on the smallest sets: on boston and yacht what they
 choose is worse than not to choose. A temperature below 1 makes the mean better where the function is rich (concrete,
 energy, power), but the noise that training learns beside it is too small, so that both have to be chosen together.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 from uci import Splits
 
 ITERATIONS = 50
+#: For inputs and targets of variance 1.
+BOUNDS = {"lengthscale": (1e-2, 1e3), "height": (1e-3, 1e3)}
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,29 @@ class Fit:
 
 
 def fit(x: Tensor, y: Tensor, points: Tensor, iterations: int = ITERATIONS) -> Fit:
-    """Fit length scales, variance, noise and mean by the evidence, and predict."""
+    """Fit length scales, variance, noise and mean by the evidence, and predict.
+
+    The optimizer is run freely and within bounds, as either may end in a lesser maximum, or, freely, where no Cholesky
+    factor exists; the greater evidence counts.
+    """
+    from linear_operator.utils.errors import NotPSDError
+
+    found = []
+    for is_bounded in (False, True):
+        with suppress(NotPSDError):
+            found.append(_fit(x, y, points, iterations, is_bounded=is_bounded))
+    return max(found, key=lambda own: own.evidence)
+
+
+def _fit(x: Tensor, y: Tensor, points: Tensor, iterations: int, *, is_bounded: bool) -> Fit:
     import gpytorch
     from botorch.models import SingleTaskGP
     from botorch.optim.fit import fit_gpytorch_mll_scipy
 
     features = x.shape[-1]
-    own = gpytorch.kernels.MaternKernel(2.5, ard_num_dims=features)
-    # a first step of the optimizer that goes too far would end where no Cholesky factor exists
-    kernel = gpytorch.kernels.ScaleKernel(own, outputscale_constraint=gpytorch.constraints.Interval(1e-3, 1e3))
+    within = {name: gpytorch.constraints.Interval(*bounds) if is_bounded else None for name, bounds in BOUNDS.items()}
+    own = gpytorch.kernels.MaternKernel(2.5, ard_num_dims=features, lengthscale_constraint=within["lengthscale"])
+    kernel = gpytorch.kernels.ScaleKernel(own, outputscale_constraint=within["height"])
     likelihood = gpytorch.likelihoods.GaussianLikelihood(noise_constraint=gpytorch.constraints.GreaterThan(1e-6))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of targets not quite of variance 1, and of an optimizer stopped at its end

@@ -52,7 +52,8 @@ def test_a_classifier_gives_its_mean_probabilities():
     assert_close(scores(Margin(), classifier, DataLoader(pool(), batch_size=5)), scores(Margin(), classifier), **TIGHT)
 
 
-@pytest.mark.parametrize("regressor", [GaussianProcessRegressor(), BayesianRidge()], ids=repr)
+# without an optimizer, which on some machines ends at the bounds of the kernel, and warns
+@pytest.mark.parametrize("regressor", [GaussianProcessRegressor(optimizer=None), BayesianRidge()], ids=repr)
 @pytest.mark.parametrize("in_pipeline", [False, True])
 def test_a_regressor_with_stddev_gives_its_variance(regressor, in_pipeline):
     regressor = make_pipeline(StandardScaler(), regressor) if in_pipeline else regressor
