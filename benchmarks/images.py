@@ -217,7 +217,7 @@ def main() -> None:
         options.methods.remove("ivon")
     with results_folder(options) as options.results:
         run_all(options)
-        if options.results / "images" == images_report.RESULTS:
+        if options.results.resolve() / "images" == images_report.RESULTS:
             images_report.draw()
 
 

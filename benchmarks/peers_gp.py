@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -49,22 +50,21 @@ def fit(x: Tensor, y: Tensor, points: Tensor, iterations: int = ITERATIONS) -> F
     """
     from linear_operator.utils.errors import NotPSDError
 
-    found = []
-    for is_bounded in (False, True):
-        with suppress(NotPSDError):
-            found.append(_fit(x, y, points, iterations, is_bounded=is_bounded))
+    found = [_fit(x, y, points, iterations, BOUNDS)]
+    with suppress(NotPSDError):
+        found.append(_fit(x, y, points, iterations, {}))
     return max(found, key=lambda own: own.evidence)
 
 
-def _fit(x: Tensor, y: Tensor, points: Tensor, iterations: int, *, is_bounded: bool) -> Fit:
+def _fit(x: Tensor, y: Tensor, points: Tensor, iterations: int, bounds: Mapping[str, tuple[float, float]]) -> Fit:
     import gpytorch
     from botorch.models import SingleTaskGP
     from botorch.optim.fit import fit_gpytorch_mll_scipy
 
     features = x.shape[-1]
-    within = {name: gpytorch.constraints.Interval(*bounds) if is_bounded else None for name, bounds in BOUNDS.items()}
-    own = gpytorch.kernels.MaternKernel(2.5, ard_num_dims=features, lengthscale_constraint=within["lengthscale"])
-    kernel = gpytorch.kernels.ScaleKernel(own, outputscale_constraint=within["height"])
+    within = {name: gpytorch.constraints.Interval(*ends) for name, ends in bounds.items()}
+    own = gpytorch.kernels.MaternKernel(2.5, ard_num_dims=features, lengthscale_constraint=within.get("lengthscale"))
+    kernel = gpytorch.kernels.ScaleKernel(own, outputscale_constraint=within.get("height"))
     likelihood = gpytorch.likelihoods.GaussianLikelihood(noise_constraint=gpytorch.constraints.GreaterThan(1e-6))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of targets not quite of variance 1, and of an optimizer stopped at its end

@@ -27,7 +27,9 @@ torch.set_num_threads(1)  # the networks are small: a second thread only waits
 TEMPERATURES = (1.0, 0.3, 0.1)
 #: Standard deviations of the noise that are tried, for targets of variance 1.
 NOISES = torch.logspace(-2.4, 0.2, 27).tolist()
-MEMBERS, EPOCHS, BATCH_SIZE = 5, 100, 32
+MEMBERS, EPOCHS, STEPS, BATCH_SIZE = 5, 100, 10_000, 32
+#: How steps are taken; the damping is theirs, not the posterior's: without it some networks diverge when it is cold.
+OPTIONS = {"lr": 3e-2, "extrinsic_damping": 1e-3, "statistics_every": 5, "inverse_every": 20}
 
 
 def read(path: Path | None, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
@@ -36,10 +38,15 @@ def read(path: Path | None, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     if path is not None:
         if not path.is_file():
             raise SystemExit(f"There is no file {path}.")
-        table = np.genfromtxt(path, delimiter=",")
+        try:
+            table = np.genfromtxt(path, delimiter=",", ndmin=2)
+        except ValueError as error:
+            raise SystemExit(f"{path} is no table: its rows are not of one length.") from error
         table = table[~np.isnan(table).any(1)]  # a head, and rows with gaps
         if len(table) < 20 or table.shape[1] < 2:
             raise SystemExit(f"{path} has no 20 rows of at least two numbers, separated by commas.")
+        if np.ptp(table[:, -1]) == 0:
+            raise SystemExit(f"The last column of {path}, the target, is constant: there is nothing to learn.")
         x, y = table[:, :-1], table[:, -1]
     order = np.random.default_rng(seed).permutation(len(x))
     test, learned = np.split(order, [len(x) // 10])
@@ -51,10 +58,10 @@ def read(path: Path | None, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     return *parts, float(unit)
 
 
-def train(x: Tensor, y: Tensor, *, temperature: float, members: int, steps: int, seed: int) -> bk.Mixture:
+def train(x: Tensor, y: Tensor, *, temperature: float, members: int, steps: int | None, seed: int) -> bk.Mixture:
     """Posteriors from different initial weights."""
     loader = DataLoader(TensorDataset(x, y), BATCH_SIZE, shuffle=True)
-    epochs = steps // len(loader) if steps else max(EPOCHS, math.ceil(10_000 / len(loader)))
+    epochs = max(EPOCHS, math.ceil(STEPS / len(loader))) if steps is None else math.ceil(steps / len(loader))
     found = []
     for member in range(members):
         torch.manual_seed(seed + member)
@@ -65,12 +72,9 @@ def train(x: Tensor, y: Tensor, *, temperature: float, members: int, steps: int,
                 model,
                 likelihood,
                 loader,
-                epochs=max(epochs, 1),
-                lr=3e-2,
+                epochs=epochs,
                 temperature=temperature,
-                extrinsic_damping=1e-3,  # of the steps, not of the posterior: short of it, some diverge when it is cold
-                statistics_every=5,
-                inverse_every=20,
+                **OPTIONS,
             )
         )
     return bk.Mixture(found)
@@ -78,11 +82,11 @@ def train(x: Tensor, y: Tensor, *, temperature: float, members: int, steps: int,
 
 def log_likelihood(mixture: bk.Mixture, x: Tensor, y: Tensor) -> float:
     """The mean log-density of targets, in standard units."""
-    torch.manual_seed(0)
-    return float(mixture.predict(x, "sampling", num_samples=100).log_prob(y).mean())
+    generator = torch.Generator().manual_seed(0)
+    return float(mixture.predict(x, "sampling", num_samples=100, generator=generator).log_prob(y).mean())
 
 
-def choose(x: Tensor, y: Tensor, *, steps: int, seed: int) -> tuple[float, float]:
+def choose(x: Tensor, y: Tensor, *, steps: int | None, seed: int) -> tuple[float, float]:
     """The temperature and the noise that predict a held-out tenth best."""
     tenth = len(x) // 10  # the rows are in random order
     found = {}

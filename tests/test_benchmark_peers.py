@@ -162,6 +162,24 @@ def test_a_gaussian_process_is_that_of_its_formula(tmp_path, monkeypatch):
     torch.testing.assert_close(own.scale[:, 0], spread.sqrt())
 
 
+def test_the_process_with_the_greater_evidence_counts_and_a_free_one_may_fail(monkeypatch):
+    pytest.importorskip("botorch")
+    import peers_gp
+    from linear_operator.utils.errors import NotPSDError
+
+    def fits(free):
+        def fit(x, y, points, iterations, bounds):
+            if not bounds and free is None:
+                raise NotPSDError
+            return peers_gp.Fit(1.0 if bounds else free, *[None] * 6)
+
+        return fit
+
+    for free, expected in ((None, 1.0), (0.5, 1.0), (2.0, 2.0)):
+        monkeypatch.setattr(peers_gp, "_fit", fits(free))
+        assert peers_gp.fit(None, None, None).evidence == expected
+
+
 def test_a_gaussian_process_is_left_to_sets_where_its_evidence_has_a_maximum(tmp_path):
     import peers
 

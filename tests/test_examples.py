@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+BENCHMARK = EXAMPLES.parent / "benchmarks" / "regression.py"
 SCRIPTS = ["autoencoder", "gcn", "gpt", "lstm", "resnet_batchnorm", "resnet_groupnorm", "vit"]
 
 
@@ -78,7 +79,28 @@ def test_the_recipe_for_regression_takes_a_table_and_prints_figures_in_its_units
     assert "the held-out tenth chooses temperature" in printed
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "There is no file"), ("1,2\n3,4\n", "has no 20 rows")])
+def test_the_recipe_for_regression_is_that_of_the_benchmark(monkeypatch):
+    for folder in (EXAMPLES, EXAMPLES.parent / "benchmarks"):
+        monkeypatch.syspath_prepend(folder)
+    own, measured = runpy.run_path(str(EXAMPLES / "regression.py")), runpy.run_path(str(BENCHMARK))
+    options = measured["recipe"]("kron", temperature=1.0, epochs=1).options()
+    assert {name: options[name] for name in own["OPTIONS"]} == own["OPTIONS"]
+    assert options["num_samples"] == 1  # the rest is the default of the library
+    for name in ("TEMPERATURES", "MEMBERS", "EPOCHS", "STEPS", "BATCH_SIZE"):
+        assert own[name] == measured[name]
+    assert own["NOISES"] == measured["NOISES"].tolist()
+
+
+TABLES = [
+    (None, "There is no file"),
+    ("1,2\n3,4\n", "has no 20 rows"),
+    ("1\n" * 30, "has no 20 rows"),
+    ("1,2\n3,4,5\n", "not of one length"),
+    ("".join(f"{row},7\n" for row in range(30)), "is constant"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), TABLES)
 def test_a_table_that_will_not_do_is_one_clear_sentence(run, tmp_path, text, message):
     if text is not None:
         (tmp_path / "table.csv").write_text(text)

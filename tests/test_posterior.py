@@ -375,7 +375,7 @@ def test_summary_knows_layers_without_a_block() -> None:
         assert "no block in this posterior" in rows[name].why
 
 
-# Dtypes
+# Another likelihood
 
 
 def test_with_a_noise_chosen_afterwards_only_the_noise_is_another() -> None:
@@ -399,6 +399,9 @@ def test_a_likelihood_of_another_kind_is_refused() -> None:
         posterior.with_likelihood(Categorical())
     with pytest.raises(ArgumentError, match=r"likelihood=0\.5 is not allowed"):
         posterior.with_likelihood(0.5)  # type: ignore[arg-type]
+
+
+# Dtypes
 
 
 def test_to_float64_moves_everything() -> None:

@@ -182,14 +182,14 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
         random = check_random_state(self.random_state)
         scaled, trained = self._scaled(examples), []
         for posterior in self.posteriors_:
-            plan = self._plan(len(examples), random)
+            plan = self._plan(len(examples), random, "laplace")  # whichever method the first call used
             trained.append(update_laplace(posterior, self.total_weight_, self._batches(scaled, random), plan))
         self.total_weight_ += examples.total
         return self._take(trained)
 
     def _fit(self, examples: Examples, *, early_stopping: bool) -> Self:
         random = check_random_state(self.random_state)
-        plan = self._plan(len(examples), random)
+        plan = self._plan(len(examples), random, self.method)
         self._take_scales(examples)
         scaled, held = self._scaled(examples), None
         if early_stopping:
@@ -198,7 +198,7 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
             scaled, held = scaled.split(self.validation_fraction, random, stratified=self._has_classes)
         trained: list[tuple[bk.Posterior, Record]] = []
         for _ in range(self.n_members):
-            own = self._plan(len(examples), random) if trained else plan
+            own = self._plan(len(examples), random, self.method) if trained else plan
             network, likelihood = self._network(own.generator.initial_seed()), self._likelihood()
             likelihood.to(self._device, self._dtype)
             validation = None if held is None else self._batches(held, random)
@@ -251,13 +251,13 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
                 "machine has, as torch names it, such as 'cpu' or 'cuda'."
             ) from error
 
-    def _plan(self, num_examples: int, random: np.random.RandomState) -> Plan:
-        """How to train a member on so many different examples."""
+    def _plan(self, num_examples: int, random: np.random.RandomState, method: str) -> Plan:
+        """How to train a member on so many different examples, as long as a method takes."""
         seed = int(random.randint(np.iinfo(np.int32).max))
         steps = -(-num_examples // self.batch_size)
         given = {"damping": self.damping, "fisher": self.fisher}
         return Plan(
-            epochs=int(self.max_iter or max(EPOCHS, -(-self._default_steps[self.method] // steps))),
+            epochs=int(self.max_iter or max(EPOCHS, -(-self._default_steps[method] // steps))),
             lr=float(self.learning_rate_init or STEP_SIZES[self.method]),
             prior_precision=None if self.prior_precision == TUNED else float(self.prior_precision),
             temperature=self._default_temperature if self.temperature is None else float(self.temperature),

@@ -323,3 +323,10 @@ def test_calls_that_cannot_be(fitted):
         quick(early_stopping=True).fit(np.ones((3, 2)), np.ones(3))
     with pytest.raises(ArgumentError, match=r"y has 2 outputs.*\[examples\]"):
         quick().fit(X, Y).partial_fit(X, np.column_stack([Y, Y]))
+
+
+def test_an_update_of_a_noisy_regressor_takes_the_steps_of_laplace():
+    x = np.random.default_rng(0).normal(size=(64, 2))
+    model = BayesianMLPRegressor((4,), method="noisy", max_iter=2, random_state=0).partial_fit(x, x[:, 0])
+    model.set_params(max_iter=None).partial_fit(x, x[:, 0])
+    assert model.n_iter_ == 1000  # of one batch each
