@@ -7,7 +7,7 @@ stands before them, and UCI regression, to which several benchmarks contribute.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import active_protocol
@@ -69,20 +69,26 @@ COLUMNS: dict[str, Callable[[str], Figures]] = {
     "MC dropout": _peer("mc_dropout"),
     "GP": _peer("gp"),
 }
+#: Five posteriors of every structure by the same recipe.
+BY_STRUCTURE: dict[str, Callable[[str], Figures]] = {
+    f"5 × {name}{suffix}": _recommended(read, "mixture", structure)
+    for suffix, read in ((", tuned", regression.load), ("", regression.load_untuned))
+    for structure, name in regression.STRUCTURES.items()
+}
 #: What the recommended recipe is to be no worse than, on every set.
 MARKS = ("the paper's recipe", "laplace-torch", "5-ensemble")
 
 
-def table(key: str, best_of: Callable[..., str]) -> str:
+def table(key: str, best_of: Callable[..., str], columns: Mapping[str, Callable[[str], Figures]]) -> str:
     """Mean ± standard error over splits of every method, the best of each set in bold."""
-    lines = ["| data | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
+    lines = ["| data | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for data in DATA_SETS:
-        values = {name: own[key] for name, load in COLUMNS.items() if (own := load(data)) is not None}
+        values = {name: own[key] for name, load in columns.items() if (own := load(data)) is not None}
         if not values:
             continue
         best = best_of(values, key=lambda name: np.mean(values[name]))
         cells = {name: f"**{summary(own)}**" if name == best else summary(own) for name, own in values.items()}
-        lines.append("| " + " | ".join([data, *(cells.get(name, "–") for name in COLUMNS)]) + " |")
+        lines.append("| " + " | ".join([data, *(cells.get(name, "–") for name in columns)]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -185,9 +191,9 @@ def uci_section() -> str:
     return "".join(
         [
             UCI,
-            table("log_likelihood", max),
+            table("log_likelihood", max, COLUMNS),
             "\n### Root mean squared error\n\n",
-            table("rmse", min),
+            table("rmse", min, COLUMNS),
             "\n### Five noisy K-FAC against their marks\n\nPaired by split; positive is better for this library.\n\n",
             against_marks(),
             "\n### What the held-out tenths chose\n\nHow many splits at each temperature τ, and the median noise, for "
@@ -195,10 +201,22 @@ def uci_section() -> str:
             chosen(),
             "\n### With the noise that training learns\n\nLog-likelihoods at each temperature, nothing chosen.\n\n",
             with_learned_noise(),
+            STRUCTURES,
+            table("log_likelihood", max, BY_STRUCTURE),
+            "\n",
+            table("rmse", min, BY_STRUCTURE),
             UCI_NOTES,
         ]
     )
 
+
+STRUCTURES = """
+### Other structures
+
+The same recipe with other blocks, `benchmarks/regression.py --structure ekfac` and `diagonal`: log-likelihoods, then
+root mean squared errors. Its settings were found with Kronecker factors.
+
+"""
 
 UCI_NOTES = """
 Tuned, five noisy K-FAC posteriors are better than the ensemble of five plain networks, which is tuned too, in

@@ -36,6 +36,8 @@ SMALL = ("boston", "concrete", "energy", "wine_red", "yacht")
 LARGE = ("kin8nm", "naval", "power", "protein")
 DATA_SETS = (*SMALL, *LARGE)
 TEMPERATURES = (1.0, 0.3, 0.1)
+#: The structures that it is measured with, and what the optimizers are called.
+STRUCTURES = {"kron": "noisy K-FAC", "ekfac": "noisy EK-FAC", "diagonal": "noisy Adam"}
 #: Standard deviations of the noise that predictions are made with, for targets of variance 1.
 NOISES = torch.logspace(-2.4, 0.2, 27)
 PARTS = ("folds", "full")
@@ -268,7 +270,7 @@ def main() -> None:
     """Run what is asked for and not yet there; print the table."""
     own = parser(__doc__)
     own.add_argument("--data", nargs="+", choices=DATA_SETS, default=list(DATA_SETS), metavar="NAME")
-    own.add_argument("--structure", default="kron", help="of the posteriors")
+    own.add_argument("--structure", default="kron", choices=tuple(STRUCTURES), help="of the posteriors")
     arguments = own.parse_args()
     with results_folder(arguments) as folder:
         run(jobs(folder, arguments.data, arguments.structure, quick=arguments.quick), arguments.processes)

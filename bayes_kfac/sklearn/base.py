@@ -258,7 +258,7 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
         given = {"damping": self.damping, "fisher": self.fisher}
         return Plan(
             epochs=int(self.max_iter or max(EPOCHS, -(-self._default_steps[method] // steps))),
-            lr=float(self.learning_rate_init or STEP_SIZES[self.method]),
+            lr=float(self.learning_rate_init or STEP_SIZES[method]),
             prior_precision=None if self.prior_precision == TUNED else float(self.prior_precision),
             temperature=self._default_temperature if self.temperature is None else float(self.temperature),
             structure=self.structure,

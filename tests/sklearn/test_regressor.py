@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import numpy as np
@@ -325,8 +326,12 @@ def test_calls_that_cannot_be(fitted):
         quick().fit(X, Y).partial_fit(X, np.column_stack([Y, Y]))
 
 
-def test_an_update_of_a_noisy_regressor_takes_the_steps_of_laplace():
+def test_an_update_of_a_noisy_regressor_is_that_of_laplace_in_steps_and_their_size():
     x = np.random.default_rng(0).normal(size=(64, 2))
     model = BayesianMLPRegressor((4,), method="noisy", max_iter=2, random_state=0).partial_fit(x, x[:, 0])
-    model.set_params(max_iter=None).partial_fit(x, x[:, 0])
+    model.set_params(max_iter=None)
+    expected = copy.deepcopy(model).set_params(method="laplace").partial_fit(x, x[:, 0])
+    model.partial_fit(x, x[:, 0])
     assert model.n_iter_ == 1000  # of one batch each
+    for name, value in expected.posterior_.mean.items():
+        assert torch.equal(model.posterior_.mean[name], value)
