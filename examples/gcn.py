@@ -33,7 +33,8 @@ def normalised(edges: Tensor, nodes: int) -> Tensor:
     both = torch.cat([edges, edges.flip(0), torch.arange(nodes).expand(2, nodes)], dim=1)
     degree = torch.bincount(both[0], minlength=nodes).float()
     weights = degree[both].prod(0).rsqrt()
-    return torch.sparse_coo_tensor(both, weights, (nodes, nodes), check_invariants=True).coalesce()
+    with torch.sparse.check_sparse_tensor_invariants():
+        return torch.sparse_coo_tensor(both, weights, (nodes, nodes)).coalesce()
 
 
 def main() -> None:
