@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -526,7 +527,10 @@ def compiled(kind: Kind, case: Case) -> str:
 
     (net, x), (other, _) = build(kind, case), build(kind, case)
     before = [parameter.clone() for parameter in net.float().parameters()]
-    optimizer, plain = train(net, x, steps=4, backend=eager), train(other, x, steps=4)
+    with warnings.catch_warnings():  # dynamo itself asks for it since torch 2.15
+        warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf")
+        optimizer = train(net, x, steps=4, backend=eager)
+    plain = train(other, x, steps=4)
     assert [plain.statistics_schedule.is_due(step) for step in range(4)] == [True, True, True, False]
     for parameter, expected, old in zip(net.parameters(), other.parameters(), before, strict=True):
         assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
@@ -534,11 +538,10 @@ def compiled(kind: Kind, case: Case) -> str:
     for name, state in plain.blocks.items():
         for key, value in state.statistics.sums.items():
             assert_close(optimizer.blocks[name].statistics.sums[key], value, rtol=1e-5, atol=1e-6)
-    if graphs:
-        return "yes"
-    torch.compile(net, backend=eager)(x.float())
-    assert not graphs
-    return "yes; torch itself compiles none of it"
+    if not graphs:  # nor does torch, before 2.15, compile a bare recurrence
+        torch.compile(net, backend=eager)(x.float())
+        assert not graphs
+    return "yes"
 
 
 CHECKS: dict[str, Callable[[Kind, Case], str]] = {

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bayes_kfac.batches import unpack
@@ -22,9 +24,8 @@ GROUPINGS = ("model", "layer", "parameter")
 #: curvature may fall.
 BOUNDS = (1e-10, 1e10)
 MAX_ITERATIONS = 200
-#: Searches one after another, until one of them gains less than this part of the evidence.
-MAX_SEARCHES = 10
-TOLERANCE = 1e-12
+#: The search ends where a step gains less than this part of the evidence.
+TOLERANCE = 1e-13
 
 Value = TypeVar("Value")
 
@@ -71,66 +72,65 @@ def maximize_evidence(
             name: index for index, name in enumerate(name for layer in layers.values() for name in layer.parameters)
         },
     }[per]()
-    bounds = [math.log(bound) for bound in BOUNDS]
+    bounds = (math.log(BOUNDS[0]), math.log(BOUNDS[1]))
     # outside of the bounds the evidence is flat, and nothing would lead back
     centre = torch.stack([prior.detach().double().log().mean() for prior in start.values()]).mean().clamp(*bounds)
-    logs = centre.expand(len(members)).clone().requires_grad_()
-    log_scale = torch.zeros((), dtype=like.dtype, device=like.device)
+    point, limits = torch.full((len(members) + noise,), float(centre), dtype=torch.float64), [bounds] * len(members)
     if noise:
         # the factor on the Fisher at scale 1 is the variance of the noise
-        _, variance = fitted.likelihood.at_noise_scale(like, fitted.measurement.num_targets, log_scale.exp())
-        log_scale = (0.5 * variance.log() if noise_scale is None else noise_scale.log()).detach().requires_grad_()
+        _, variance = fitted.likelihood.at_noise_scale(like, fitted.measurement.num_targets, torch.ones_like(like))
+        point[-1] = 0.5 * variance.log() if noise_scale is None else noise_scale.log()
+        lowest = 0.5 * (float(variance.log()) + math.log(torch.finfo(next(iter(layers.values())).like.dtype).eps))
+        limits.append((lowest, math.inf))
     fixed = torch.tensor(temperature, dtype=like.dtype, device=like.device)
 
-    def priors() -> dict[str, Tensor]:
-        values = logs.clamp(*bounds).exp()
+    def at(point: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The priors and the noise's scale."""
+        values = point.to(like).exp()
+        scale = values[-1] if noise else noise_scale
         if per == "model":
-            return dict.fromkeys(layers, values[0])
+            return dict.fromkeys(layers, values[0]), scale
         if per == "layer":
-            return {name: values[members[name]] for name in layers}
+            return {name: values[members[name]] for name in layers}, scale
         return {
             name: layer.matrix({key: values[members[key]].expand(p.shape) for key, p in layer.parameters.items()})
             for name, layer in layers.items()
-        }
+        }, scale
 
-    variables = [logs, log_scale] if noise else [logs]
+    def loss(point: Tensor) -> Tensor:
+        priors, scale = at(point)
+        return -fitted.evidence(priors, fixed, scale)
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = -fitted.evidence(priors(), fixed, log_scale.exp() if noise else noise_scale)
-        loss.backward()
-        return loss.detach()
-
-    last = math.inf
-    for _ in range(MAX_SEARCHES):
-        # far from the maximum the evidence is almost linear, and a line search may end early: begin again from there
-        optimizer = torch.optim.LBFGS(
-            variables,
-            max_iter=MAX_ITERATIONS,
-            tolerance_grad=1e-7,
-            tolerance_change=1e-12,
-            line_search_fn="strong_wolfe",
-        )
-        optimizer.step(closure)
-        now = float(closure())
-        if last - now <= TOLERANCE * abs(now):
-            break
-        last = now
+    point = _minimum(loss, point, limits)
     if noise:
-        _check_noise(log_scale.detach(), 0.5 * variance.log(), next(iter(fitted.layers.values())).like.dtype)
-    with torch.no_grad():
-        found = {name: as_prior(value.detach(), layers[name]) for name, value in priors().items()}
-    return found, log_scale.detach().exp() if noise else noise_scale
+        _check_noise(float(point[-1]), lowest, float(variance.sqrt()))
+    priors, scale = at(point)
+    return {name: as_prior(value, layers[name]) for name, value in priors.items()}, scale
 
 
-def _check_noise(log_scale: Tensor, measured: Tensor, dtype: torch.dtype) -> None:
+def _minimum(loss: Callable[[Tensor], Tensor], start: Tensor, bounds: Sequence[tuple[float, float]]) -> Tensor:
+    """Where a smooth function of a few numbers is least within bounds."""
+    from scipy.optimize import minimize  # half of the time of importing the library, if it were above
+
+    def value_and_gradient(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        point = torch.tensor(values, requires_grad=True)
+        value = loss(point)
+        (gradient,) = torch.autograd.grad(value, point)
+        return float(value.detach()), gradient.numpy()
+
+    options = {"maxiter": MAX_ITERATIONS, "ftol": TOLERANCE, "gtol": TOLERANCE}
+    found = minimize(value_and_gradient, start.numpy(), jac=True, bounds=bounds, method="L-BFGS-B", options=options)
+    return torch.as_tensor(found.x)
+
+
+def _check_noise(log_scale: float, lowest: float, measured: float) -> None:
     """Refuse a scale of the noise that is nothing but rounding of losses at the measured one."""
-    if not bool(log_scale > measured + 0.5 * math.log(torch.finfo(dtype).eps)):  # so that NaN is refused too
+    if not log_scale > lowest:  # so that NaN is refused too
         raise NonFiniteError(
             "noise=True, but the evidence grows without bound as the noise's scale goes to 0: the model fits all "
             "targets, up to rounding. Nothing was changed. Leave noise=False; or check whether the targets are the "
             "model's own outputs; or fit again with likelihoods.Gaussian(...) of the scale that is meant, if that is "
-            f"far less than {float(measured.exp()):.3g}."
+            f"far less than {measured:.3g}."
         )
 
 
