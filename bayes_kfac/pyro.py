@@ -20,7 +20,7 @@ from pyro.distributions import Delta, Normal
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import constraints
 
 from bayes_kfac import linalg
 from bayes_kfac.curvature import Layer
@@ -372,7 +372,7 @@ def _find_prefix(given: str | None, names: Collection[str], sites: Collection[st
     )
 
 
-def _in_pyro(distribution: Distribution) -> Any:
+def _in_pyro(distribution: Any) -> Any:
     """A distribution of torch's as Pyro's of the same name."""
     name = type(distribution).__name__
     kind: Any = getattr(pyro.distributions, name, None)
@@ -381,4 +381,6 @@ def _in_pyro(distribution: Distribution) -> Any:
             f"The likelihood's distribution, {name}, is none of pyro.distributions. Write the Pyro model by hand."
         )
     distribution.__class__ = kind  # which adds methods, and no state
+    if kind is pyro.distributions.Poisson:
+        distribution.is_sparse = False  # but for this one
     return distribution

@@ -574,10 +574,11 @@ def test_generative_model_is_prior_and_likelihood() -> None:
     [
         (bk.likelihoods.Categorical(), 3, torch.arange(20) % 3),
         (bk.likelihoods.Bernoulli(), 1, (torch.arange(20) % 2).double()[:, None]),
+        (bk.likelihoods.Poisson(), 1, (torch.arange(20) % 4).double()[:, None]),
         (bk.likelihoods.Gaussian(bk.likelihoods.GammaNoise(6.0, 6.0)), 2, randn(20, 2, seed=2)),
         (bk.likelihoods.Gaussian(torch.tensor([0.5, 2.0])), 2, randn(20, 2, seed=2)),
     ],
-    ids=["categorical", "bernoulli", "gamma", "scales"],
+    ids=["categorical", "bernoulli", "poisson", "gamma", "scales"],
 )
 def test_generative_model_of_each_likelihood(likelihood: Any, outputs: int, target: Tensor) -> None:
     network = seeded(nn.Linear(3, outputs))

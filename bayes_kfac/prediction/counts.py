@@ -57,7 +57,7 @@ class CountPrediction(Prediction):
             The probabilities.
         """
         check_same_shape(self.mean, target)
-        return self._cdf(target)
+        return self._cdf(target).to(self.mean.dtype)
 
     def quantile(self, probability: float) -> Tensor:
         """The least count that each target on its own does not pass with at least this probability.
@@ -72,14 +72,14 @@ class CountPrediction(Prediction):
             ArgumentError: If ``probability`` is not between 0 and 1.
         """
         check_probability(probability)
-        lower, upper = torch.full_like(self.mean, -1.0), torch.zeros_like(self.mean)
-        while bool((short := self.cdf(upper) < probability).any()):
+        upper = torch.zeros_like(self.mean, dtype=torch.float64)  # which tells neighbouring counts apart up to 2⁵³
+        lower = upper - 1
+        while bool((short := (self._cdf(upper) < probability) & upper.isfinite()).any()):
             lower, upper = torch.where(short, upper, lower), torch.where(short, 2 * upper + 1, upper)
-        while bool((upper - lower > 1).any()):
-            middle = ((lower + upper) / 2).floor()
-            below = self.cdf(middle) < probability
+        while bool(((lower < (middle := ((lower + upper) / 2).floor())) & (middle < upper)).any()):
+            below = self._cdf(middle) < probability
             lower, upper = torch.where(below, middle, lower), torch.where(below, upper, middle)
-        return upper
+        return upper.to(self.mean.dtype)
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """The central interval that holds each count with probability ``level`` or, since counts are whole, more.
@@ -98,7 +98,7 @@ class CountPrediction(Prediction):
 
     @abstractmethod
     def _cdf(self, value: Tensor) -> Tensor:
-        """The distribution function of each count on its own."""
+        """The distribution function of each count on its own, in float64."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -178,7 +178,7 @@ class PoissonMixturePrediction(CountPrediction):
 
     def _cdf(self, value: Tensor) -> Tensor:
         # P(count ≤ k) is the regularised upper incomplete gamma function Q(k + 1, rate)
-        below = torch.special.gammaincc(value.floor().clamp(min=0) + 1, self.outputs.exp()).mean(0)
+        below = torch.special.gammaincc(value.double().floor().clamp(min=0) + 1, self.outputs.double().exp()).mean(0)
         return torch.where(value < 0, 0.0, below)
 
 

@@ -94,7 +94,7 @@ def marginal_cdf(loc: Tensor, stddev: Tensor, value: Tensor) -> Tensor:
         value: Where, of the same shape.
 
     Returns:
-        The probabilities.
+        The probabilities, in float64.
     """
     count = value.double().floor().clamp(min=0).unsqueeze(-1)
     mean, deviation = loc.double().unsqueeze(-1), stddev.double().unsqueeze(-1)
@@ -106,7 +106,7 @@ def marginal_cdf(loc: Tensor, stddev: Tensor, value: Tensor) -> Tensor:
     by_gamma = (weights * torch.special.ndtr((log_gamma - mean) / deviation.clamp(min=1e-300))).sum(-1)
     is_rate_narrower = (deviation.square() * (count + 1) < 1).squeeze(-1)
     probability = torch.where(is_rate_narrower, by_rate, by_gamma).clamp(0, 1)
-    return torch.where(value < 0, 0.0, probability).to(loc.dtype)
+    return torch.where(value < 0, 0.0, probability)
 
 
 def _line(mode: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:

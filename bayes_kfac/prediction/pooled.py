@@ -139,7 +139,7 @@ class PooledCounts(PooledPrediction, CountPrediction):
     members: tuple[CountPrediction, ...]
 
     def _cdf(self, value: Tensor) -> Tensor:
-        return torch.stack([member.cdf(value) for member in self.members]).mean(0)
+        return torch.stack([member._cdf(value) for member in self.members]).mean(0)
 
 
 class PooledProbabilities(Pooled, ClassificationPrediction):

@@ -119,6 +119,22 @@ def test_wrong_input_is_refused(prediction) -> None:
         )
 
 
+@pytest.mark.parametrize(("dtype", "log_rate"), [(torch.float32, 20.0), (torch.bfloat16, 8.0), (torch.float64, 40.0)])
+@pytest.mark.parametrize("kind", ["linearized", "sampled"])
+def test_quantiles_of_rates_whose_counts_the_dtype_cannot_tell_apart(kind, dtype, log_rate) -> None:
+    """Neighbouring numbers are further apart than 1 there: the search ends, as near as the dtype goes."""
+    mean = torch.full((2, 1), log_rate, dtype=dtype)
+    if kind == "sampled":
+        prediction = PoissonMixturePrediction(mean.expand(3, 2, 1), SAMPLED)
+    else:
+        prediction = PoissonPrediction(GaussianOutput(mean, torch.zeros(2, 1, 1, dtype=dtype)), CLOSED)
+    lower, upper = prediction.interval(0.9)
+    assert lower.dtype == upper.dtype == dtype
+    expected = [stats.poisson.ppf(level, math.exp(log_rate)) for level in (0.05, 0.95)]
+    for found, at in zip((lower, upper), expected, strict=True):
+        assert_close(found.double(), torch.full((2, 1), at, dtype=torch.float64), rtol=torch.finfo(dtype).eps, atol=0)
+
+
 # The Poisson-lognormal
 
 
