@@ -158,10 +158,7 @@ class PullBack:
 
     def _is_in_place(self, call: Call, rows: Rows) -> bool:
         """Whether the rows of a call belong to the examples in whose place they are."""
-        if not fits(rows, len(self.output)):
-            return False
-        # sums of squares over all rows have the same expectation for independent gradients, wherever the rows belong
-        return self.independent or self.coupled or call.layer not in self.meeting
+        return fits(rows, len(self.output)) and (self.coupled or call.layer not in self.meeting)
 
     @cached_property
     def meeting(self) -> Set[str]:
@@ -222,8 +219,11 @@ class PullBack:
         groups = min(batch, GROUPS) if self.independent else batch
         index = torch.arange(batch, device=self.output.device)
         members = (index % groups == index[:groups, None]).reshape(groups, batch, *[1] * (self.output.ndim - 1))
-        apart = (output_gradients.unsqueeze(1) * members).flatten(0, 1)
-        chunks = [self._pull_back(edges, chunk) for chunk in apart.split(CHUNK)]
+        every = torch.arange(columns * groups, device=self.output.device)
+        chunks = [  # each made when its turn comes: all of them have the examples squared
+            self._pull_back(edges, output_gradients[some // groups] * members[some % groups])
+            for some in every.split(CHUNK)
+        ]
         return [
             None if parts[0] is None else torch.cat(parts).unflatten(0, (columns, groups))
             for parts in zip(*chunks, strict=True)

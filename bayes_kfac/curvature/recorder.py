@@ -102,7 +102,7 @@ class Recorder:
         """
         calls = self.calls if calls is None else calls
         pull_back = PullBack(self.layers, calls, output, create_graph=self.keeps_graph, **options)
-        if pull_back.independent or pull_back.coupled or not output.requires_grad:
+        if pull_back.coupled or not output.requires_grad:
             return pull_back
         shape = tuple(output.shape[1:])  # tokens meet where sequences do not
         spread = self._spread.get(shape)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from bayes_kfac.curvature import kronecker_factors, register
+from bayes_kfac.curvature import Rows, kronecker_factors, register
 from bayes_kfac.curvature.modules import LinearAdapter, base
 from bayes_kfac.errors import UnsupportedModelError, UsageError
 from tests.helpers import (
@@ -144,18 +146,45 @@ def test_batch_normalisation_in_training_couples_all_examples():
     assert_close(apart.total(0), coupled.total(0), **TIGHT)
 
 
-def test_independent_gradients_need_no_examples_apart():
-    """The expectation of the sums over all rows is the same wherever they lie."""
-    model, inputs = seeded(Graph(5)), randn(5, 3, seed=1)
-    root = torch.eye(2, dtype=torch.float64)[:, None].expand(2, 5, 2)
-    exact = kronecker_factors(record(model, inputs, root)["first"], "expand")
-    signs = torch.randint(2, (4000, 5, 1), generator=rng(0)) * 2.0 - 1
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_of_independent_gradients_groups_of_examples_are_apart_where_examples_meet(sharing):
+    """Nodes of a graph are in each other's outputs: the groups' factors have the expectation of the examples'."""
+    model, inputs = seeded(Graph(20)), randn(20, 3, seed=1)
+    root = torch.eye(2, dtype=torch.float64)[:, None].expand(2, 20, 2)
+    exact = kronecker_factors(record(model, inputs, root)["first"], sharing)
+    signs = torch.randint(2, (4000, 20, 1), generator=rng(0)) * 2.0 - 1
     columns = (signs.double().unsqueeze(1) * root).flatten(0, 1)
     rows = record(model, inputs, columns, independent=True)["first"]
-    assert rows.inputs.shape == (5, 1, 4)
-    estimate = kronecker_factors(rows, "expand")
+    assert rows.gradients.shape[1:3] == (8, 20)
+    estimate = kronecker_factors(rows, sharing)
     assert_close(estimate.mean("input"), exact.mean("input"), **TIGHT)
     assert_close(estimate.mean("gradient") / 4000, exact.mean("gradient"), rtol=0.1, atol=0.02)
+
+
+class TimeFirst(nn.Module):
+    """A layer that sees time in the place of the batch, as recurrent modules and transformers do by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x.transpose(0, 1)).tanh().sum(0))
+
+
+@pytest.mark.parametrize("times", [5, 6, 12, 3])
+def test_sampled_targets_have_the_fisher_of_layers_that_see_time_first(times):
+    """Whether or not numbers of examples and times divide each other: all positions of an example stay together."""
+    model, inputs = seeded(TimeFirst()), randn(6, times, 3, seed=1)
+    root = torch.eye(2, dtype=torch.float64)[:, None].expand(2, 6, 2)
+    exact = record(model, inputs, root)["layer"]
+    signs = torch.randint(2, (4000, 6, 1), generator=rng(0)) * 2.0 - 1
+    sampled = record(model, inputs, (signs.double().unsqueeze(1) * root).flatten(0, 1), independent=True)["layer"]
+
+    def diagonal(rows: Rows) -> Tensor:
+        return torch.einsum("cnto,nti->cnoi", rows.gradients, rows.inputs).square().sum((0, 1))
+
+    assert_close(diagonal(sampled) / 4000, diagonal(exact), rtol=0.15, atol=0)
 
 
 # Masks
@@ -244,6 +273,29 @@ def test_examples_are_pulled_back_in_chunks(monkeypatch):
     expected = record(model, inputs)["shift"]
     monkeypatch.setattr("bayes_kfac.curvature.pullback.CHUNK", 3)
     assert_close(record(model, inputs)["shift"].gradients, expected.gradients, **TIGHT)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+def test_gradients_of_single_examples_are_never_there_all_at_once(monkeypatch):
+    """Written out they would have the batch squared: only a chunk of them is, and the result."""
+    monkeypatch.setattr("bayes_kfac.curvature.pullback.CHUNK", 4)
+    model, inputs, columns = seeded(Shifted()), randn(64, 3, seed=1), randn(3, 64, 2, seed=2)
+    with Largest() as largest:
+        record(model, inputs, columns)
+    assert largest.elements < columns.numel() * 64 / 8
 
 
 # What would be wrong without a word

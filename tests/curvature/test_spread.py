@@ -101,14 +101,13 @@ def test_a_model_is_probed_on_its_first_batch_of_several(monkeypatch):
     assert sizes == [1, 2]
 
 
-@pytest.mark.parametrize("option", ["independent", "coupled"])
-def test_a_model_is_not_probed_where_it_does_not_matter(monkeypatch, option):
+def test_a_model_is_not_probed_where_it_does_not_matter(monkeypatch):
     sizes = count_probes(monkeypatch)
     model, inputs = seeded(MeetsLater()), randn(4, 3, seed=1)
     recorder = attached(model)
     recorder.attach()
     output = model(inputs)
-    rows = recorder.rows(output, unit_gradients(output), **{option: True})
+    rows = recorder.rows(output, unit_gradients(output), coupled=True)
     recorder.detach()
     assert sizes == []
     assert rows["before"].inputs.shape == (4, 1, 4)
