@@ -217,13 +217,15 @@ class PullBack:
             return []
         columns, batch = output_gradients.shape[:2]
         groups = min(batch, GROUPS) if self.independent else batch
-        index = torch.arange(batch, device=self.output.device)
-        members = (index % groups == index[:groups, None]).reshape(groups, batch, *[1] * (self.output.ndim - 1))
+        group_of = torch.arange(batch, device=self.output.device) % groups
         every = torch.arange(columns * groups, device=self.output.device)
-        chunks = [  # each made when its turn comes: all of them have the examples squared
-            self._pull_back(edges, output_gradients[some // groups] * members[some % groups])
-            for some in every.split(CHUNK)
-        ]
+
+        def of_group(some: Tensor) -> Tensor:
+            """Output gradients that are zero for other groups, ``[some, batch, ...]``; all of them would be many."""
+            column = output_gradients[some // groups]
+            return column * widened(group_of == (some % groups).unsqueeze(1), column)
+
+        chunks = [self._pull_back(edges, of_group(some)) for some in every.split(CHUNK)]
         return [
             None if parts[0] is None else torch.cat(parts).unflatten(0, (columns, groups))
             for parts in zip(*chunks, strict=True)
