@@ -192,20 +192,50 @@ def test_what_it_finds_itself_is_refused(name):
         adaptive(mlp(), **{name: 0.1})
 
 
-def test_models_with_keyword_arguments_are_called_again_with_them():
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = mlp()
+class Scaled(nn.Module):
+    """Takes an argument by name."""
 
-        def forward(self, x: Tensor, *, scale: float) -> Tensor:
-            return scale * self.inner(x)
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
 
-    optimizer = adaptive(Scaled(), damping_every=1)
+    def forward(self, x: Tensor, *, scale: float) -> Tensor:
+        return scale * self.inner(x)
+
+
+class PassesOn(Scaled):
+    """Takes any arguments by name."""
+
+    def forward(self, x: Tensor, **options: float) -> Tensor:
+        return super().forward(x, **options)
+
+
+@pytest.mark.parametrize("kind", [Scaled, PassesOn])
+def test_models_with_keyword_arguments_are_called_again_with_them(kind):
+    optimizer = adaptive(kind(), damping_every=1, prior_precision=1e-12)
     with optimizer.sampled_params():
-        optimizer.likelihood(optimizer.model(X, scale=2.0), Y).backward()
+        loss = optimizer.likelihood(optimizer.model(X, scale=2.0), Y)
+        loss.backward()
+    with torch.no_grad():
+        assert_close(optimizer._objective(), float(loss), rtol=1e-6, atol=0)
     optimizer.step()
     assert optimizer.damping != 1.0
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_batch_is_that_of_the_loss_whatever_else_the_model_is_called_with(late):
+    """Unlabelled data for the Fisher, before the loss is taken or after."""
+    optimizer = adaptive(mlp(), prior_precision=1e-12)
+    with optimizer.sampled_params():
+        output = optimizer.model(X)
+        if not late:
+            optimizer.model(100 * X)
+        loss = optimizer.likelihood(output, Y)
+        loss.backward()
+        if late:
+            optimizer.model(100 * X)
+    with torch.no_grad():
+        assert_close(optimizer._objective(), float(loss), rtol=1e-6, atol=0)
 
 
 def test_the_adaptive_one_goes_on_bit_for_bit_from_a_checkpoint():
