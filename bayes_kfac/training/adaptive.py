@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayes_kfac.batches import output_tensor
 from bayes_kfac.distributed import mean_over_processes
 from bayes_kfac.errors import ArgumentError, UsageError, check_count, check_positive
 from bayes_kfac.likelihoods import Likelihood
@@ -97,16 +98,21 @@ class AdaptiveNaturalGradient(NaturalGradient):
     @contextmanager
     def _witnessed(self, context: AbstractContextManager[None]) -> Iterator[None]:
         """Take down what the model and the likelihood are called with."""
-        seen: dict[str, Any] = {}
+        passes: list[tuple[Any, Tensor | None]] = []
+        batches: list[_Batch] = []
 
-        def of_model(module: nn.Module, args: Any, kwargs: Any) -> None:
-            seen["inputs"] = _joined(module, args, kwargs)
+        def of_model(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            passes.append((_joined(module, args, kwargs), output_tensor(output)))
 
         def of_likelihood(module: nn.Module, args: Any, kwargs: Any) -> None:
-            seen.update(dict(zip(("output", "target", "mask"), args, strict=False)) | kwargs)
+            given = dict(zip(("output", "target", "mask"), args, strict=False)) | kwargs
+            if passes:
+                # other passes may have come since, of unlabelled data say; what a loop made of an output is of the last
+                inputs = next((own for own, output in passes if output is given["output"]), passes[-1][0])
+                batches.append(_Batch(inputs, given["target"], given.get("mask")))
 
         handles = [
-            self.model.register_forward_pre_hook(of_model, with_kwargs=True),
+            self.model.register_forward_hook(of_model, with_kwargs=True),
             self.likelihood.register_forward_pre_hook(of_likelihood, with_kwargs=True),
         ]
         try:
@@ -115,8 +121,8 @@ class AdaptiveNaturalGradient(NaturalGradient):
         finally:
             for handle in handles:
                 handle.remove()
-        if {"inputs", "target"} <= seen.keys():
-            self._batch = _Batch(seen["inputs"], seen["target"], seen.get("mask"))
+        if batches:
+            self._batch = batches[-1]
 
     def _step(self) -> None:
         is_due = self._rule.is_due(self.steps)
@@ -202,7 +208,14 @@ class _Batch:
 
 def _joined(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The arguments of a call as one tuple or mapping."""
-    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments) if kwargs else args
+    if not kwargs:
+        return args
+    signature = inspect.signature(model.forward)
+    named = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named
 
 
 def _total(values: Mapping[str, Tensor]) -> Tensor:

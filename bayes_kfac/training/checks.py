@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from bayes_kfac import linalg
 from bayes_kfac.curvature import Layer, Statistics
-from bayes_kfac.errors import NonFiniteError, UsageError
+from bayes_kfac.errors import ArgumentError, NonFiniteError, UsageError
 from bayes_kfac.training.sampler import Sampler
 
 
@@ -65,6 +66,24 @@ def _gradients(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
     """The gradients that there are, by parameter."""
     parameters = {key: value for layer in layers.values() for key, value in layer.parameters.items()}
     return {key: value.grad for key, value in parameters.items() if value.grad is not None}
+
+
+def check_made_by(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse the state of an optimizer whose numbers mean something else.
+
+    Args:
+        saved: What the state is of.
+        own: What it is to be loaded into.
+
+    Raises:
+        ArgumentError: If they differ.
+    """
+    if differing := sorted(key for key in saved.keys() | own.keys() if saved.get(key) != own.get(key)):
+        theirs, ours = ({key: kind.get(key) for key in differing} for kind in (saved, own))
+        raise ArgumentError(
+            f"state_dict is of an optimizer with {theirs}, but this one has {ours}. Load it into one that is made as "
+            "that was."
+        )
 
 
 def check_finite(

@@ -35,12 +35,12 @@ from bayes_kfac.posterior import Posterior
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import Structure
 from bayes_kfac.training.blocks import Blocks
-from bayes_kfac.training.checks import check_finite, check_outside, check_ready
+from bayes_kfac.training.checks import check_finite, check_made_by, check_outside, check_ready
 from bayes_kfac.training.deterministic import PointEstimates
 from bayes_kfac.training.groups import block_groups, default_group
 from bayes_kfac.training.roster import Roster
 from bayes_kfac.training.sampler import Sampler
-from bayes_kfac.training.schedules import Schedule, as_schedule
+from bayes_kfac.training.schedules import Schedule, as_schedule, dump_schedule, load_schedule
 from bayes_kfac.training.state import BlockState, dump_state, restore_block
 from bayes_kfac.training.states import States
 
@@ -219,12 +219,16 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             The context; entering one inside another raises ``UsageError``.
         """
         if not self._sampler.is_open:
-            self._follow_model()
+            self._prepare()
+        return self._sampler.sample(self._blocks.states.posterior, measure=self.is_measuring)
+
+    def _prepare(self) -> None:
+        """Take note of what became of the model; layers that were not measured yet have the warm-up's Gaussian."""
+        self._follow_model()
         states = self._blocks.states
         if self.warmup and any(state.posterior is None for state in states.values()):
             with torch.no_grad(), self._full_precision:
-                states = self._blocks.states = self._blocks.with_posterior(states, states)
-        return self._sampler.sample(states.posterior, measure=self.is_measuring)
+                self._blocks.states = self._blocks.with_posterior(states, states)
 
     @property
     def is_measuring(self) -> bool:
@@ -365,8 +369,19 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         )
 
     def kl(self) -> Tensor:
-        """``KL(q ‖ prior)`` of the Gaussians that samples are drawn from, plus the likelihood's own, in nats."""
+        """``KL(q ‖ prior)`` of the Gaussians that samples are drawn from, plus the likelihood's own, in nats.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            UsageError: If called inside :meth:`sampled_params`, or where a layer has no Gaussian yet.
+        """
         check_outside(self._sampler, "kl()")
+        self._prepare()
+        for name, state in self._blocks.states.items():
+            if state.posterior is None:
+                state.measured(name)  # raises: without warm-up there is no Gaussian before it
         means = {name: layer.values() for name, layer in self.layers.items()}
         with self._full_precision:
             return self.likelihood.kl().detach() + self._blocks.states.posterior.kl(means, self.prior_precision)
@@ -421,8 +436,9 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         """Everything that a later :meth:`load_state_dict` needs to go on bit for bit, the generator included."""
         state = super().state_dict()
         state[_STATE_KEY] = {
+            "made_by": self._made_by,
             "steps": self.steps,
-            "schedules": [schedule.state_dict() for schedule in (self.statistics_schedule, self.inverse_schedule)],
+            "schedules": [dump_schedule(schedule) for schedule in (self.statistics_schedule, self.inverse_schedule)],
             **self._blocks.states.state_dict(),
             "set_aside": dump_state(self._blocks.set_aside),
             "point_estimates": self._point_estimates.state_dict(),
@@ -437,25 +453,33 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             state_dict: What :meth:`state_dict` returned.
 
         Raises:
-            ArgumentError: If it came from another kind of optimizer or another model; nothing is changed then.
+            ArgumentError: If it came from another kind of optimizer, another structure or another model; nothing is
+                changed then. A schedule of another kind than the saved one begins anew.
         """
         if _STATE_KEY not in state_dict:
             raise ArgumentError("state_dict is not from a noisy natural gradient optimizer of bayes_kfac.")
         own = state_dict[_STATE_KEY]
+        check_made_by(own.get("made_by", self._made_by), self._made_by)
         self._follow_model()
         states = States.restored(own, self.layers)
+        set_aside = {key: restore_block(entry, "cpu") for key, entry in own["set_aside"].items()}
         super().load_state_dict({name: value for name, value in state_dict.items() if name != _STATE_KEY})
-        self._blocks.states = states
-        self._blocks.set_aside = {key: restore_block(entry, "cpu") for key, entry in own["set_aside"].items()}
+        self._blocks.states, self._blocks.set_aside = states, set_aside
         self.steps = own["steps"]
         for schedule, saved in zip(
             (self.statistics_schedule, self.inverse_schedule), own.get("schedules", ({}, {})), strict=True
         ):
-            schedule.load_state_dict(saved)
+            load_schedule(schedule, saved)
         self._point_estimates.load_state_dict(own["point_estimates"])
         if self.generator is not None and own["generator"] is not None:
             self.generator.set_state(own["generator"])
         self._sampler.forget()
+
+    @property
+    def _made_by(self) -> dict[str, Any]:
+        """What the statistics of a checkpoint mean something to."""
+        structure = self.structure
+        return {"method": self.method, "structure": structure.name, "sharing": structure.sharing, **structure.options}
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything, the model included: a copy trains a copy of the model."""

@@ -41,6 +41,7 @@ class Sampler:
         self.generator = generator
         self.is_open = False
         self._meter = meter
+        self._drawn: dict[str, Tensor] = {}
         self._noise: dict[str, Tensor] = {}
         self._changed: tuple[Tensor, ...] = ()
         self._means: tuple[Tensor, ...] = ()
@@ -65,6 +66,7 @@ class Sampler:
     def forget(self) -> None:
         """Start a new step."""
         self.contexts = 0
+        self._has_gradients = False
         self.statistics: dict[str, Statistics] = {}
         self.noise_sum: dict[str, Tensor] = {}
 
@@ -109,10 +111,10 @@ class Sampler:
 
     def _draw(self, gaussian: JointGaussian) -> None:
         if self.antithetic and self.contexts % 2:
-            self._noise = {name: -noise for name, noise in self._noise.items()}
+            self._noise = {name: -noise for name, noise in self._drawn.items()}
         else:
             with linalg.full_precision(self._parameters[0].device):
-                self._noise = gaussian.sample(gaussian.standard_normal(self.generator))
+                self._drawn = self._noise = gaussian.sample(gaussian.standard_normal(self.generator))
 
     @torch.no_grad()
     def _apply(self) -> None:
@@ -142,7 +144,8 @@ class Sampler:
             return {}
         # copies: DistributedDataParallel may write the next gradients into the memory of these
         gradients = {p: p.grad.clone() for p in self._parameters if p.grad is not None}
-        if not gradients or not linalg.all_finite(gradients.values()):
+        is_of_statistics = bool(self.statistics) and not self._has_gradients  # of unlabelled data, say
+        if not (gradients or is_of_statistics) or not linalg.all_finite(gradients.values()):
             # cleared by the user, or in a step that a gradient scaler refused: the step begins anew
             self.forget()
             gradients = {}
@@ -154,6 +157,7 @@ class Sampler:
         """Add this sample's gradients to the earlier ones, or drop them if the sample failed."""
         for parameter in self._parameters:
             own = parameter.grad if succeeded else None
+            self._has_gradients |= own is not None
             if own is not None and self.num_samples > 1:
                 own /= self.num_samples
             before = earlier.get(parameter)

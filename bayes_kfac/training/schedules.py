@@ -6,10 +6,11 @@ longer and longer while they stay alike, :class:`OnTraceChange` until their trac
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -181,7 +182,8 @@ class OnTraceChange(Schedule):
     def _has_moved(self, name: str, traces: Mapping[str, float]) -> bool:
         before = self._traces.get(name, {})
         return before.keys() != traces.keys() or any(
-            abs(traces[key] - before[key]) >= self.threshold * abs(before[key]) for key in traces
+            traces[key] != before[key] and abs(traces[key] - before[key]) >= self.threshold * abs(before[key])
+            for key in traces
         )
 
 
@@ -199,10 +201,27 @@ def as_schedule(name: str, value: int | Schedule) -> Schedule:
         ArgumentError: If it is neither.
     """
     if isinstance(value, Schedule):
-        return value
-    if not isinstance(value, int):
+        return copy.deepcopy(value)  # what it takes note of is of one training
+    if not isinstance(value, SupportsIndex):
         raise ArgumentError(f"{name}={value!r} is not allowed. Allowed: a whole number >= 1, or a Schedule.")
     return Every(check_count(name, value))
+
+
+def dump_schedule(schedule: Schedule) -> dict[str, Any]:
+    """A schedule's state, with its kind."""
+    return {"kind": type(schedule).__name__, "state": schedule.state_dict()}
+
+
+def load_schedule(schedule: Schedule, dumped: Mapping[str, Any]) -> None:
+    """Go on from :func:`dump_schedule`, or begin anew where that was of another kind.
+
+    Args:
+        schedule: The schedule.
+        dumped: The dump; one of before there were kinds is the state alone.
+    """
+    kind = type(schedule).__name__
+    if dumped.get("kind", kind) == kind:
+        schedule.load_state_dict(dumped.get("state", dumped))
 
 
 def _difference(now: Mapping[str, Tensor], earlier: Mapping[str, Tensor]) -> float:

@@ -139,6 +139,22 @@ def test_posterior_before_training_names_the_layer():
         optimizer.posterior()
 
 
+def test_divergence_from_the_prior_is_of_all_layers_or_refused():
+    """Before the first step it is that of what is sampled; without warm-up there is nothing yet."""
+    model, likelihood, optimizer = make()
+    first = optimizer.kl()
+    assert first > 0
+    model[2].requires_grad_(False)
+    head = first - optimizer.kl()
+    assert head > 0
+    step(model, likelihood, optimizer)
+    without = optimizer.kl()
+    model[2].requires_grad_(True)
+    assert optimizer.kl() > without
+    with pytest.raises(UsageError, match="Layer '0' has no curvature statistics yet"):
+        make(warmup=False)[2].kl()
+
+
 def test_training_in_eval_mode_is_named():
     """Forwards in eval() are never counted, and the error says so."""
     model, likelihood, optimizer = make()
@@ -188,6 +204,39 @@ def test_gradients_cleared_between_contexts_begin_the_step_anew():
     step(model, likelihood, optimizer)
     step(twin, twin_likelihood, twin_optimizer)
     assert same(snapshot(model), snapshot(twin))
+
+
+def test_a_second_antithetic_sample_mirrors_the_first_after_one_that_failed():
+    """The retry is the mirror image too, not the mirror image of what failed."""
+    model, likelihood, optimizer = make(num_samples=2, antithetic=True)
+    mean, seen = snapshot(model), []
+    with optimizer.sampled_params():
+        seen.append(snapshot(model))
+        likelihood(model(X), Y).backward()
+    with pytest.raises(KeyError), optimizer.sampled_params():
+        raise KeyError
+    with optimizer.sampled_params():
+        seen.append(snapshot(model))
+        likelihood(model(X), Y).backward()
+    for first, second, middle in zip(*seen, mean, strict=True):
+        assert not torch.equal(first, middle)
+        torch.testing.assert_close(first + second, 2 * middle)
+    optimizer.step()
+
+
+def test_contexts_that_only_measure_count_with_those_that_follow():
+    """Unlabelled data in contexts of their own; gradients that are cleared still begin the step anew."""
+    model, likelihood, optimizer = make()
+    for _ in range(2):
+        with optimizer.sampled_params():
+            model(X)
+    with optimizer.sampled_params():
+        likelihood(model(X), Y).backward()
+    assert optimizer._sampler.statistics["0"].counts["input"] == 3 * len(X)
+    model.zero_grad()
+    with optimizer.sampled_params():
+        likelihood(model(X), Y).backward()
+    assert optimizer._sampler.statistics["0"].counts["input"] == len(X)
 
 
 def test_odd_antithetic_samples_are_refused():

@@ -76,6 +76,28 @@ def test_a_trace_that_has_moved_is_due_at_the_next_look():
     assert taken(OnTraceChange(0.01, every=2), series) == [0, 6, 10]
 
 
+def test_a_trace_of_zero_that_stays_zero_has_not_moved():
+    assert taken(OnTraceChange(every=1), [0.0] * 5) == [0]
+    zero = {"layer": Statistics({"lag": torch.zeros(2, 2)}, {"lag": 1.0})}
+    schedule = OnTraceChange(every=1)
+    schedule.done(0, zero)
+    assert schedule.due(1, zero) == set()
+    assert schedule.due(2, {"layer": Statistics({"lag": torch.eye(2)}, {"lag": 1.0})}) == {"layer"}
+
+
+@pytest.mark.parametrize("make", [WhileAlike, OnTraceChange])
+def test_a_schedule_that_serves_two_trainings_is_fresh_in_each(make):
+    given = make()
+    one, other = (
+        bk.NoisyKFAC(
+            nn.Linear(2, 1), bk.likelihoods.Gaussian(), num_data=10, statistics_every=given, inverse_every=given
+        )
+        for _ in range(2)
+    )
+    schedules = [one.statistics_schedule, one.inverse_schedule, other.statistics_schedule, other.inverse_schedule]
+    assert [taken(schedule, [1.0] * 10) for schedule in schedules] == [taken(make(), [1.0] * 10)] * 4
+
+
 @pytest.mark.parametrize("schedule", [WhileAlike(), OnTraceChange(0.01, every=1)])
 def test_a_schedule_goes_on_from_its_state(schedule):
     taken(schedule, [1.0] * 6)

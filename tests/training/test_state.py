@@ -88,6 +88,50 @@ def test_a_state_of_another_model_is_refused_and_nothing_changes():
         optimizer.load_state_dict(state)
 
 
+def natural(structure, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
+    likelihood = bk.likelihoods.Gaussian(1.0)
+    kind = bk.NaturalGradient if structure is None else bk.NoisyNaturalGradient
+    optimizer = kind(model, likelihood, num_data=60, structure=structure or "kron", **options)
+    for _ in range(2):
+        with optimizer.sampled_params():
+            optimizer.zero_grad()
+            likelihood(model(torch.ones(4, 3)), torch.ones(4, 2)).backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("saved", "own", "match"),
+    [
+        ("tkfac", "kron", r"\{'structure': 'tkfac'\}, but this one has \{'structure': 'kron'\}"),
+        ("dense", "kron", "'dense'"),
+        (None, "kron", r"\{'method': 'natural gradient'\}"),
+        (bk.structures.SlangStructure(rank=2), bk.structures.SlangStructure(rank=3), r"\{'rank': 2\}"),
+    ],
+)
+def test_a_state_of_another_structure_is_refused_and_nothing_changes(saved, own, match):
+    """Sums of the same name mean something else there."""
+    dumped, optimizer = natural(saved).state_dict(), natural(own)
+    before = optimizer.posterior()
+    with pytest.raises(ArgumentError, match=match):
+        optimizer.load_state_dict(dumped)
+    assert optimizer.steps == 2
+    for name, block in optimizer.posterior().blocks.items():
+        for key, value in block.state.items():
+            assert torch.equal(value, before.blocks[name].state[key])
+
+
+def test_a_schedule_of_another_kind_begins_anew():
+    schedules = bk.training.schedules
+    dumped = natural("kron", statistics_every=schedules.OnTraceChange(every=1)).state_dict()
+    optimizer = natural("kron", statistics_every=schedules.WhileAlike())
+    before = optimizer.statistics_schedule.state_dict()
+    optimizer.load_state_dict(dumped)
+    assert optimizer.statistics_schedule.state_dict() == before
+
+
 def test_a_state_of_another_optimizer_is_refused():
     parts = make()
     adam = torch.optim.Adam(parts[0].parameters())
