@@ -8,16 +8,16 @@ The recipe: five posteriors from different initial weights, each trained by nois
 learned, are one mixture. Which temperature they are trained at, and which noise they predict with, is where three
 tenths of the *training part* of a split (one, of the large sets) are best predicted, each by networks that learn from
 the other nine. Training takes 10 000 steps or 100 epochs, whichever is more; protein's networks are wider. A single
-posterior is chosen for in the same way. All networks of a data set at one temperature train at once, as replicas of
-one stack. (A first version held out thirds. After a look at yacht's test figures it was changed to tenths, as the
-peers have it: networks that lack a third of the data need more noise than those that are to predict. The extrinsic
-damping was set on held-out tenths of splits 0 to 4 of concrete, energy, kin8nm and power: without it networks diverge
-now and then at low temperatures; that of the other structures on tenths of energy, yacht and concrete, at temperature
-0.3: with Kronecker factors' 0.001 a part of their networks is far off. The clip was one of 0.02 for all networks of a stack together, with which protein's
-diverged; on its held-out tenths, and level on those of concrete, energy, kin8nm and power, it became each network's
-own, of the size that the library has by default. Training took 6000 steps or 25 epochs, with two samples a step: on
-held-out tenths of kin8nm, power, concrete, energy and yacht more steps were better, on boston's a little worse, and
-one sample a step was as good as two.)
+posterior is chosen for in the same way. All networks of a data set at one temperature train at once, as replicas of one
+stack. (A first version held out thirds. After a look at yacht's test figures it was changed to tenths, as the peers
+have it: networks that lack a third of the data need more noise than those that are to predict. The extrinsic damping
+was set on held-out tenths of splits 0 to 4 of concrete, energy, kin8nm and power: without it networks diverge now and
+then at low temperatures; that of the other structures on tenths of energy, yacht and concrete, at temperature 0.3: with
+Kronecker factors' 0.001 a part of their networks is far off. The clip was one of 0.02 for all networks of a stack
+together, with which protein's diverged; on its held-out tenths, and level on those of concrete, energy, kin8nm and
+power, it became each network's own, of the size that the library has by default. Training took 6000 steps or 25 epochs,
+with two samples a step: on held-out tenths of kin8nm, power, concrete, energy and yacht more steps were better, on
+boston's a little worse, and one sample a step was as good as two.)
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ DATA_SETS = (*SMALL, *LARGE)
 TEMPERATURES = (1.0, 0.3, 0.1)
 #: The structures that it is measured with, and what the optimizers are called.
 STRUCTURES = {"kron": "noisy K-FAC", "ekfac": "noisy EK-FAC", "diagonal": "noisy Adam"}
-#: Of steps, by structure. Factored damping's cross terms damp by far more than their nominal size: what has none of them
-#: needs more.
+#: Of steps, by structure. Factored damping has cross terms, which damp by far more than its nominal size; what has none
+#: of them needs more.
 EXTRINSIC_DAMPING = {"kron": 1e-3, "ekfac": 0.1, "diagonal": 0.1}
 #: Standard deviations of the noise that predictions are made with, for targets of variance 1.
 NOISES = torch.logspace(-2.4, 0.2, 27)
