@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -160,6 +161,17 @@ def test_the_page_is_what_the_results_make_it():
 
     assert report.PAGE.read_text() == report.page()
     assert report.evidence.PAGE.read_text() == report.evidence.page()
+
+
+def test_what_sampled_laplace_loses_is_the_same_on_all_pages():
+    import laplace_uci_report
+
+    results = laplace_uci_report.load()
+    exact, factored = (laplace_uci_report.losses(results, name).values() for name in ("kron exact", "kron factored"))
+    for page in ("scale", "predicting"):
+        text = " ".join((BENCHMARKS.parent / "docs" / f"{page}.md").read_text().split())
+        assert f"{min(exact):.2f} to {max(exact):.2f}" in text
+        assert re.search(rf"(lose|loses) {max(factored):.2f}( nats)? at most", text)
 
 
 def test_links_are_measured(monkeypatch, capsys):
