@@ -140,7 +140,7 @@ folder that `BAYES_KFAC_DATA` names. What is worse than a peer stands here as pl
 - *The true posterior*: of what was compared with NUTS, noisy training comes nearest in the marginals of the function;
   Laplace of all layers is 1.5 to 3 times too wide, and far more when its weights are sampled. The figures that the
   paper gave for noisy K-FAC are not reached on half of the sets. [More](#against-hamiltonian-monte-carlo)
-- *Temperature*: it moves predictions many times as far as damping does. Whoever wants predictions chooses it by
+- *Temperature*: it moves predictions several times as far as damping does. Whoever wants predictions chooses it by
   held-out data. [More](#what-temperature-and-damping-do)
 - *Images*: of single trainings for the same epochs noisy K-FAC has the best loss; that of AdamW with the same seconds
   is worse on an MLP and level on a CNN, where a deep ensemble's is better; Laplace tells strange images best.
