@@ -299,8 +299,9 @@ chosen before, noise and other settings, is not counted. A dash: no budget came 
 
 NOTES = """
 On regressions of this size noisy K-FAC is the expensive way to a density: two to seven times the seconds of a plain
-network for the same, as its steps take about three times as long, and it needs more of them. Laplace around a plain
-network, prior and noise by the evidence, costs a ninth of it on concrete and as much on energy. IVON's settings are not
+network to within 0.3 nats of the best, as its steps take about three times as long, and it needs more of them; with the
+settings of this table no budget of it comes within 0.1. Laplace around a plain network, prior and noise by the
+evidence, costs a ninth of it on concrete and as much on energy (both to within 0.3). IVON's settings are not
 tuned to either set. Two splits tell orders of magnitude, not places: what each method is worth when it is tuned is in
 the tables of [UCI regression](#uci-regression), and [images](#images) have their own table of seconds.
 """

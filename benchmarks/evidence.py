@@ -146,7 +146,7 @@ folder that `BAYES_KFAC_DATA` names. What is worse than a peer stands here as pl
   is worse on an MLP and level on a CNN, where a deep ensemble's is better; Laplace tells strange images best.
   [More](#images)
 - *Cost*: a step of noisy K-FAC on two cores takes three to five times one of AdamW, and on small regressions two to
-  seven times the seconds of a plain network go by to the same density; Laplace is the cheap way.
+  seven times the seconds of a plain network go by to a density near the best; Laplace is the cheap way.
   [More](#cost), [and on steps](#time-of-a-step)
 
 """
