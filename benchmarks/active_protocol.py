@@ -292,10 +292,11 @@ target.
 NOTES = """
 With noisy K-FAC every acquisition is better than random in the mean on all seven sets after nine labels; by more than
 two standard errors on energy, power, wine_red and, by variance and BALD, on yacht. EPIG is the best of them on boston,
-kin8nm, power and wine_red, and the only one that helps Laplace on boston and wine_red. Sampled variance and BALD, its
-closed form, choose about equally well. With noisy Adam, variance and BALD are worse than random on boston. HMC at
-temperature 1 gains least: on wine_red the greatest variance is worse than random; and its errors are the largest of
-all methods on five sets, probably because at temperature 1 so few labels leave it near the prior.
+kin8nm, power and wine_red; on boston it helps Laplace by far more than BALD does, on wine_red it alone does. Sampled
+variance and BALD, its closed form, choose about equally well. With noisy Adam, variance and BALD are worse than random
+on boston and, by less than a standard error, on concrete. HMC at temperature 1 gains least: on wine_red the greatest
+variance is worse than random; and its errors are the largest of all methods on five sets, probably because at
+temperature 1 so few labels leave it near the prior.
 """
 
 WHERE = """

@@ -156,13 +156,13 @@ def structures_table() -> str:
 
 NOTES = """
 Noisy K-FAC comes above the recalled mark on energy and yacht, comes near it on power, and stays below it on boston,
-concrete and wine_red: the marks are not beaten. Trained dense blocks are nearer to NUTS than Kronecker ones by every
-measure, so that a part of the distance is the Kronecker product's; what one mode leaves out is seen in the mixtures. By
-r alone Laplace of the last layer is the best, but its standard deviations are 0.6 of those of NUTS; Laplace of all
-layers is 1.5 to 3 times too wide, and sampled far more. Noisy training has the smallest distances, and with exact or
-optimal damping the widths of NUTS in the mean over sets: too wide on energy, too narrow on wine_red. The chains of
-concrete have not mixed (R-hat up to 1.24): its column is uncertain. On Snelson's data noisy training with Kronecker and
-diagonal blocks smooths the second wave away, as far as 2000 steps take it; dense blocks do not.
+concrete and wine_red: the marks are not beaten. Trained dense blocks are nearer to NUTS than Kronecker ones in r and in
+distance, so that a part of the distance is the Kronecker product's; what one mode leaves out is seen in the mixtures.
+By r alone Laplace of the last layer is the best, but its standard deviations are 0.6 of those of NUTS and less; Laplace
+of all layers is 1.5 to 3 times too wide, and sampled far more. Noisy training has the smallest distances, and sampled
+with exact or optimal damping the widths of NUTS in the mean over sets: too wide on energy, too narrow on wine_red. The
+chains of concrete have not mixed (R-hat up to 1.24): its column is uncertain. On Snelson's data noisy training with
+Kronecker and diagonal blocks smooths the second wave away, as far as 2000 steps take it; dense blocks do not.
 """
 
 
