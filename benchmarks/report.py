@@ -43,8 +43,8 @@ of one core of a two-core machine that also ran other work, so that they are upp
 """
 
 PROFILE = """
-`python benchmarks/uci_profile.py`. A network of this size is all overhead of small operations: ten splits cost hardly
-more than one, so that a split's share of a step is a tenth.
+`python benchmarks/uci_profile.py`. A network of this size is all overhead of small operations: ten splits cost a
+quarter more than one, so that each split's share is an eighth of what it costs alone.
 """
 
 LAPLACE_HEAD = """# Beside laplace-torch

@@ -71,7 +71,7 @@ def timed(replicas: int) -> dict[str, float]:
         watch(Sampler, "_draw", "draw noise"),
         watch(Sampler, "_apply", "weights in"),
         watch(Sampler, "_restore", "weights out"),
-        watch(Meter, "measure", "MC pull-back and statistics"),
+        watch(Meter, "_measure_pass", "MC pull-back and statistics"),
         watch(torch.Tensor, "backward", "backward"),
         watch(bk.NoisyKFAC, "_step", "average, factorise, precondition, update"),
     ]

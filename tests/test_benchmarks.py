@@ -174,6 +174,15 @@ def test_what_sampled_laplace_loses_is_the_same_on_all_pages():
         assert re.search(rf"(lose|loses) {max(factored):.2f}( nats)? at most", text)
 
 
+def test_a_step_is_profiled_by_phases(monkeypatch):
+    import uci_profile
+
+    monkeypatch.setattr(uci_profile, "STEPS", 1)
+    total, *phases = uci_profile.timed(2).values()
+    assert len(phases) == 7
+    assert total == pytest.approx(sum(phases), abs=0.01)
+
+
 def test_links_are_measured(monkeypatch, capsys):
     import links
 
