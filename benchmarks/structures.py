@@ -3,7 +3,7 @@
 ``python benchmarks/structures.py`` runs what is missing of three items and keeps it, a row for each structure and
 damping, in ``benchmarks/results/structures``; ``python benchmarks/report.py`` makes ``docs/structures.md`` of it.
 
-- energy: a 9-50-1 network on UCI energy (Gal's splits). mnist: a small CNN on 2000 images of MNIST.
+- energy: an 8-50-1 network on UCI energy (Gal's splits). mnist: a small CNN on 2000 images of MNIST.
   Around the mode of each (float64, exact Fisher, prior precision 1) every structure's Gaussian is compared with the
   dense Fisher: the relative Frobenius error of its blocks, and the divergence of the posterior from that of the dense
   blocks and of the Fisher of the whole network. Then noisy training from the same start in the same number of steps:

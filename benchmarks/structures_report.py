@@ -30,7 +30,7 @@ This page is written by `python benchmarks/report.py` from the classes themselve
 TABLE = {
     "energy": """## On UCI energy
 
-A 9-50-1 network; means over three of Gal's splits. Around the mode, exact Fisher, prior precision 1: the relative
+An 8-50-1 network; means over three of Gal's splits. Around the mode, exact Fisher, prior precision 1: the relative
 Frobenius error of the blocks, and the divergence of the posterior in nats from that of the exact blocks and from that
 of the Fisher of the whole network. Then noisy training, 2200 steps at noise .1, temperature 1, one recipe for all: the
 evidence lower bound and the log-likelihood of test data for each example, processor milliseconds a step, and kilobytes
