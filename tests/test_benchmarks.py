@@ -174,6 +174,19 @@ def test_what_sampled_laplace_loses_is_the_same_on_all_pages():
         assert re.search(rf"(lose|loses) {max(factored):.2f}( nats)? at most", text)
 
 
+def test_tables_on_pages_written_by_hand_are_those_of_the_results(capsys):
+    import links
+    import sklearn_sets
+
+    for name in (*sklearn_sets.REGRESSION, *sklearn_sets.CLASSIFICATION):
+        sklearn_sets.show(name, json.loads((sklearn_sets.RESULTS / f"{name}.json").read_text()))
+    links.show(json.loads(links.RESULTS.read_text()))
+    pages = "".join((BENCHMARKS.parent / "docs" / name).read_text() for name in ("sklearn.md", "predicting.md"))
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows
+    assert [row for row in rows if row not in pages] == []
+
+
 def test_a_step_is_profiled_by_phases(monkeypatch):
     import uci_profile
 
