@@ -28,6 +28,7 @@ from bayes_kfac.prediction import (
     LinearizedModel,
     Prediction,
     Source,
+    check_draws,
     concatenate,
     from_gaussian,
     from_outputs,
@@ -177,7 +178,8 @@ class Posterior:
             The prediction; its kind depends on the likelihood.
 
         Raises:
-            ArgumentError: If an argument is unknown, or one that does not go with the method or the likelihood.
+            ArgumentError: If an argument is unknown, or one that does not go with the method or the likelihood, or
+                draws are of another posterior.
 
         Example:
             >>> import bayes_kfac as bk, torch
@@ -201,7 +203,9 @@ class Posterior:
             raise ArgumentError(
                 f"link={link!r} is for method='linearized' without draws, but {given}. Leave one of them out."
             )
-        if method == "sampling" and draws is None:
+        if draws is not None:
+            check_draws(draws, self.layers)
+        elif method == "sampling":
             draws = self.sample(num_samples, generator=generator)
 
         def predict(part: Any) -> Prediction:
@@ -284,8 +288,12 @@ class Posterior:
 
         Returns:
             ``[num_samples, batch, ...]``, without noise of the targets.
+
+        Raises:
+            ArgumentError: If draws are of another posterior.
         """
         draws = self.sample(num_samples, generator=generator) if draws is None else draws
+        check_draws(draws, self.layers)
         return self.linearized.draws(inputs, self._changes(draws), memory_budget=memory_budget)
 
     def _changes(self, draws: Draws) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bayes_kfac.botorch.base import Surrogate
 from bayes_kfac.posterior import Posterior
-from bayes_kfac.prediction import Draws, sampled_outputs
+from bayes_kfac.prediction import Draws, check_draws, sampled_outputs
 
 
 class SampledSurrogate(Surrogate):
@@ -32,7 +32,7 @@ class SampledSurrogate(Surrogate):
         generator: The source of randomness.
 
     Raises:
-        ArgumentError: If the likelihood is not ``Gaussian``.
+        ArgumentError: If the likelihood is not ``Gaussian``, or draws are of another posterior.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class SampledSurrogate(Surrogate):
             posterior, num_outputs=num_outputs, input_transform=input_transform, outcome_transform=outcome_transform
         )
         self.draws = posterior.sample(num_samples, generator=generator) if draws is None else draws
+        check_draws(self.draws, posterior.layers)
         self._seed = int(torch.randint(2**62, (), generator=generator))
 
     def posterior(

@@ -23,7 +23,7 @@ from bayes_kfac.prediction.pooled import (
 )
 from bayes_kfac.prediction.regression import GaussianPrediction, MixturePrediction
 from bayes_kfac.prediction.results import Prediction, Source, batch_dim, concatenate, from_gaussian, from_outputs
-from bayes_kfac.prediction.sampling import Draws, sampled_outputs
+from bayes_kfac.prediction.sampling import Draws, check_draws, sampled_outputs
 
 __all__ = [
     "LINKS",
@@ -51,6 +51,7 @@ __all__ = [
     "Prediction",
     "Source",
     "batch_dim",
+    "check_draws",
     "concatenate",
     "from_gaussian",
     "from_members",

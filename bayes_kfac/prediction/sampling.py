@@ -8,6 +8,7 @@ do not fit the caches: they are run draw by draw.
 from __future__ import annotations
 
 import copy
+import reprlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from bayes_kfac.curvature import Layer
+from bayes_kfac.errors import ArgumentError
 from bayes_kfac.prediction.forward import call, evaluating
 
 #: Bytes of weights and activations that are run at once: on a CPU what pays off by measurement, since they have to stay
@@ -46,6 +49,27 @@ class Draws:
         """The draws one by one, each a dictionary of parameters by name."""
         for index in range(len(self)):
             yield {name: value[index] for name, value in self.values.items()}
+
+
+def check_draws(draws: object, layers: Mapping[str, Layer]) -> None:
+    """See that draws are of the weights of a posterior: others would be left aside, or leave its own at the mean.
+
+    Args:
+        draws: What was passed as ``draws=``.
+        layers: The posterior's layers.
+
+    Raises:
+        ArgumentError: If they are no draws, or of other parameters.
+    """
+    advice = "Draw them from this posterior: draws=posterior.sample(num_samples)."
+    if not isinstance(draws, Draws):
+        raise ArgumentError(f"draws={reprlib.repr(draws)} is not allowed. Allowed: Draws. {advice}")
+    given = {name: tuple(value.shape[1:]) for name, value in draws.values.items()}
+    own = {name: tuple(value.shape) for layer in layers.values() for name, value in layer.parameters.items()}
+    differing = sorted(name for name in given.keys() | own.keys() if given.get(name) != own.get(name))
+    if differing:
+        details = "".join(f"\n  {name}: draws {given.get(name)}, posterior {own.get(name)}" for name in differing[:8])
+        raise ArgumentError(f"draws= are of another posterior. {advice} What differs:{details}")
 
 
 def sampled_outputs(model: nn.Module, state: Mapping[str, Tensor], draws: Draws, inputs: Any) -> Tensor:

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from bayes_kfac.botorch import SampledSurrogate
 from bayes_kfac.errors import ArgumentError
+from bayes_kfac.prediction import Draws
 from tests.botorch.test_linearized import CLOSE, D, M, normalize, posterior_of, standardize
 from tests.helpers import randn, rng
 
@@ -101,6 +102,8 @@ def test_draws_may_be_given_and_are_kept():
 def test_wrong_arguments_are_named():
     with pytest.raises(ArgumentError, match="num_samples=0"):
         surrogate_of(num_samples=0)
+    with pytest.raises(ArgumentError, match="draws= are of another posterior"):
+        SampledSurrogate(posterior_of(), draws=Draws({"weight": torch.ones(3, M, D)}), num_outputs=M)
     with pytest.raises(ArgumentError, match="num_outputs=1, but the network has 2"):
         SampledSurrogate(posterior_of()).posterior(randn(2, D, seed=1))
     with pytest.raises(ArgumentError, match="observation_noise has shape"):

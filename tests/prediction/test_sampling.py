@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.testing import assert_close
 
 from bayes_kfac import Posterior
+from bayes_kfac.errors import ArgumentError
 from bayes_kfac.likelihoods import Categorical, Gaussian
 from bayes_kfac.prediction import Draws, MixturePrediction, sampled_outputs
 from bayes_kfac.structures import BlockGaussian
@@ -148,13 +149,36 @@ def test_draws_do_not_move_with_the_model() -> None:
 
 
 def test_draws_may_be_written_by_hand() -> None:
-    """Any weights serve as draws, such as an ensemble's; a parameter that is left out is at the mean."""
+    """Any weights of all of the posterior's parameters serve as draws, such as an ensemble's."""
     model = seeded(nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)))
     posterior = random_posterior(model, Gaussian(0.5))
     x = randn(5, 3, seed=1)
-    draws = Draws({"2.bias": torch.tensor([[0.0], [10.0]], dtype=torch.float64)})
+    values = {name: value.expand(2, *value.shape) for name, value in posterior.mean.items()}
+    draws = Draws(values | {"2.bias": torch.tensor([[0.0], [10.0]], dtype=torch.float64)})
     outputs = posterior.predict(x, draws=draws).outputs
     assert_close(outputs[1] - outputs[0], torch.full((5, 1), 10.0, dtype=torch.float64), **CLOSE)
+
+
+@pytest.mark.parametrize("method", ["linearized", "sampling"])
+def test_draws_of_another_posterior_are_refused(method: str) -> None:
+    """Weights that the model lacks would be left aside, and those without a draw stay at the mean: no uncertainty."""
+    posterior, x = random_posterior(mlp(), Gaussian(0.5)), randn(5, 3, seed=1)
+    other = random_posterior(seeded(nn.Linear(3, 2)), Gaussian(0.5)).sample(3)
+    wider = random_posterior(seeded(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2, bias=False))), Gaussian())
+    last = Draws({"2.weight": posterior.sample(3).values["2.weight"]})
+    for draws, difference in [
+        (other, r"\n  0\.bias: draws None, posterior \(4,\).*\n  bias: draws \(2,\), posterior None"),
+        (wider.sample(3), r"\n  0\.weight: draws \(5, 3\), posterior \(4, 3\)"),
+        (last, r"\n  0\.bias: draws None, posterior \(4,\)"),
+    ]:
+        message = r"(?s)draws= are of another posterior\..*draws=posterior\.sample\(num_samples\).*" + difference
+        with pytest.raises(ArgumentError, match=message):
+            posterior.predict(x, method, draws=draws)
+        with pytest.raises(ArgumentError, match=message):
+            posterior.function_samples(x, draws=draws)
+    for thing in (8, torch.ones(2)):
+        with pytest.raises(ArgumentError, match=r"(?s)draws=.* is not allowed\. Allowed: Draws"):
+            posterior.predict(x, method, draws=thing)  # type: ignore[arg-type]
 
 
 # Randomness
