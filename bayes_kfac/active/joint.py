@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset
 
 from bayes_kfac.active.base import Acquisition, Gains, greedy, register
 from bayes_kfac.active.gaussian import GaussianGains, GaussianPredictiveGains
@@ -221,7 +221,14 @@ class EPIG(Joint):
 def _some(inputs: Any, indices: Tensor) -> Any:
     """Some of the inputs, of whatever they are."""
     if isinstance(inputs, DataLoader):
-        return DataLoader(Subset(inputs.dataset, indices.tolist()), inputs.batch_size)
+        batches = inputs.batch_sampler
+        if not isinstance(batches, BatchSampler) or isinstance(inputs.dataset, IterableDataset):
+            raise ArgumentError(
+                "target_inputs=None, but the candidates come from a DataLoader whose examples have no index of their "
+                "own. Pass target_inputs=, inputs from where predictions will be wanted."
+            )
+        some = Subset(inputs.dataset, indices.tolist())
+        return DataLoader(some, batches.batch_size, collate_fn=inputs.collate_fn)
     if hasattr(inputs, "iloc"):
         return inputs.iloc[indices.numpy()]
     if isinstance(inputs, Tensor) or not hasattr(inputs, "shape"):

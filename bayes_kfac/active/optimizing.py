@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bayes_kfac.active.base import Acquisition, check_enough
-from bayes_kfac.active.predictors import ask, parts, predict
-from bayes_kfac.batches import inputs_of
+from bayes_kfac.active.predictors import ask, for_posterior, parts, predict
 from bayes_kfac.errors import ArgumentError, check_choice, check_count
 from bayes_kfac.prediction import concatenate
 
@@ -139,11 +138,12 @@ class ThompsonSampling(Acquisition):
                 "ExpectedImprovement for anything that predicts a mean and a variance."
             )
         draws = predictor.sample(self.num_samples, generator=generator)  # the same weights for all batches of a loader
-        is_loader = isinstance(inputs, DataLoader)
-        batches = (inputs_of(batch, predictor.device) for batch in inputs) if is_loader else [inputs]
         with torch.no_grad():
-            parts = [_one_output(predictor.function_samples(batch, draws=draws), 1) for batch in batches]
-        values = torch.cat(parts, dim=1)
+            functions = [
+                predictor.function_samples(for_posterior(predictor, part), draws=draws)
+                for part in parts(predictor, inputs)
+            ]
+        values = torch.cat([_one_output(each, 1) for each in functions], dim=1)
         return values if self.goal == "maximize" else -values
 
     def scores(self, view: Tensor) -> Tensor:

@@ -18,9 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
 
-from bayes_kfac.batches import inputs_of
+from bayes_kfac.batches import inputs_of, without_target
 from bayes_kfac.errors import ArgumentError, UsageError
 from bayes_kfac.mixture import Mixture
 from bayes_kfac.posterior import Posterior
@@ -127,27 +134,42 @@ def parts(predictor: Any, inputs: Any) -> Iterator[Any]:
 
 
 def check_order(name: str, inputs: Any) -> None:
-    """See that an index into the inputs means something.
+    """See that an index into the inputs is one into their data set.
 
     Args:
         name: The argument's name, for the message.
         inputs: The inputs, of any kind.
 
     Raises:
-        ArgumentError: If they are a loader that shuffles.
+        ArgumentError: If they are a loader that shuffles, or leaves examples out.
     """
-    if isinstance(inputs, DataLoader) and isinstance(inputs.sampler, RandomSampler):
+    if not isinstance(inputs, DataLoader):
+        return
+    advice = "To look at a part of a data set pass DataLoader(Subset(dataset, indices))."
+    batches, sampler = inputs.batch_sampler, inputs.sampler
+    if batches is not None:  # the loader's own sampler is not used where this one was passed
+        sampler = batches.sampler if type(batches) is BatchSampler else batches
+    if getattr(batches, "drop_last", False):
         raise ArgumentError(
-            f"{name}=DataLoader(shuffle=True) yields another order in every pass, so that an index means nothing. "
-            "Allowed: shuffle=False."
+            f"{name}=DataLoader(drop_last=True) leaves examples out. Allowed: drop_last=False. {advice}"
+        )
+    if not isinstance(inputs.dataset, IterableDataset) and not isinstance(sampler, SequentialSampler):
+        argument = "batch_sampler" if sampler is batches else "sampler"
+        given = "shuffle=True" if isinstance(sampler, RandomSampler) else f"{argument}={type(sampler).__name__}(...)"
+        raise ArgumentError(
+            f"{name}=DataLoader({given}) yields another order than its data set's, so that an index means nothing. "
+            f"Allowed: shuffle=False, and no sampler but torch's SequentialSampler. {advice}"
         )
 
 
 def count(inputs: Any) -> int:
-    """The number of examples."""
-    if isinstance(inputs, DataLoader):
+    """The number of examples: of a loader, those that it yields."""
+    if not isinstance(inputs, DataLoader):
+        return int(tree_leaves(inputs)[0].shape[0])
+    check_order("inputs", inputs)
+    if inputs.collate_fn is default_collate and not isinstance(inputs.dataset, IterableDataset):
         return len(inputs.dataset)  # type: ignore[arg-type]  # a pool has a length
-    return int(tree_leaves(inputs)[0].shape[0])
+    return sum(count(without_target(batch)) for batch in inputs)  # what another function makes of items is not known
 
 
 def ask(prediction: Any, name: str, who: str) -> Any:

@@ -87,6 +87,18 @@ def test_targets_are_some_of_the_candidates_by_default():
     assert_close(view.scores, EPIG(targets, num_samples=10).look(net, pool(), generator=generator).scores, **TIGHT)
 
 
+def test_targets_of_a_loader_are_collated_as_its_candidates():
+    """All of them as targets: those that the loader's own function makes of its items."""
+
+    def scaled(rows: list[torch.Tensor]) -> torch.Tensor:
+        return 10 * torch.stack(rows)
+
+    net, x = regression(), pool()
+    loader = DataLoader(x, batch_size=5, collate_fn=scaled)
+    own = EPIG(num_targets=12).look(net, loader, generator=rng(0)).scores
+    assert_close(own, EPIG(10 * x).look(net, loader).scores, **TIGHT)
+
+
 @pytest.mark.parametrize("option", [{"method": "sampling"}, {"num_samples": 5}, {"num_configurations": 5}], ids=repr)
 @pytest.mark.parametrize("kind", [BatchBALD, EPIG])
 def test_options_of_draws_are_refused_in_closed_form(kind, option):

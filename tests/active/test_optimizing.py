@@ -221,11 +221,12 @@ def test_the_same_generator_gives_the_same_picks():
     assert one != third
 
 
-def test_a_loader_sees_the_same_functions():
+def test_a_loader_and_an_array_see_the_same_functions():
     own, acquisition = posterior_of(), ThompsonSampling("maximize", num_samples=5)
     loader = DataLoader(TensorDataset(pool(), pool()), batch_size=3)
-    whole, parts = (acquisition.look(own, inputs, generator=rng(0)) for inputs in (pool(), loader))
-    assert_close(parts, whole)
+    whole, *others = (acquisition.look(own, inputs, generator=rng(0)) for inputs in (pool(), loader, pool().numpy()))
+    for functions in others:
+        assert_close(functions, whole)
     improvement = ExpectedImprovement(0.0, "maximize")
     assert_close(*(improvement.scores(improvement.look(own, inputs)) for inputs in (pool(), loader)))
 

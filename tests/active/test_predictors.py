@@ -15,7 +15,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils.data import DataLoader
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 import bayes_kfac as bk
 from bayes_kfac.active import (
@@ -27,6 +35,7 @@ from bayes_kfac.active import (
     LeastConfidence,
     Margin,
     Random,
+    ThompsonSampling,
     Variance,
     VariationRatio,
 )
@@ -167,11 +176,48 @@ def test_an_error_of_the_predictor_is_its_own():
         scores(Variance(), Broken())
 
 
-@pytest.mark.parametrize("acquisition", [Entropy(), BatchBALD()], ids=repr)
-def test_a_loader_that_shuffles_is_refused(acquisition):
-    loader = DataLoader(pool(), batch_size=5, shuffle=True)
-    with pytest.raises(ArgumentError, match="an index means nothing"):
-        scores(acquisition, posterior(), loader)
+ACQUISITIONS = [Entropy(), BatchBALD(), BALD(), EPIG(), Random(), ThompsonSampling("maximize")]
+
+
+@pytest.mark.parametrize("acquisition", ACQUISITIONS, ids=lambda own: type(own).__name__)
+def test_a_loader_of_another_order_is_refused(acquisition):
+    """Its indices would be of other examples than the data set's."""
+    x, net = pool(), regression() if isinstance(acquisition, ThompsonSampling) else posterior()
+    for options, given in [
+        ({"shuffle": True}, "shuffle=True"),
+        ({"sampler": SubsetRandomSampler(range(6))}, r"sampler=SubsetRandomSampler\(\.\.\.\)"),
+        ({"sampler": WeightedRandomSampler(torch.ones(12), 12)}, r"sampler=WeightedRandomSampler\(\.\.\.\)"),
+        ({"batch_sampler": BatchSampler(RandomSampler(x), 5, False)}, "shuffle=True"),
+        ({"batch_sampler": [[3, 4], [0, 1]]}, r"batch_sampler=list\(\.\.\.\)"),
+    ]:
+        with pytest.raises(ArgumentError, match=rf"inputs=DataLoader\({given}\).*index means nothing.*Subset\("):
+            scores(acquisition, net, DataLoader(x, **options))
+    with pytest.raises(ArgumentError, match=r"inputs=DataLoader\(drop_last=True\) leaves examples out.*Subset\("):
+        scores(acquisition, net, DataLoader(x, batch_size=5, drop_last=True))
+
+
+@pytest.mark.parametrize("acquisition", ACQUISITIONS, ids=lambda own: type(own).__name__)
+def test_a_loader_in_order_is_looked_at_as_it_yields(acquisition):
+    """A score for each example, whoever makes the batches."""
+
+    class Streamed(IterableDataset):
+        def __iter__(self):
+            yield from pool()
+
+    x, net = pool(), regression() if isinstance(acquisition, ThompsonSampling) else posterior()
+    batches = BatchSampler(SequentialSampler(x), 5, False)
+    assert scores(acquisition, net, DataLoader(x, batch_sampler=batches)).shape == (12,)
+    for loader in (DataLoader(Streamed(), batch_size=5), DataLoader([x[:4], x[4:]], batch_size=None)):
+        if isinstance(acquisition, EPIG):  # whose targets are drawn by index
+            with pytest.raises(ArgumentError, match=r"target_inputs=None.*Pass target_inputs="):
+                scores(acquisition, net, loader)
+        else:
+            assert scores(acquisition, net, loader).shape == (12,)
+
+
+def test_random_counts_what_a_loader_makes_of_its_items():
+    loader = DataLoader(pool(), batch_size=5, collate_fn=lambda rows: torch.stack(rows).repeat(2, 1))
+    assert scores(Random(), None, loader).shape == scores(Entropy(), posterior(), loader).shape == (24,)
 
 
 def test_what_is_no_predictor_is_refused():
