@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from numbers import Integral
 from pathlib import Path
-from typing import SupportsFloat
+from typing import SupportsFloat, SupportsIndex
 
 
 class BayesKfacError(Exception):
@@ -68,8 +69,8 @@ def check_positive(name: str, value: SupportsFloat, *, allow_zero: bool = False)
     return number
 
 
-def check_count(name: str, value: int, *, minimum: int = 1) -> int:
-    """Return ``value`` if it is an integer of at least ``minimum``.
+def check_count(name: str, value: SupportsIndex, *, minimum: int = 1) -> int:
+    """Return ``value`` as an ``int`` if it is an integer, maybe one of numpy's, of at least ``minimum``.
 
     Args:
         name: The argument's name, for the message.
@@ -77,14 +78,14 @@ def check_count(name: str, value: int, *, minimum: int = 1) -> int:
         minimum: The smallest allowed integer.
 
     Returns:
-        The value.
+        The value as a Python integer.
 
     Raises:
         ArgumentError: If the value is not an integer, or too small.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise ArgumentError(f"{name}={value!r} is not allowed. Allowed: an integer >= {minimum}.")
-    return value
+    return int(value)
 
 
 def check_fraction(name: str, value: SupportsFloat) -> float:

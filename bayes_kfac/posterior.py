@@ -130,7 +130,7 @@ class Posterior:
             >>> torch.equal(one.mean, two.mean)  # the same functions at every call
             True
         """
-        check_count("num_samples", num_samples)
+        num_samples = check_count("num_samples", num_samples)
         with linalg.full_precision(self.device):
             noise = self.blocks.sample(self.blocks.standard_normal(generator, (num_samples,)))
         values: dict[str, Tensor] = {}
@@ -196,8 +196,8 @@ class Posterior:
         check_choice("output_covariance", output_covariance, OUTPUT_COVARIANCES)
         if link is not None:
             check_choice("link", link, LINKS)
-        check_count("num_samples", num_samples)
-        check_count("memory_budget", memory_budget)
+        num_samples = check_count("num_samples", num_samples)
+        memory_budget = check_count("memory_budget", memory_budget)
         if link is not None and (method == "sampling" or draws is not None):
             given = f"method={method!r}" if draws is None else "draws are given"
             raise ArgumentError(
@@ -239,7 +239,7 @@ class Posterior:
             Its mean, and its covariance or variances; noise of the targets is not in it.
         """
         check_choice("output_covariance", output_covariance, OUTPUT_COVARIANCES)
-        check_count("memory_budget", memory_budget)
+        memory_budget = check_count("memory_budget", memory_budget)
         return self.linearized.output(inputs, diagonal=output_covariance == "diagonal", memory_budget=memory_budget)
 
     def function_covariance(self, inputs: Any, others: Any = None, *, memory_budget: int = MEMORY_BUDGET) -> Tensor:
@@ -263,7 +263,7 @@ class Posterior:
             tensor([[0.2500, 0.5000],
                     [0.5000, 1.0000]])
         """
-        check_count("memory_budget", memory_budget)
+        memory_budget = check_count("memory_budget", memory_budget)
         return self.linearized.covariance(inputs, inputs if others is None else others, memory_budget=memory_budget)
 
     def function_samples(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,7 +86,14 @@ def test_counts_pass(value: int, minimum: int) -> None:
     assert check_count("epochs", value, minimum=minimum) is value
 
 
-@pytest.mark.parametrize("value", [0, -3, 1.0, 2.5, True, None, "3", torch.tensor(3)])
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+def test_counts_of_numpy_pass_as_pythons(kind: type) -> None:
+    count = check_count("epochs", kind(7))
+    assert type(count) is int
+    assert count == 7
+
+
+@pytest.mark.parametrize("value", [0, -3, 1.0, 2.5, True, np.True_, np.int64(0), None, "3", torch.tensor(3)])
 def test_other_counts_are_named(value: Any) -> None:
     """``True`` and ``1.0`` are no counts: they are a slip more often than not."""
     with pytest.raises(ArgumentError) as caught:

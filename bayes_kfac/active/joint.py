@@ -208,7 +208,7 @@ class EPIG(Joint):
     num_targets: int = 100
 
     def __post_init__(self) -> None:
-        check_count("num_targets", self.num_targets)
+        object.__setattr__(self, "num_targets", check_count("num_targets", self.num_targets))
 
     def look(self, predictor: Any, inputs: Any, *, generator: torch.Generator | None = None) -> Gains:  # noqa: D102
         likelihood = getattr(predictor, "likelihood", None)

@@ -127,14 +127,14 @@ def loop(
     """
     size = check_pool(pool)
     check_oracle(oracle, size)
-    check_count("batch_size", batch_size)
-    check_count("pool_batch_size", pool_batch_size)
-    check_count("seed", seed, minimum=0)
+    batch_size = check_count("batch_size", batch_size)
+    pool_batch_size = check_count("pool_batch_size", pool_batch_size)
+    seed = check_count("seed", seed, minimum=0)
     if candidates is not None:
-        check_count("candidates", candidates, minimum=batch_size)
+        candidates = check_count("candidates", candidates, minimum=batch_size)
     limit = size if budget is None else min(size, check_count("budget", budget))
     if rounds is not None:
-        check_count("rounds", rounds, minimum=0)
+        rounds = check_count("rounds", rounds, minimum=0)
     first = _initial(initial, size, seed)
     record = Record.resumed(resume, seed, size) if resume is not None else None
     held = len(first if record is None else record.indices)
@@ -265,10 +265,10 @@ def _writable(path: Path, resume: str | Path | LoopState | None) -> Path:
 def _initial(initial: int | Sequence[int] | Tensor, size: int, seed: int) -> Tensor:
     """The indices of the initial set."""
     if isinstance(initial, Integral):  # numpy's too
-        if check_count("initial", int(initial)) > size:
+        if check_count("initial", initial) > size:
             raise ArgumentError(f"initial={initial} is more than the {size} examples of the pool.")
         with seeded(seed, 0, INITIAL) as generator:
-            return torch.randperm(size, generator=generator)[: int(initial)]
+            return torch.randperm(size, generator=generator)[:initial]
     indices = torch.as_tensor(initial).cpu()
     if indices.ndim != 1 or len(indices) == 0 or indices.is_floating_point() or indices.dtype == torch.bool:
         advice = " Of a mask pass mask.nonzero().squeeze(1)." if indices.dtype == torch.bool else ""

@@ -219,10 +219,10 @@ def stratified(targets: Any, per_class: int, *, seed: int = 0) -> Tensor:
     Raises:
         ArgumentError: If a class has fewer examples.
     """
-    check_count("per_class", per_class)
+    per_class = check_count("per_class", per_class)
     names, codes = np.unique(np.asarray(targets), return_inverse=True)
     classes = torch.tensor(codes).flatten()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_count("seed", seed, minimum=0))
     chosen = []
     for code, name in enumerate(names.tolist()):
         members = (classes == code).nonzero().squeeze(1)

@@ -115,7 +115,7 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
         for name, value in (("prior_precision", prior_precision), ("noise_scale", noise_scale)):
             if value is not None:
                 check_positive(name, value)
-        check_count("steps", steps)
+        steps = check_count("steps", steps)
         if isinstance(outcome_transform, _DefaultType):
             outcome_transform = Standardize(train_Y.shape[1])
         with torch.no_grad():

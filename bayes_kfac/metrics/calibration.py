@@ -154,7 +154,7 @@ def _binned(confidence: Tensor, correct: Tensor, num_bins: int, scheme: str) -> 
     Returns:
         The curve.
     """
-    check_count("num_bins", num_bins)
+    num_bins = check_count("num_bins", num_bins)
     check_choice("scheme", scheme, ("width", "mass"))
     # In sorted order every bin is a contiguous run. Bins are closed on the right, (edge, next edge].
     confidence, order = confidence.sort()

@@ -131,7 +131,7 @@ def plot_pit(
     """
     from scipy.stats import binom
 
-    check_count("num_bins", num_bins)
+    num_bins = check_count("num_bins", num_bins)
     check_fraction("level", level)
     values = nominal_levels(pit, "quantile").detach().cpu().numpy()
     count, edges = np.histogram(values, bins=num_bins, range=(0, 1))

@@ -233,13 +233,12 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
             check_positive("prior_precision", self.prior_precision)
         if self.temperature is not None:
             check_positive("temperature", self.temperature)
-        for size in self._hidden_layer_sizes:
-            check_count("hidden_layer_sizes", size)
-        check_count("n_members", _as_int(self.n_members))
-        check_count("batch_size", _as_int(self.batch_size))
-        check_count("n_iter_no_change", _as_int(self.n_iter_no_change))
+        self._layer_sizes()
+        check_count("n_members", self.n_members)
+        check_count("batch_size", self.batch_size)
+        check_count("n_iter_no_change", self.n_iter_no_change)
         if self.max_iter is not None:
-            check_count("max_iter", _as_int(self.max_iter))
+            check_count("max_iter", self.max_iter)
         if self.learning_rate_init is not None:
             check_positive("learning_rate_init", self.learning_rate_init)
         check_fraction("validation_fraction", self.validation_fraction)
@@ -270,7 +269,7 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
 
     def _network(self, seed: int) -> nn.Sequential:
         """The network with torch's initial weights, by a seed of its own."""
-        sizes = [self.n_features_in_, *self._hidden_layer_sizes, self._outputs]
+        sizes = [self.n_features_in_, *self._layer_sizes(), self._outputs]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             linear = [nn.Linear(*pair, dtype=torch.float64) for pair in pairwise(sizes)]
@@ -295,10 +294,10 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
         inputs = self.input_scaling_(checked(self, X, dtype=np.float64, reset=False))
         return torch.as_tensor(inputs).to(self.posteriors_[0].device, self._dtype)
 
-    @property
-    def _hidden_layer_sizes(self) -> list[int]:
+    def _layer_sizes(self) -> list[int]:
+        """The number of units of each hidden layer, checked."""
         sizes = self.hidden_layer_sizes
-        return [_as_int(size) for size in (sizes if np.iterable(sizes) else [sizes])]
+        return [check_count("hidden_layer_sizes", size) for size in (sizes if np.iterable(sizes) else [sizes])]
 
     @property
     def _device(self) -> torch.device:
@@ -351,8 +350,3 @@ def checked_weights(sample_weight: Any, X: Array) -> Array:
     if (weights < 0).any():
         raise ArgumentError(f"sample_weight holds {weights.min()}. Allowed: how often each example was seen, >= 0.")
     return weights
-
-
-def _as_int(value: Any) -> Any:
-    """An integer of numpy's as Python's; anything else as it is, for the checks to refuse."""
-    return int(value) if isinstance(value, np.integer) else value

@@ -156,7 +156,7 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
             covariance over examples is that of :meth:`predict`.
         """
         inputs = self._inputs(X)
-        check_count("n_samples", n_samples)
+        n_samples = check_count("n_samples", n_samples)
         seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
         generator = torch.Generator(inputs.device).manual_seed(seed)
         members = len(self.posteriors_)

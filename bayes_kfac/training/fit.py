@@ -104,7 +104,7 @@ def fit(
         ...     model, bk.likelihoods.Gaussian(0.1), loader, epochs=50, callbacks=[enough], progress=False
         ... )
     """
-    check_count("epochs", epochs)
+    epochs = check_count("epochs", epochs)
     if tune is not None:
         check_choice("tune", tune, TUNE_KINDS)
         check_types(model, likelihood)

@@ -10,6 +10,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, SupportsIndex
 
 import torch
@@ -74,7 +75,7 @@ class Every(Schedule):
     period: int
 
     def __post_init__(self) -> None:
-        check_count("period", self.period)
+        object.__setattr__(self, "period", check_count("period", self.period))
 
     def is_due(self, step: int) -> bool:
         """Whether something happens on this step, counted from 0."""
@@ -123,7 +124,7 @@ class WhileAlike(Schedule):
 
     def __post_init__(self) -> None:
         check_positive("threshold", self.threshold)
-        check_count("most", self.most)
+        self.most = check_count("most", self.most)
 
     def due(self, step: int, averages: Averages) -> set[str]:  # noqa: D102
         return {name for name in averages if name not in self._layers or self._layers[name].next <= step}
@@ -163,7 +164,7 @@ class OnTraceChange(Schedule):
 
     def __post_init__(self) -> None:
         check_positive("threshold", self.threshold)
-        check_count("every", self.every)
+        self.every = check_count("every", self.every)
 
     def due(self, step: int, averages: Averages) -> set[str]:  # noqa: D102
         if not Every(self.every).is_due(step):
@@ -187,7 +188,7 @@ class OnTraceChange(Schedule):
         )
 
 
-def as_schedule(name: str, value: int | Schedule) -> Schedule:
+def as_schedule(name: str, value: SupportsIndex | Schedule) -> Schedule:
     """A schedule from an argument: a period, or a schedule of the user's.
 
     Args:
@@ -202,7 +203,7 @@ def as_schedule(name: str, value: int | Schedule) -> Schedule:
     """
     if isinstance(value, Schedule):
         return copy.deepcopy(value)  # what it takes note of is of one training
-    if not isinstance(value, SupportsIndex):
+    if not isinstance(value, Integral):
         raise ArgumentError(f"{name}={value!r} is not allowed. Allowed: a whole number >= 1, or a Schedule.")
     return Every(check_count(name, value))
 

@@ -169,6 +169,17 @@ def test_the_same_seed_is_the_same_run(start):
     assert runs[0][-1].labelled.tolist() != runs[2][-1].labelled.tolist()
 
 
+def test_counts_and_seeds_may_be_numpys(tmp_path):
+    whole, given = {"batch_size": 3, "initial": 8, "rounds": 2, "seed": 2, "candidates": 9, "budget": 12}, []
+    for index, kind in enumerate((int, np.int64)):
+        options = {name: kind(value) for name, value in whole.items()}
+        path = tmp_path / f"{index}.safetensors"
+        given.append(run(POOL, VALUES, "variance", ridge_of_column(), checkpoint=path, **options)[-1])
+        given[-1].save(path)
+    assert_same(*given)
+    assert torch.equal(stratified(LABELS, np.int64(3), seed=np.int64(1)), stratified(LABELS, 3, seed=1))
+
+
 def test_an_estimator_without_random_state_follows_the_seed():
     runs = [
         run(POOL.numpy(), LABELS, "entropy", RandomForestClassifier(5), batch_size=3, initial=10, rounds=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_diabetes, load_digits
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bayes_kfac as bk
 from bayes_kfac.errors import ArgumentError
+from bayes_kfac.training.schedules import WhileAlike
 
 
 def diabetes():
@@ -116,6 +118,30 @@ def test_the_model_is_left_at_the_mean_in_its_own_mode():
     assert not model.training
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, posterior.mean[name])
+
+
+def test_counts_may_be_numpys(tmp_path):
+    """As they come from a search over arrays: training, predictions and files are those of Python's integers."""
+    x, y = diabetes()
+    found = []
+    for kind in (int, np.int64):
+        posterior = bk.fit(
+            regression_net(),
+            bk.likelihoods.Gaussian(0.5),
+            [(x[:32], y[:32])],
+            epochs=kind(3),
+            num_data=kind(32),
+            num_samples=kind(2),
+            statistics_every=WhileAlike(most=kind(2)),
+            inverse_every=kind(1),
+            progress=False,
+            generator=torch.Generator().manual_seed(0),
+        )
+        posterior.save(tmp_path / "posterior.safetensors")
+        again = bk.Posterior.load(tmp_path / "posterior.safetensors", regression_net())
+        assert type(again.provenance.num_data) is int
+        found.append(again.predict(x, num_samples=kind(4), memory_budget=kind(1000)).variance)
+    assert torch.equal(*found)
 
 
 def test_a_data_set_in_the_place_of_a_loader_is_refused():

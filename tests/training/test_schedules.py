@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -49,6 +50,14 @@ def taken(schedule: Schedule, series: list[float]) -> list[int]:
 def test_intervals_grow_as_fibonaccis_while_statistics_are_alike():
     assert taken(WhileAlike(), [1.0] * 40) == [0, 1, 2, 4, 7, 12, 20, 33]
     assert taken(WhileAlike(most=4), [1.0] * 20) == [0, 1, 2, 4, 7, 11, 15, 19]
+
+
+def test_periods_of_numpy_are_kept_as_pythons():
+    """In the state too, which is to be loaded with ``weights_only=True``."""
+    schedule = WhileAlike(most=np.int64(4))
+    assert taken(schedule, [1.0] * 20) == [0, 1, 2, 4, 7, 11, 15, 19]
+    assert type(schedule.state_dict()["layer0"]["current"]) is int
+    assert type(OnTraceChange(every=np.int64(4)).every) is type(as_schedule("inverse_every", np.int64(4)).period) is int
 
 
 def test_intervals_halve_where_statistics_change():
