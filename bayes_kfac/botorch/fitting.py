@@ -23,7 +23,7 @@ from bayes_kfac.curvature import find_covered
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.likelihoods import Gaussian
 from bayes_kfac.posterior import Posterior
-from bayes_kfac.prediction.forward import evaluating
+from bayes_kfac.prediction.forward import evaluating, training
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import BlockGaussian, MatrixNormalGaussian
 
@@ -136,16 +136,14 @@ def _train(network: nn.Module, X: Tensor, Y: Tensor, delta: float, sigma: float,
     loader = DataLoader(TensorDataset(X, Y), batch_size=min(BATCH_SIZE, len(X)), shuffle=len(X) > BATCH_SIZE)
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
-    was_training = network.training
-    network.train()
-    for _, (inputs, targets) in zip(range(steps), _forever(loader), strict=False):
-        optimizer.zero_grad()
-        fit = (network(inputs) - targets).square().sum() / len(targets) / sigma**2
-        length = torch.stack([parameter.square().sum() for parameter in parameters]).sum()
-        (0.5 * (fit + delta / len(X) * length)).backward()
-        optimizer.step()
-        schedule.step()
-    network.train(was_training)
+    with training(network):
+        for _, (inputs, targets) in zip(range(steps), _forever(loader), strict=False):
+            optimizer.zero_grad()
+            fit = (network(inputs) - targets).square().sum() / len(targets) / sigma**2
+            length = torch.stack([parameter.square().sum() for parameter in parameters]).sum()
+            (0.5 * (fit + delta / len(X) * length)).backward()
+            optimizer.step()
+            schedule.step()
 
 
 def _forever(loader: DataLoader[Any]) -> Iterator[list[Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,16 +17,21 @@ from bayes_kfac.curvature import PullBack, Recorder
 from bayes_kfac.progress import progress_bar
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
     """Put every module into evaluation mode, and each back into its own mode afterwards."""
+    return training(model, False)
+
+
+@contextmanager
+def training(model: nn.Module, mode: bool = True) -> Iterator[None]:
+    """Put every module into training mode, or out of it, and each back into its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model.train(mode)
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module, own in modes:
+            module.training = own
 
 
 def differentiable(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from bayes_kfac.curvature import check_types, find_covered, unwrapped
 from bayes_kfac.errors import ArgumentError, check_choice, check_count
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
+from bayes_kfac.prediction.forward import training
 from bayes_kfac.progress import progress_bar
 from bayes_kfac.structures import Structure
 from bayes_kfac.training.noisy import NoisyNaturalGradient
@@ -64,7 +65,7 @@ def fit(
     """Train a posterior over a model's weights by noisy natural gradient.
 
     Args:
-        model: The model; trained in place, it ends at the posterior's mean, in the mode it came in.
+        model: The model; trained in place, it ends at the posterior's mean, each module in the mode it came in.
         likelihood: What its output means.
         loader: Yields batches, gone through once an epoch: ``(inputs, target)``, ``(inputs, target, mask)``, or
             mappings or dataclasses with a field ``target`` or ``labels``, maybe a ``mask``, and the model's keyword
@@ -121,24 +122,19 @@ def fit(
         **options,
     )
     schedule = scheduler(optimizer) if scheduler else torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    was_training = model.training
-    model.train()
-    try:
-        with progress_bar(total=epochs, desc="fit", unit="epoch", shown=progress) as bar:
-            for epoch in range(1, epochs + 1):
-                nll = _train_epoch(model, likelihood, loader, optimizer)
-                schedule.step()
-                if tune is not None and 10 * epoch > epochs:
-                    tune_prior_precision(optimizer)
-                kl = float(optimizer.kl())
-                state = FitState(epoch, nll, kl, -optimizer.num_data * nll - kl, optimizer, model)
-                bar.set_postfix(nll=f"{nll:.4f}", kl=f"{kl:.1f}", elbo=f"{state.elbo:.1f}")
-                bar.update()
-                answers = [callback(state) for callback in callbacks]
-                if any(answers):
-                    break
-    finally:
-        model.train(was_training)
+    with training(model), progress_bar(total=epochs, desc="fit", unit="epoch", shown=progress) as bar:
+        for epoch in range(1, epochs + 1):
+            nll = _train_epoch(model, likelihood, loader, optimizer)
+            schedule.step()
+            if tune is not None and 10 * epoch > epochs:
+                tune_prior_precision(optimizer)
+            kl = float(optimizer.kl())
+            state = FitState(epoch, nll, kl, -optimizer.num_data * nll - kl, optimizer, model)
+            bar.set_postfix(nll=f"{nll:.4f}", kl=f"{kl:.1f}", elbo=f"{state.elbo:.1f}")
+            bar.update()
+            answers = [callback(state) for callback in callbacks]
+            if any(answers):
+                break
     return optimizer.posterior()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -149,6 +150,25 @@ def test_batches_of_many_data():
     surrogate = LinearizedSurrogate.fit(X, outcomes(X), network=model, structure="kron", steps=8)
     assert model.training
     assert surrogate.posterior(X[:3]).variance.shape == (3, 2)
+
+
+def test_every_module_of_the_network_is_left_in_its_own_mode():
+    """After an error too."""
+
+    class Failing(nn.Tanh):
+        def forward(self, X: Tensor) -> Tensor:
+            if self.training:
+                raise KeyError
+            return super().forward(X)
+
+    X = inputs(6)
+    for middle in (nn.Dropout(0.1), Failing()):
+        own = seeded(nn.Sequential(nn.Linear(D, 4), middle, nn.Linear(4, 2)))
+        own[0].eval()
+        modes = [module.training for module in own.modules()]
+        with pytest.raises(KeyError) if isinstance(middle, Failing) else nullcontext():
+            LinearizedSurrogate.fit(X, outcomes(X), network=own, steps=2)
+        assert [module.training for module in own.modules()] == modes
 
 
 def test_outcomes_are_left_as_they_are_where_that_is_said():

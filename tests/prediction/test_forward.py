@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from bayes_kfac.errors import ArgumentError, BayesKfacError
-from bayes_kfac.prediction.forward import call, differentiable, evaluating
+from bayes_kfac.prediction.forward import call, differentiable, evaluating, training
 from tests.helpers import randn, seeded
 
 
@@ -27,16 +29,17 @@ class Scaled(nn.Module):
         return total if wrap is None else wrap(total)
 
 
-def test_every_module_gets_its_own_mode_back() -> None:
+@pytest.mark.parametrize("mode", [evaluating, training])
+def test_every_module_gets_its_own_mode_back(mode: Callable[[nn.Module], AbstractContextManager[None]]) -> None:
     model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout(), nn.BatchNorm1d(3)), nn.Linear(3, 3))
     model.train()
     model[1].eval()
     model[1][0].train()
     modes = [module.training for module in model.modules()]
-    with evaluating(model):
-        assert not any(module.training for module in model.modules())
+    with mode(model):
+        assert {module.training for module in model.modules()} == {mode is training}
     assert [module.training for module in model.modules()] == modes
-    with pytest.raises(KeyError), evaluating(model):
+    with pytest.raises(KeyError), mode(model):
         raise KeyError
     assert [module.training for module in model.modules()] == modes
     assert len(set(modes)) == 2

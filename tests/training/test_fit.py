@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bayes_kfac as bk
-from bayes_kfac.errors import ArgumentError
+from bayes_kfac.errors import ArgumentError, TargetError
 from bayes_kfac.training.schedules import WhileAlike
 
 
@@ -118,6 +119,19 @@ def test_the_model_is_left_at_the_mean_in_its_own_mode():
     assert not model.training
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, posterior.mean[name])
+
+
+def test_every_module_is_left_in_its_own_mode():
+    """Dropout that is kept on in a network at rest, and what was frozen in one that trains; after an error too."""
+    x, y = diabetes()
+    for batches in (loader(x, y), [(x, y), (x, y[:, 0])]):
+        for mode in (True, False):
+            model = nn.Sequential(nn.Linear(10, 20), nn.Dropout(), nn.Linear(20, 1)).train(mode)
+            model[1].train(not mode)
+            modes = [own.training for own in model.modules()]
+            with pytest.raises(TargetError) if isinstance(batches, list) else nullcontext():
+                bk.fit(model, bk.likelihoods.Gaussian(1.0), batches, epochs=1, num_data=442, progress=False)
+            assert [own.training for own in model.modules()] == modes
 
 
 def test_counts_may_be_numpys(tmp_path):
