@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from bayes_kfac.errors import ArgumentError
 
@@ -36,6 +36,11 @@ class Batch(NamedTuple):
     inputs: Any
     target: Tensor
     mask: Tensor | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds no example."""
+        return tuple(getattr(self.target, "shape", ())[:1]) == (0,)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
@@ -95,6 +100,12 @@ def without_target(batch: Any) -> Any:
         return unpack(batch).inputs
     except ArgumentError:
         return batch
+
+
+def batch_size(inputs: Any) -> int | None:
+    """The first dimension of all tensors that a model is called with, where it is one."""
+    sizes = {len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _arguments(inputs: Any) -> Any:

@@ -25,7 +25,8 @@ from torch.distributions import constraints
 from bayes_kfac import linalg
 from bayes_kfac.curvature import Layer
 from bayes_kfac.distributions import BlockNormal, MatrixNormal
-from bayes_kfac.errors import ArgumentError, TargetError, UsageError
+from bayes_kfac.errors import ArgumentError, UsageError
+from bayes_kfac.likelihoods.base import check_examples
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.prediction.forward import call, evaluating
 from bayes_kfac.structures import BlockGaussian, JointGaussian, Link, gaussian_from_state
@@ -288,8 +289,7 @@ def generative_model(posterior: Posterior) -> Callable[..., Tensor]:
             output = call(posterior.model, {**posterior.mean, **weights}, inputs)
         if target is not None:
             posterior.likelihood.check(output, target)
-            if not len(output):
-                raise TargetError(f"target of shape {tuple(target.shape)} holds no example. Allowed: at least one.")
+            check_examples(output)
         targets = _in_pyro(posterior.likelihood.distribution(output))
         scale = 1.0 if target is None else made.num_data / (made.temperature * len(output))
         with pyro.plate("data", len(output), dim=-1), poutine.scale(scale=scale):

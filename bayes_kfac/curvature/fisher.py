@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bayes_kfac.errors import UsageError, check_choice
 from bayes_kfac.likelihoods import Likelihood
+from bayes_kfac.likelihoods.base import check_examples
 
 #: Kinds that pull each example's own gradients back.
 EXAMPLEWISE_KINDS: tuple[str, ...] = ("mc", "exact", "empirical")
@@ -49,8 +50,10 @@ def output_gradients(
 
     Raises:
         UsageError: If ``fisher="empirical"`` comes without targets.
+        TargetError: If the output holds no example.
     """
     check_choice("fisher", fisher, FISHER_KINDS)
+    check_examples(output)
     output = output.detach()
     if fisher in ("exact", "recursive"):
         gradients = likelihood.fisher_root(output)

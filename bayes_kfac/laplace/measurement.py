@@ -112,7 +112,7 @@ class Surveyor:
         self.num_yielded = 0
         for raw in progress_bar(loader, desc="laplace", unit="batch", shown=progress):
             batch = unpack(raw)
-            if not len(batch.target):
+            if batch.is_empty:
                 continue
             self.num_yielded += len(batch.target)
             measured = self._batch(batch.to(next(iter(self.state.values())).device), frames)

@@ -204,6 +204,8 @@ def mean_nll(posterior: Posterior, loader: Iterable[Any], predict: Mapping[str, 
     total, count = 0.0, 0
     for raw in loader:
         batch = unpack(raw).to(posterior.device)
+        if batch.is_empty:
+            continue
         if batch.mask is not None:
             raise ArgumentError("loader= yields masks, which predictions do not know. Leave masked targets out of it.")
         with torch.no_grad():

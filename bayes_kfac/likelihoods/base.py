@@ -37,7 +37,11 @@ class Likelihood(nn.Module, ABC):
 
         Returns:
             A scalar.
+
+        Raises:
+            TargetError: If outputs and targets do not fit each other, or hold no example.
         """
+        check_examples(output)
         losses = self.negative_log_likelihood(output, target, mask)
         if mask is None:
             return losses.mean()
@@ -184,6 +188,22 @@ def check_mask(mask: Tensor, target: Tensor) -> None:
         raise TargetError(
             f"mask of shape {tuple(mask.shape)} must have the leading dimensions of the target's shape "
             f"{tuple(target.shape)}: [batch], [batch, time], ..."
+        )
+
+
+def check_examples(output: Tensor) -> None:
+    """Refuse a batch without examples: it has no mean loss, and no curvature.
+
+    Args:
+        output: The model's output.
+
+    Raises:
+        TargetError: If it holds no example.
+    """
+    if output.shape[:1] == (0,):
+        raise TargetError(
+            f"output of shape {tuple(output.shape)} holds no example. Allowed: at least one. Skip batches that are "
+            "empty: if len(target) == 0: continue."
         )
 
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from bayes_kfac import batches
 from bayes_kfac.batches import expect_output_tensor
 from bayes_kfac.curvature import PullBack, Recorder
+from bayes_kfac.errors import ArgumentError
 from bayes_kfac.progress import progress_bar
 
 
@@ -48,10 +49,25 @@ def parts_of(loader: Iterable[Any], device: torch.device, progress: bool) -> Ite
         progress: Whether a bar is shown.
 
     Yields:
-        What a model is called with for each batch, on that device.
+        What a model is called with for each batch that holds any example, on that device.
     """
     for batch in progress_bar(loader, desc="predict", unit="batch", shown=progress):
-        yield batches.inputs_of(batch, device)
+        inputs = batches.inputs_of(batch, device)
+        if batches.batch_size(inputs) != 0:
+            yield inputs
+
+
+def check_not_empty(inputs: Any) -> None:
+    """Refuse inputs without examples, of which no model shows the shape of its output.
+
+    Args:
+        inputs: What a model is to be called with.
+
+    Raises:
+        ArgumentError: If they hold none.
+    """
+    if batches.batch_size(inputs) == 0:
+        raise ArgumentError("inputs hold no example: their first dimension is 0. Pass at least one.")
 
 
 def call(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Tensor:

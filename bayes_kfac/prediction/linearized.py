@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bayes_kfac import linalg
+from bayes_kfac.batches import batch_size
 from bayes_kfac.curvature import COPIES, Layer, PullBack, Recorder, Rows
-from bayes_kfac.errors import ArgumentError, UsageError
-from bayes_kfac.prediction.forward import watched
+from bayes_kfac.errors import UsageError
+from bayes_kfac.prediction.forward import check_not_empty, watched
 from bayes_kfac.prediction.output import GaussianOutput
 from bayes_kfac.structures import BlockGaussian, JointGaussian, Whitened
 
@@ -225,9 +226,8 @@ class LinearizedModel:
         self, function: Callable[[Any], Any], inputs: Any, budget: int, *, diagonal: bool = False
     ) -> Iterator[Any]:
         """A function's results for parts of the batch whose rows fit into the budget."""
-        batch = _batch_size(inputs)
-        if batch == 0:
-            raise ArgumentError("inputs hold no example: their first dimension is 0. Pass at least one.")
+        check_not_empty(inputs)
+        batch = batch_size(inputs)
         sizes = self._sizes_of(inputs)
         columns = min(sizes.outputs, sizes.columns(budget)) if diagonal else sizes.outputs
         step = max(1, budget // (COPIES * sizes.bytes * (columns + 1)))
@@ -240,7 +240,7 @@ class LinearizedModel:
     def _sizes_of(self, inputs: Any) -> _Sizes:
         """The sizes of an example of this kind, from the first two of a batch."""
         kinds = [(leaf.shape[1:], leaf.dtype) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
-        batch = _batch_size(inputs)
+        batch = batch_size(inputs)
         key = (batch is not None and batch > 1, *kinds)
         if batch is None:
             return _Sizes()
@@ -269,12 +269,6 @@ def _unit_vectors(output: Tensor) -> Tensor:
     size = output[0].numel()
     basis = torch.eye(size, dtype=output.dtype, device=output.device).reshape(size, 1, *output.shape[1:])
     return basis.expand(size, *output.shape)
-
-
-def _batch_size(inputs: Any) -> int | None:
-    """The first dimension of all tensors that a model is called with, where it is one."""
-    sizes = {len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim}
-    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _some(inputs: Any, examples: slice) -> Any:

@@ -147,6 +147,8 @@ def _train_epoch(
     count = 0.0
     for raw in loader:
         batch = unpack(raw).to(device)
+        if batch.is_empty:
+            continue
 
         def closure(batch: Batch = batch) -> torch.Tensor:
             optimizer.zero_grad()
@@ -160,7 +162,8 @@ def _train_epoch(
         count += examples
     if not count:
         raise ArgumentError(
-            f"loader={loader!r} yielded no batch. An iterator is used up after one epoch: pass a DataLoader or a list."
+            f"loader={loader!r} yielded no example. An iterator is used up after one epoch: pass a DataLoader or a "
+            "list."
         )
     return float(total / count)
 

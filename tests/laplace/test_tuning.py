@@ -313,9 +313,9 @@ def test_validation_takes_the_least_loss_of_each_values_own_posterior() -> None:
     assert set(laplace.posterior().prior_precision.values()) == {best}
 
 
-@pytest.mark.parametrize("split", [[200], [1] * 5 + [195], [50] * 4])
+@pytest.mark.parametrize("split", [[200], [1] * 5 + [195], [50] * 4, [0, 200, 0]])
 def test_the_loss_is_a_mean_over_examples(split: list[int]) -> None:
-    """Batches of unequal size weigh by their examples."""
+    """Batches of unequal size weigh by their examples, and empty ones not at all."""
     laplace, loader = validation()
     x, y = (torch.cat(part) for part in zip(*loader, strict=True))
     again = list(zip(x.split(split), y.split(split), strict=True))

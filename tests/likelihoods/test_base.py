@@ -109,6 +109,13 @@ def test_criterion_is_the_mean_over_examples_of_sums_over_dimensions(case: Case)
     assert_close(BATCH * likelihood(output, target), alone.sum(), **TIGHT)
 
 
+def test_a_batch_without_examples_has_no_mean(case: Case) -> None:
+    likelihood, output, target = case.data(batch=2)
+    for mask in (None, torch.ones(0, dtype=torch.bool)):
+        with pytest.raises(TargetError, match=r"output of shape \(0,.* holds no example.*Skip batches that are empty"):
+            likelihood(output[:0], target[:0], mask)
+
+
 def test_criterion_is_minus_the_log_density_of_its_distribution(case: Case) -> None:
     """The criterion in training and the density at test time are one; a belief is the density's lower bound."""
     likelihood, output, target = case.data()

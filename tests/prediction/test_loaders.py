@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from bayes_kfac import Posterior
+from bayes_kfac.errors import ArgumentError
 from bayes_kfac.likelihoods import Bernoulli, Categorical, Gaussian
 from bayes_kfac.prediction import Draws
 from tests.curvature.modules.cases import Model
@@ -115,6 +116,16 @@ def test_sampling_over_a_loader_takes_one_set_of_draws():
     loader = DataLoader(TensorDataset(torch.cat([X[:3], X[:3]])), batch_size=3)
     outputs = posterior.predict(loader, "sampling", num_samples=5, generator=rng(0), progress=False).outputs
     assert torch.equal(outputs[:, :3], outputs[:, 3:])
+
+
+@pytest.mark.parametrize("method", ["linearized", "sampling"])
+def test_batches_without_examples_are_skipped_and_alone_refused(method):
+    posterior = random_posterior(net(), Gaussian(0.5))
+    loader = DataLoader([X[:0], X[:4], X[:0], X[4:]], batch_size=None)
+    whole, found = (posterior.predict(x, method, generator=rng(0), progress=False) for x in (X, loader))
+    assert_close(found.variance, whole.variance, **CLOSE)
+    with pytest.raises(ArgumentError, match="inputs hold no example"):
+        posterior.predict(X[:0], method)
 
 
 def test_parts_of_a_loaders_batches():

@@ -151,6 +151,23 @@ def test_non_finite_inputs_name_the_layer_and_leave_the_state_as_it_was(bad):
     step(optimizer)  # and training goes on
 
 
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical", "recursive"])
+@pytest.mark.parametrize("statistics_every", [1, 10])
+def test_an_empty_batch_is_named_and_leaves_the_state_as_it_was(fisher, statistics_every):
+    """On steps that measure, and on those that do not."""
+    optimizer = make(fisher=fisher, statistics_every=statistics_every)
+    for _ in range(4):
+        step(optimizer)
+    before = [parameter.detach().clone() for parameter in optimizer.model.parameters()]
+    blocks, steps = optimizer.blocks, optimizer.steps
+    with pytest.raises(TargetError, match=r"output of shape \(0, \d\) holds no example"):
+        step(optimizer, X[:0], Y[:0])
+    assert all(torch.equal(a, b) for a, b in zip(before, optimizer.model.parameters(), strict=True))
+    assert optimizer.steps == steps
+    assert optimizer.blocks is blocks
+    step(optimizer)  # and training goes on
+
+
 def test_non_finite_targets_are_found_in_the_gradients():
     optimizer = make(likelihood=bk.likelihoods.Gaussian("learned"))
     y = Y.clone()

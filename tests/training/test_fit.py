@@ -175,8 +175,30 @@ def test_num_data_must_be_known():
 
 
 def test_an_empty_loader_is_named():
-    with pytest.raises(ArgumentError, match="yielded no batch"):
-        bk.fit(regression_net(), bk.likelihoods.Gaussian(1.0), [], epochs=1, num_data=5, progress=False)
+    x, y = diabetes()
+    for batches in ([], [(x[:0], y[:0])]):
+        with pytest.raises(ArgumentError, match="yielded no example"):
+            bk.fit(regression_net(), bk.likelihoods.Gaussian(1.0), batches, epochs=1, num_data=5, progress=False)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact"])
+def test_batches_without_examples_are_skipped(fisher):
+    """As filters make them: nothing of the training changes."""
+    x, y = diabetes()
+    batches, states = [(x[:20], y[:20]), (x[20:32], y[20:32])], []
+    for given in (batches, [(x[:0], y[:0]), batches[0], (x[:0], y[:0]), batches[1]]):
+        bk.fit(
+            regression_net(),
+            bk.likelihoods.Gaussian(1.0),
+            given,
+            epochs=2,
+            num_data=32,
+            fisher=fisher,
+            callbacks=[states.append],
+            progress=False,
+            generator=torch.Generator().manual_seed(0),
+        )
+    assert [state.elbo for state in states[:2]] == [state.elbo for state in states[2:]]
 
 
 def test_another_schedule_can_be_given():
