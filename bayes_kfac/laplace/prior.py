@@ -22,7 +22,7 @@ def by_layer(prior_precision: PriorPrecision, layers: Mapping[str, Layer]) -> di
 
     Args:
         prior_precision: One number, or numbers by the names of layers or of parameters, where that of a parameter may
-            have the parameter's shape. Together they must cover every layer.
+            have the parameter's shape, and that of a layer its block's. Together they must cover every layer.
         layers: The layers by name.
 
     Returns:
@@ -54,10 +54,10 @@ def _of_layer(layer: Layer, given: Mapping[str, float | Tensor]) -> Tensor:
         if named:
             raise ArgumentError(f"prior_precision names the layer {layer.name!r} and {named} in it. Name one of them.")
         alone = layer.parameters.get(layer.name)  # a parameter that is a layer by itself
-        value = checked(
-            f"prior_precision[{layer.name!r}]", given[layer.name], () if alone is None else tuple(alone.shape)
-        )
-        return as_prior(layer.matrix({layer.name: value}) if value.ndim else value, layer)
+        shapes = [layer.shape] if alone is None else [layer.shape, tuple(alone.shape)]
+        value = checked(f"prior_precision[{layer.name!r}]", given[layer.name], *shapes)
+        is_prior = tuple(value.shape) in ((), layer.shape)
+        return as_prior(value if is_prior else layer.matrix({layer.name: value}), layer)
     if missing := [parameter for parameter in layer.parameters if parameter not in given]:
         raise ArgumentError(
             f"prior_precision leaves out {missing} of layer {layer.name!r}. Name the layer, or all of its parameters."
@@ -71,13 +71,13 @@ def _of_layer(layer: Layer, given: Mapping[str, float | Tensor]) -> Tensor:
     return layer.matrix(values)
 
 
-def checked(name: str, value: float | Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+def checked(name: str, value: float | Tensor, *shapes: tuple[int, ...]) -> Tensor:
     """A positive number, or numbers of a shape, as a tensor in its graph.
 
     Args:
         name: The argument's name, for the message.
         value: What the user gave.
-        shape: Which shape is allowed beside that of one number.
+        shapes: Which shapes are allowed beside that of one number.
 
     Returns:
         The tensor.
@@ -91,8 +91,8 @@ def checked(name: str, value: float | Tensor, shape: tuple[int, ...] = ()) -> Te
         raise ArgumentError(f"{name}={value!r} is not a number. Allowed: finite numbers > 0.") from error
     if tensor.numel() == 1 and tensor.ndim == 1:
         tensor = tensor.squeeze(0)
-    if tensor.ndim and tuple(tensor.shape) != shape:
-        allowed = f"a number, or a tensor of shape {shape}" if shape else "one number"
+    if tensor.ndim and tuple(tensor.shape) not in shapes:
+        allowed = f"a number, or a tensor of shape {' or '.join(map(str, shapes))}" if shapes else "one number"
         raise ArgumentError(f"{name} has shape {tuple(tensor.shape)}. Allowed: {allowed}.")
     if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
         what = f"{name}={value!r} is" if not tensor.ndim else f"{name} holds elements that are"

@@ -221,6 +221,17 @@ def test_a_parameter_that_is_its_own_layer_may_have_a_precision_for_each_weight(
     assert_close(block.to_dense(), expected, **TIGHT)
 
 
+@pytest.mark.parametrize("per", ["model", "layer", "parameter"])
+@pytest.mark.parametrize("name", NETS)
+def test_a_tuned_prior_may_be_given_back(name: str, per: str) -> None:
+    """As it is read: to the evidence, to another fit, and from its posterior."""
+    laplace = fit_net(name, structure="diagonal").optimize_prior_precision(per=per)
+    evidence = laplace.log_marginal_likelihood()
+    assert torch.equal(laplace.log_marginal_likelihood(laplace.prior_precision), evidence)
+    for prior in (laplace.prior_precision, laplace.posterior().prior_precision):
+        assert_close(fit_net(name, structure="diagonal", prior_precision=prior).log_marginal_likelihood(), evidence)
+
+
 # Wrong priors
 
 
@@ -240,7 +251,10 @@ def test_a_parameter_that_is_its_own_layer_may_have_a_precision_for_each_weight(
         ({"0": 1.0, "2": 1.0, "0.bias": 1.0}, r"names the layer '0' and \['0\.bias'\] in it.*Name one"),
         ({"0": 1.0, "2": 1.0, "3": 1.0}, r"names \['3'\].*Allowed: the layers 0, 2, and the parameters 0\.weight"),
         ({"0": 1.0, "2": -1.0}, r"prior_precision\['2'\]=-1\.0 is out of range"),
-        ({"0": torch.ones(4), "2": 1.0}, r"prior_precision\['0'\] has shape \(4,\).*one number"),
+        (
+            {"0": torch.ones(4), "2": 1.0},
+            r"prior_precision\['0'\] has shape \(4,\).*a number, or a tensor of shape \(4, 4\)",
+        ),
         (
             {"0.weight": torch.ones(3, 4), "0.bias": 1.0, "2": 1.0},
             r"prior_precision\['0\.weight'\] has shape \(3, 4\).*\(4, 3\)",
