@@ -8,7 +8,7 @@ Gaussians around them knows of all: the mixture of Laplace approximations (Esche
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class Mixture:
         members: The posteriors, at least one.
 
     Raises:
-        ArgumentError: If there is none, or they are not all posteriors of one architecture and one kind of likelihood.
+        ArgumentError: If there is none, or they are not all posteriors of one architecture, one dtype and one kind of
+            likelihood.
 
     Example:
         >>> import bayes_kfac as bk, torch
@@ -62,6 +63,10 @@ class Mixture:
     """
 
     def __init__(self, members: Sequence[Posterior]) -> None:
+        if not isinstance(members, Iterable):
+            raise ArgumentError(
+                f"members={members!r} is not a list. Allowed: posteriors in a list, though it be of one."
+            )
         #: The posteriors.
         self.members: tuple[Posterior, ...] = tuple(members)
         if not self.members:
@@ -227,6 +232,12 @@ def _check_alike(index: int, member: Posterior, first: Posterior) -> None:
             f"\n  {name}: members[{index}] {own.get(name)}, members[0] {others.get(name)}" for name in differing[:8]
         )
         raise ArgumentError(f"members[{index}] is over another architecture than members[0]:{details}")
+    for name, value in member.mean.items():
+        if value.dtype != first.mean[name].dtype:
+            raise ArgumentError(
+                f"members[{index}] has {name} in {value.dtype} and members[0] in {first.mean[name].dtype}. Allowed: "
+                "posteriors in one dtype. Move them with .to(dtype)."
+            )
     if member.device != first.device:
         raise ArgumentError(
             f"members[{index}] is on {member.device} and members[0] on {first.device}. Allowed: posteriors on one "

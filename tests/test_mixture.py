@@ -217,6 +217,11 @@ def test_a_noise_chosen_afterwards_is_that_of_all_members() -> None:
     ("members", "message"),
     [
         (lambda: [], r"members=\[\] is empty. Allowed: one posterior or more"),
+        (lambda: member(0), r"members=Posterior\(.*\) is not a list. Allowed: posteriors in a list"),
+        (
+            lambda: [member(0), member(1).to(torch.float32)],
+            r"members\[1\] has .* in torch\.float32 and members\[0\] in torch\.float64\. .*\.to\(dtype\)",
+        ),
         (lambda: [member(0), net()], r"members\[1\] is a Sequential. Allowed: posteriors, such as bk.fit"),
         (lambda: [net()], r"members\[0\] is a Sequential"),
         (lambda: [mixture(), member(0)], r"members\[0\] is a Mixture"),
@@ -235,7 +240,7 @@ def test_a_noise_chosen_afterwards_is_that_of_all_members() -> None:
         ),
     ],
 )
-def test_what_is_no_mixture(members: Callable[[], list[Any]], message: str) -> None:
+def test_what_is_no_mixture(members: Callable[[], Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         Mixture(members())
 

@@ -27,11 +27,12 @@ from torch.utils.data import (
     default_collate,
 )
 
-from bayes_kfac.batches import inputs_of, without_target
+from bayes_kfac.batches import without_target
 from bayes_kfac.errors import ArgumentError, UsageError
 from bayes_kfac.mixture import Mixture
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.prediction import batch_dim, concatenate, pool
+from bayes_kfac.prediction.forward import parts_of
 
 
 @singledispatch
@@ -129,8 +130,7 @@ def parts(predictor: Any, inputs: Any) -> Iterator[Any]:
         return
     check_order("inputs", inputs)
     device = predictor.device if isinstance(predictor, Posterior | Mixture) else torch.device("cpu")
-    for batch in inputs:
-        yield inputs_of(batch, device)
+    yield from parts_of(inputs, device, progress=False)
 
 
 def check_order(name: str, inputs: Any) -> None:

@@ -109,7 +109,10 @@ class Likelihood(nn.Module, ABC):
         Raises:
             ArgumentError: If the likelihood has no noise with one scale.
         """
-        raise ArgumentError(f"noise_scale= is for likelihoods.Gaussian with one scale, but this is {self!r}.")
+        raise ArgumentError(
+            f"noise_scale= and noise=True are for likelihoods.Gaussian with one scale, but this is {self!r}. Leave "
+            "them out."
+        )
 
     def set_noise_scale(self, noise_scale: float) -> None:
         """Change the scale of the noise in place.
@@ -180,8 +183,10 @@ def check_mask(mask: Tensor, target: Tensor) -> None:
         target: The targets.
 
     Raises:
-        TargetError: If the mask is not boolean, or its shape is not that of the target's leading dimensions.
+        TargetError: If the targets are no tensor, the mask is not boolean, or its shape is not that of the target's
+            leading dimensions.
     """
+    check_tensor(target)
     if mask.dtype != torch.bool:
         raise TargetError(f"mask of dtype {mask.dtype} must be boolean, True for the targets that count: mask.bool().")
     if mask.ndim == 0 or mask.shape != target.shape[: mask.ndim]:

@@ -19,7 +19,7 @@ from torch.distributions import Distribution, Normal
 
 from bayes_kfac.batches import widened
 from bayes_kfac.errors import TargetError
-from bayes_kfac.likelihoods.base import Likelihood, register
+from bayes_kfac.likelihoods.base import Likelihood, check_tensor, register
 
 
 @register
@@ -38,6 +38,7 @@ class HeteroscedasticGaussian(Likelihood):
     """
 
     def check(self, output: Tensor, target: Tensor) -> None:  # noqa: D102
+        check_tensor(target)
         if target.ndim < 2 or output.shape != (*target.shape[:-1], 2 * target.shape[-1]):
             hint = " Give the model two outputs for each target: means, then log-scales."
             if output.shape == (*target.shape, 2):

@@ -203,7 +203,7 @@ def noise_from(noise_scale: Scale | str | Noise | dict[str, Any]) -> Noise:
     """Make a belief about the noise from what a user writes for ``noise_scale``.
 
     Args:
-        noise_scale: A number or tensor (a known scale), ``"learned"``, a :class:`Noise`, or a ``config()``.
+        noise_scale: A number, tensor or array (a known scale), ``"learned"``, a :class:`Noise`, or a ``config()``.
 
     Returns:
         The belief.
@@ -217,9 +217,9 @@ def noise_from(noise_scale: Scale | str | Noise | dict[str, Any]) -> Noise:
         kinds = {"fixed": FixedNoise, "learned": LearnedNoise, "gamma": GammaNoise}
         arguments = {name: value for name, value in noise_scale.items() if name != "kind"}
         return kinds[noise_scale["kind"]](**arguments)
-    if noise_scale == "learned":
-        return LearnedNoise()
     if isinstance(noise_scale, str):
+        if noise_scale == "learned":
+            return LearnedNoise()
         raise ArgumentError(
             f"noise_scale={noise_scale!r} is unknown. Allowed: a positive number or tensor, 'learned', or a Noise such "
             "as GammaNoise(6.0, 6.0)."

@@ -50,11 +50,18 @@ def parts_of(loader: Iterable[Any], device: torch.device, progress: bool) -> Ite
 
     Yields:
         What a model is called with for each batch that holds any example, on that device.
+
+    Raises:
+        ArgumentError: If none does.
     """
+    is_empty = True
     for batch in progress_bar(loader, desc="predict", unit="batch", shown=progress):
         inputs = batches.inputs_of(batch, device)
         if batches.batch_size(inputs) != 0:
+            is_empty = False
             yield inputs
+    if is_empty:
+        raise ArgumentError(f"inputs=<{type(loader).__name__}> yielded no example. Pass at least one.")
 
 
 def check_not_empty(inputs: Any) -> None:

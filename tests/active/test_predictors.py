@@ -215,6 +215,12 @@ def test_a_loader_in_order_is_looked_at_as_it_yields(acquisition):
             assert scores(acquisition, net, loader).shape == (12,)
 
 
+@pytest.mark.parametrize("acquisition", [Entropy(), BatchBALD(), BALD()], ids=lambda own: type(own).__name__)
+def test_an_empty_loader_is_named(acquisition):
+    with pytest.raises(ArgumentError, match="inputs=<DataLoader> yielded no example"):
+        scores(acquisition, posterior(), DataLoader(pool()[:0]))
+
+
 def test_random_counts_what_a_loader_makes_of_its_items():
     loader = DataLoader(pool(), batch_size=5, collate_fn=lambda rows: torch.stack(rows).repeat(2, 1))
     assert scores(Random(), None, loader).shape == scores(Entropy(), posterior(), loader).shape == (24,)

@@ -116,6 +116,13 @@ def test_a_batch_without_examples_has_no_mean(case: Case) -> None:
             likelihood(output[:0], target[:0], mask)
 
 
+def test_targets_that_are_no_tensor_are_refused(case: Case) -> None:
+    likelihood, output, target = case.data()
+    for mask in (None, torch.ones(BATCH, dtype=torch.bool)):
+        with pytest.raises(TargetError, match=r"target of type list must be a tensor: torch\.as_tensor"):
+            likelihood(output, target.tolist(), mask)
+
+
 def test_criterion_is_minus_the_log_density_of_its_distribution(case: Case) -> None:
     """The criterion in training and the density at test time are one; a belief is the density's lower bound."""
     likelihood, output, target = case.data()

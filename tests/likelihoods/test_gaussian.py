@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,6 +151,13 @@ def test_impossible_noise_scale_is_refused(noise_scale: object) -> None:
             build(noise_scale)
         assert isinstance(caught.value, BayesKfacError)
         assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("noise_scale", [[0.5, 2.0], np.array([0.5, 2.0]), np.float32(0.5), np.array(0.5)])
+def test_noise_scales_may_be_lists_and_arrays(noise_scale: Any) -> None:
+    expected = torch.tensor(np.asarray(noise_scale), dtype=torch.float32)
+    assert_close(Gaussian(noise_scale).noise_scale, expected)
+    assert_close(LearnedNoise(noise_scale).variance().detach(), expected**2)
 
 
 def test_misspelt_noise_scale_is_refused() -> None:

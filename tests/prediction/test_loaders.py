@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from bayes_kfac import Posterior
+from bayes_kfac import Mixture, Posterior
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.likelihoods import Bernoulli, Categorical, Gaussian
 from bayes_kfac.prediction import Draws
@@ -126,6 +126,9 @@ def test_batches_without_examples_are_skipped_and_alone_refused(method):
     assert_close(found.variance, whole.variance, **CLOSE)
     with pytest.raises(ArgumentError, match="inputs hold no example"):
         posterior.predict(X[:0], method)
+    for whose in (posterior, Mixture([posterior])):
+        with pytest.raises(ArgumentError, match="inputs=<DataLoader> yielded no example"):
+            whose.predict(DataLoader(TensorDataset(X[:0])), method, progress=False)
 
 
 def test_parts_of_a_loaders_batches():
