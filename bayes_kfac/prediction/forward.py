@@ -40,6 +40,11 @@ def differentiable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
+def at_least_float32(output: Tensor) -> Tensor:
+    """An output in the precision of predictions: 16 bits are too few for moments, and torch has no algebra for them."""
+    return output.to(torch.promote_types(output.dtype, torch.float32))
+
+
 def parts_of(loader: Iterable[Any], device: torch.device, progress: bool) -> Iterator[Any]:
     """The inputs of a loader's batches, one after the other.
 

@@ -21,7 +21,7 @@ from bayes_kfac import linalg
 from bayes_kfac.batches import batch_size
 from bayes_kfac.curvature import COPIES, Layer, PullBack, Recorder, Rows
 from bayes_kfac.errors import UsageError
-from bayes_kfac.prediction.forward import check_not_empty, watched
+from bayes_kfac.prediction.forward import at_least_float32, check_not_empty, watched
 from bayes_kfac.prediction.output import GaussianOutput
 from bayes_kfac.structures import BlockGaussian, JointGaussian, Whitened
 
@@ -110,7 +110,7 @@ class LinearizedModel:
 
         Returns:
             The mean ``[batch, ...]``, and the covariance ``[batch, outputs, outputs]``, where ``outputs`` counts all
-            elements of one example's output, or the variances ``[batch, outputs]``.
+            elements of one example's output, or the variances ``[batch, outputs]``; at least in float32.
 
         Raises:
             UsageError: If autograd sees none of the layers.
@@ -129,7 +129,7 @@ class LinearizedModel:
                 return output, torch.cat(variances, dim=-1)
 
         means, spreads = zip(*self._in_parts(gaussian, inputs, memory_budget, diagonal=diagonal), strict=True)
-        return GaussianOutput(torch.cat(means), torch.cat(spreads))
+        return GaussianOutput(at_least_float32(torch.cat(means)), torch.cat(spreads))
 
     def covariance(self, inputs: Any, others: Any, *, memory_budget: int = MEMORY_BUDGET) -> Tensor:
         """The covariance between the outputs at some inputs and those at others.

@@ -259,7 +259,7 @@ class MixturePrediction(RegressionPrediction):
 
             standard = (value - components.loc) / components.scale
             probabilities = stdtr(components.df.cpu().numpy(), standard.cpu().numpy())
-            return torch.as_tensor(probabilities).to(value).mean(0)
+            return torch.as_tensor(probabilities).to(standard).mean(0)
         return components.cdf(value).mean(0)
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from bayes_kfac.curvature import Layer
 from bayes_kfac.errors import ArgumentError
-from bayes_kfac.prediction.forward import call, check_not_empty, evaluating
+from bayes_kfac.prediction.forward import at_least_float32, call, check_not_empty, evaluating
 
 #: Bytes of weights and activations that are run at once: on a CPU what pays off by measurement, since they have to stay
 #: in the caches; on accelerators, where starting an operation costs more, a bound of the memory.
@@ -82,7 +82,7 @@ def sampled_outputs(model: nn.Module, state: Mapping[str, Tensor], draws: Draws,
         inputs: The model's input.
 
     Returns:
-        ``[num_samples, batch, ...]``.
+        ``[num_samples, batch, ...]``, at least in float32.
 
     Raises:
         ArgumentError: If the inputs hold no example.
@@ -100,8 +100,8 @@ def sampled_outputs(model: nn.Module, state: Mapping[str, Tensor], draws: Draws,
         is_worth_it = min(chunk, len(others)) >= FEWEST_DRAWS
         rest = _vectorized(model, state, draws, inputs, chunk) if is_worth_it else None
         if rest is None:
-            return torch.stack([output, *(call(model, {**state, **draw}, inputs) for draw in others)])
-        return torch.cat([output.unsqueeze(0), rest])
+            return at_least_float32(torch.stack([output, *(call(model, {**state, **draw}, inputs) for draw in others)]))
+        return at_least_float32(torch.cat([output.unsqueeze(0), rest]))
 
 
 def _chunk_size(draw: Mapping[str, Tensor], inputs: Any, output: Tensor) -> int:
