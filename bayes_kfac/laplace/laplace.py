@@ -193,7 +193,7 @@ class Laplace:
             progress: Whether to show a progress bar.
 
         Returns:
-            This object. A fit before is forgotten.
+            This object. A fit before is forgotten, with the noise that was chosen by it; the prior stays.
         """
         with torch.inference_mode(False):  # the evidence is to be differentiable, wherever this is called
             mean = _copied_state(self.model)
@@ -204,6 +204,7 @@ class Laplace:
                     name: self.structures[name].reframed(own, name).frame for name, own in before.statistics.items()
                 }
             self._take(self._measure(self._recorder, loader, mean, frames, progress), mean)
+        self._noise_scale = None
         return self
 
     @property

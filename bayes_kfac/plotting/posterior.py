@@ -334,10 +334,14 @@ def _factor_eigenvalues(posterior: Posterior, name: str) -> tuple[Tensor, Tensor
     """
     block: BlockGaussian = posterior.blocks[name]
     roots = block.matrix_normal_roots
-    if roots is None or posterior.blocks.is_linked(name):
-        kind = "linked to another" if posterior.blocks.is_linked(name) else f"a {block.kind} Gaussian"
+    if posterior.blocks.is_linked(name):
         raise ArgumentError(
-            f"Layer {name!r} is {kind}, which has no two Kronecker factors. "
+            f"Layer {name!r} is linked to another, and has no two Kronecker factors of its own. "
+            "posterior.nearest_matrix_normal() has them."
+        )
+    if roots is None:
+        raise ArgumentError(
+            f"Layer {name!r} is a {block.kind} Gaussian, which has no two Kronecker factors. "
             "posterior.nearest_matrix_normal() has them; plot_precision_spectrum shows the eigenvalues of any block."
         )
     row, column = (1 / _squared_singular_values(root) for root in roots)

@@ -25,6 +25,7 @@ from bayes_kfac.plotting.style import (
     once,
     prepare,
 )
+from bayes_kfac.prediction.regression import check_level
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,7 +63,7 @@ def plot_predictive_band(
         x: Inputs at which the prediction was made, ``[n]`` or ``[n, 1]``, in any order.
         prediction: A prediction for one output, ``[n]`` or ``[n, 1]``.
         data: Inputs and targets to scatter over the bands, ``[m]`` or ``[m, 1]`` each.
-        level: Probability of both intervals, in ``[0, 1)``.
+        level: Probability of both intervals, between 0 and 1.
         ax: The axes to draw on; None makes a new figure.
 
     Returns:
@@ -70,9 +71,9 @@ def plot_predictive_band(
 
     Raises:
         ImportError: If Matplotlib is not installed.
-        ArgumentError: If shapes do not fit, or ``level`` is outside ``[0, 1)``.
+        ArgumentError: If shapes do not fit, or ``level`` is not between 0 and 1.
     """
-    check_fraction("level", level)
+    check_level(level)
     inputs = column("x", x)
     order = inputs.argsort(stable=True)
     lower, upper = prediction.interval(level)

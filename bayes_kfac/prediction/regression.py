@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import SupportsFloat
 
 import torch
 from torch import Tensor
@@ -308,7 +309,7 @@ def check_level(level: float) -> None:
     Raises:
         ArgumentError: If it is not between 0 and 1.
     """
-    if not 0 < level < 1:
+    if not isinstance(level, SupportsFloat) or not 0 < float(level) < 1:
         raise ArgumentError(f"level={level!r} is out of range. Allowed: 0 < level < 1, such as 0.95.")
 
 

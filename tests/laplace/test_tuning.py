@@ -194,6 +194,20 @@ def test_a_tuned_noise_is_in_the_posterior_and_in_the_evidence() -> None:
     assert laplace.log_marginal_likelihood() >= before - 1e-9
 
 
+def test_another_fit_forgets_the_noise_and_an_update_keeps_it() -> None:
+    laplace = fit_net("mlp").optimize_prior_precision(noise=True)
+    tuned = laplace.posterior().likelihood.noise_scale.clone()
+    laplace.update(batches(X, 10 * Y), progress=False)
+    assert torch.equal(laplace.posterior().likelihood.noise_scale, tuned)
+    with pytest.raises(ArgumentError, match="yielded no example"):
+        laplace.fit([], progress=False)
+    assert torch.equal(laplace.posterior().likelihood.noise_scale, tuned)  # a fit that failed changes nothing
+    laplace.fit(batches(X, 10 * Y), progress=False)
+    fresh = fitted(mlp(), gaussian(), batches(X, 10 * Y), prior_precision=dict(laplace.prior_precision))
+    assert torch.equal(laplace.posterior().likelihood.noise_scale, fresh.posterior().likelihood.noise_scale)
+    assert torch.equal(laplace.log_marginal_likelihood(), fresh.log_marginal_likelihood())
+
+
 @pytest.mark.parametrize("structure", FAMILY_NAMES)
 @pytest.mark.parametrize("name", ["norm", "words", "classifier"])
 def test_finer_groups_have_no_less_evidence(name: str, structure: str) -> None:

@@ -75,7 +75,14 @@ def test_factored_damping_has_the_root_of_the_prior_as_its_floor() -> None:
 def test_factor_spectra_refuse_what_has_no_factors() -> None:
     with pytest.raises(ArgumentError, match=r"'0' is a kron_eigen Gaussian.*nearest_matrix_normal\(\)"):
         plotting.plot_factor_spectra(posterior("kron", "exact"))
-    plotting.plot_factor_spectra(posterior("kron", "exact").nearest_matrix_normal())  # as it says
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(9, 3)
+    laplace = Laplace(model, Gaussian(1.0), structure="tridiagonal", damping="factored")
+    linked = laplace.fit([(x, torch.randn(9, 2))], progress=False).posterior()
+    with pytest.raises(ArgumentError, match=r"'2' is linked to another.*nearest_matrix_normal\(\) has them\.$"):
+        plotting.plot_factor_spectra(linked, layers=["2"])
+    for own in (posterior("kron", "exact"), linked):
+        plotting.plot_factor_spectra(own.nearest_matrix_normal())  # as it says
 
 
 def test_spectra_of_large_blocks_are_thinned_and_keep_both_ends() -> None:

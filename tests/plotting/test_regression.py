@@ -83,8 +83,9 @@ def test_band_refuses() -> None:
         plotting.plot_predictive_band(x[:4], predict(x))
     with pytest.raises(ArgumentError, match=r"data\[1\] has shape \(3,\)"):
         plotting.plot_predictive_band(x, predict(x), data=([1.0, 2.0], [1.0, 2.0, 3.0]))
-    with pytest.raises(ArgumentError, match="level"):
-        plotting.plot_predictive_band(x, predict(x), level=1.0)
+    for level in (0, 1.0, -0.5, "wide"):
+        with pytest.raises(ArgumentError, match=r"level=.* is out of range\. Allowed: 0 < level < 1"):
+            plotting.plot_predictive_band(x, predict(x), level=level)
     assert not plt.get_fignums()
 
 
