@@ -188,6 +188,23 @@ def test_variances_are_positive_where_data_are_strong_and_numbers_short(scale):
     assert bool((torch.linalg.eigvalsh(whitened.covariance().double()) > -1e-9).all())
 
 
+@pytest.mark.parametrize("count", [40, 200])
+def test_dependent_columns_narrow_what_they_are_along_and_nothing_else_in_float32(count):
+    """Inputs in a plane: what rounding leaves of the other columns is long beside the prior."""
+    plane = randn(2, 9, seed=0)
+    rows = Rows(randn(count, 1, 2, seed=1) @ plane, randn(1, count, 1, 8, seed=2)).to(torch.float32)
+    columns = math.sqrt(1e6) * rows.jacobians().squeeze(0)
+    single, double = (
+        LowRankGaussian.of([columns.to(dtype)], [torch.ones(8, 9, dtype=dtype)], ["layer"])[0]
+        for dtype in (torch.float32, torch.float64)
+    )
+    variance = double.whitened_rows(rows.to(torch.float64)).variance()
+    assert_close(single.whitened_rows(rows).variance().double(), variance, rtol=0.05, atol=0.0)
+    off = torch.linalg.svd(plane).Vh[2:].reshape(7, 1, 9)
+    off_rows = Rows(off, randn(1, 7, 1, 8, seed=3)).to(torch.float32)
+    assert_close(single.whitened_rows(off_rows).variance(), off_rows.gradients.square().sum((0, 2, 3))[:, None])
+
+
 def test_pieces_of_bounded_size_are_the_whole(monkeypatch):
     rows = ROWS["stacked"]()
     whitened = built(SmwStructure(), rows).whitened_rows(rows)
