@@ -258,11 +258,14 @@ def _spectrum(factor: _Factor, name: str) -> tuple[Tensor, Tensor]:
 def _sides(factors: Sequence[_Factor], names: Sequence[str]) -> list[_Side]:
     """Factors by their eigenvectors, in one call for those of equal shape."""
     found = linalg.map_by_shape(_orthonormal, [factor.columns for factor in factors], names)
-    floors = [factor.floor.unsqueeze(-1) for factor in factors]
-    return [
-        _Side(basis, torch.cat([squares + floor, floor], dim=-1))
-        for (squares, basis), floor in zip(found, floors, strict=True)
-    ]
+    sides = []
+    for (squares, basis), factor in zip(found, factors, strict=True):
+        floor = factor.floor.unsqueeze(-1)
+        values = squares + floor
+        # a rest of no dimension has the eigenvalue beside it: products take it in and out again, whatever its size
+        rest = values[..., -1:] if basis.shape[-2] == basis.shape[-1] else floor
+        sides.append(_Side(basis, torch.cat([values, rest], dim=-1)))
+    return sides
 
 
 def _orthonormal(columns: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -242,6 +242,19 @@ def test_directions_without_data_have_the_priors_variance():
     assert values[-1] > 1
 
 
+@pytest.mark.parametrize("damping", DAMPING_KINDS)
+def test_columns_that_leave_nothing_out_have_their_variance_in_float32(kind, damping):
+    """The rest of no dimension is not wide where the data are many: its variance would not cancel."""
+    rows = dense_rows(1, (), 20, 1, in_=IN, out=1)
+    double, single = (
+        kind(damping=damping).gaussians([BlockSpec("layer", kind().measure(own), 1e7, 0.1)])[0]
+        for own in (rows, rows.to(torch.float32))
+    )
+    assert_close(single.marginal_variance().double(), double.marginal_variance(), rtol=1e-4, atol=0.0)
+    variance = single.whitened_rows(rows.to(torch.float32)).variance()
+    assert_close(variance.double(), double.whitened_rows(rows).variance(), rtol=1e-3, atol=0.0)
+
+
 # In use
 
 
