@@ -243,6 +243,13 @@ def triangular_root(root: Tensor) -> Tensor:
     return lower * diagonal(lower).sign().unsqueeze(-2)
 
 
+def root_of_power(root: Tensor, exponent: float) -> Tensor:
+    """Some ``S`` with ``S Sᵀ = (R Rᵀ)^p``, for a factor ``R``."""
+    # in float64: small eigenvalues, which a power below 1 raises most, are the rounding of large ones in float32
+    values, vectors = eigh(gram(root.double()), ["the block"])
+    return (vectors * values.pow(exponent / 2).unsqueeze(-2)).to(root)
+
+
 def inverse_roots(precisions: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
     """:func:`inverse_cholesky` of factors of many shapes, one call for each shape.
 

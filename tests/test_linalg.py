@@ -189,6 +189,26 @@ def test_the_triangular_root_of_a_cholesky_factor_is_itself():
     assert_close(linalg.triangular_root(factor), factor, **TIGHT)
 
 
+@pytest.mark.parametrize("form", "d-")
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_a_root_of_a_power_is_one_of_the_squares_power(stack, form):
+    (root,) = factors(3, form, *stack)
+    square = linalg.dense(linalg.gram(root))
+    assert_close(linalg.dense(linalg.gram(linalg.root_of_power(root, 1.0))), square, **TIGHT)
+    half = linalg.dense(linalg.gram(linalg.root_of_power(root, 0.5)))
+    assert_close(half @ half, square, **TIGHT)
+
+
+def test_a_root_of_a_power_keeps_the_small_eigenvalues_in_float32():
+    """A covariance with eigenvalues from 1 to 1e-9; written out in float32 it has lost the last."""
+    basis, values = torch.linalg.qr(randn(9, 9, seed=0))[0], torch.logspace(0, -9, 9, dtype=torch.float64)
+    root = linalg.triangular_root(basis * values.sqrt()).float()
+    half = linalg.root_of_power(root, 0.5)
+    assert half.dtype == torch.float32
+    found = (basis.mT @ half.double()).square().sum(-1)
+    assert_close(found, values.sqrt(), rtol=0.01, atol=0.0)
+
+
 @given(size=SIZES, seed=FACTOR_SEEDS, forms=st.sampled_from(["dd", "d-", "-d", "--"]))
 def test_functions_of_two_factors_leave_them_alone(size, seed, forms):
     left, right = factors(size, forms, 2, seed=seed)

@@ -60,9 +60,7 @@ class DenseGaussian(BlockGaussian):
         return self.scale_tril.square().sum(-1)
 
     def to_power(self, exponent: float) -> DenseGaussian:  # noqa: D102
-        values, vectors = linalg.eigh(linalg.gram(self._root), ["the block"])
-        covariance = vectors * values.pow(exponent).unsqueeze(-2) @ vectors.mT
-        root = linalg.cholesky(covariance, ["the block"])
+        root = linalg.triangular_root(linalg.root_of_power(self._root, exponent))
         return DenseGaussian(root.reshape(self.scale_tril.shape))
 
     def to_dense(self) -> Tensor:  # noqa: D102

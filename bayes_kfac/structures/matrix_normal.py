@@ -74,7 +74,8 @@ class MatrixNormalGaussian(BlockGaussian):
         return self.scale_tril_row.square().sum((-2, -1)) * self.scale_tril_column.square().sum((-2, -1))
 
     def to_power(self, exponent: float) -> MatrixNormalGaussian:  # noqa: D102
-        return MatrixNormalGaussian(*(_root_of_power(root, exponent) for root in self.state.values()))
+        powers = (linalg.root_of_power(root, exponent) for root in self.state.values())
+        return MatrixNormalGaussian(*map(linalg.triangular_root, powers))
 
     def to_dense(self) -> Tensor:  # noqa: D102
         root = linalg.kron(linalg.dense(self.scale_tril_row), linalg.dense(self.scale_tril_column))
@@ -98,9 +99,3 @@ def _variances(root: Tensor) -> Tensor:
     """The diagonal of ``R Rᵀ``, ``[*blocks, size]``."""
     squares = root.square()
     return linalg.diagonal(squares) if linalg.is_diagonal(root) else squares.sum(-1)
-
-
-def _root_of_power(root: Tensor, exponent: float) -> Tensor:
-    """The triangular root of ``(R Rᵀ)^p``."""
-    values, vectors = linalg.eigh(linalg.gram(root), ["the block"])
-    return linalg.triangular_root(vectors * values.pow(exponent / 2).unsqueeze(-2))

@@ -70,7 +70,7 @@ class TensorNormalGaussian(BlockGaussian):
         return self._along((root.square() for root in self.roots.values()), variance)
 
     def to_power(self, exponent: float) -> BlockGaussian:  # noqa: D102
-        return TensorNormalGaussian(**{name: _root_of_power(root, exponent) for name, root in self.roots.items()})
+        return TensorNormalGaussian(**{name: linalg.root_of_power(root, exponent) for name, root in self.roots.items()})
 
     def to_dense(self) -> Tensor:  # noqa: D102
         inverse = reduce(linalg.kron, (torch.linalg.inv(root) for root in self.roots.values()))
@@ -236,9 +236,3 @@ def in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _place(name: str) -> tuple[bool, int]:
     side, _, place = name.partition("_")
     return side != ROW, int(place)
-
-
-def _root_of_power(root: Tensor, exponent: float) -> Tensor:
-    """A root of ``(R Rᵀ)^p``."""
-    values, vectors = linalg.eigh(linalg.gram(root), ["the block"])
-    return vectors * values.pow(exponent / 2).unsqueeze(-2)

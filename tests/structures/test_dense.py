@@ -54,6 +54,16 @@ def test_a_unit_wise_block_is_two_by_two_for_each_feature():
         assert_close(gaussian.to_dense()[feature], precision, **TIGHT)
 
 
+def test_a_power_keeps_the_directions_that_data_determine_in_float32():
+    """Inputs in a plane, weakly damped: the precision has eigenvalues from 1 to 1e9."""
+    rows = Rows(randn(20, 1, 2, seed=0) @ randn(2, 5, seed=1), randn(1, 20, 1, 2, seed=2))
+    halves = [
+        dense.gaussians([BlockSpec("layer", dense.measure(own), 1e8, 1.0)])[0].to_power(0.5).whitened_rows(own)
+        for own in (rows, rows.to(torch.float32))
+    ]
+    assert_close(halves[1].variance().double(), halves[0].variance(), rtol=0.01, atol=0.0)
+
+
 def test_quad_on_sparse_rows_is_quad_on_the_rows_written_out():
     rows = Rows(words(3, 4, 2), randn(2, 3, 4, 3, seed=4))
     (gaussian,) = dense.gaussians([BlockSpec("layer", dense.measure(rows), 30.0, 2.0)])
