@@ -39,7 +39,7 @@ class InverseFreeStructure(KroneckerStructure):
     card = Card(
         formula="F ≈ G ⊗ A; covariance C Cᵀ ⊗ K Kᵀ, K ← K (I − E), E ∝ (tr(CᵀGC) KᵀAK + γ tr(CᵀC) KᵀK) / out − I",
         captures="What kron with damping='optimal' does: the matrix normal nearest in KL(q ‖ p) to K-FAC's posterior.",
-        use="On accelerators in low precision, or where Cholesky factorisations fail or are slow: products alone, and "
+        use="On accelerators in low precision, or where Cholesky factorisations are slow: products alone, and "
         "factors that rounding made indefinite are survived.",
         cost="Statistics n (in² + out²); a sweep six products of in³ and of out³; sample in·out (in + out); memory "
         "in² + out².",

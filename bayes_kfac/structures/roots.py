@@ -15,7 +15,7 @@ a projection of ``E`` (Lin, Dangel, Eschenhagen et al. 2024). In the group of lo
 determinant and its solves for nothing. At ``β = 1`` this is Newton's step (among symmetric ``E`` the Newton–Schulz
 iteration), so that from a root off by ``ε`` one step leaves ``O(ε²)``: a refresh follows a moving average of decay
 ``1 − ε`` that closely. Where ``E`` is large the step is shortened to half of ``K``: no root can become singular. A
-factor that rounding made indefinite, as in 16 bits, where Cholesky's factorisation fails, is shifted to be definite.
+factor that rounding made indefinite, as in 16 bits, is shifted to be definite.
 
 IKFAC is the same with ``S = Kᵀ (A + π√γ I) K``: K-FAC's factored damping.
 """
@@ -108,7 +108,7 @@ class _Pair:
         A, G = _semidefinite(self.A, self.K), _semidefinite(self.G, self.C)
         C, away_C = _step(self.C, G, *self.split(G, A, self.K, self.gamma))
         K, away_K = _step(self.K, A, *self.split(A, G, C, self.gamma))
-        return replace(self, C=C, K=K, away=torch.maximum(away_C, away_K))
+        return replace(self, A=A, G=G, C=C, K=K, away=torch.maximum(away_C, away_K))
 
     def improved(self, sweeps: int) -> _Pair:
         """The pair after some sweeps."""
@@ -131,7 +131,9 @@ class _Pair:
 
 def _step(root: Tensor, factor: Tensor, weight: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """``K (I − E)`` towards the inverse root of ``weight A + damping I``, and how far it was from it."""
-    S = _times(linalg.congruence(factor, root), weight) + _times(linalg.gram(linalg.transpose(root)), damping)
+    inner = linalg.congruence(factor, root)
+    linalg.diagonal(inner).clamp_(min=0)  # products with long roots may be rounded below
+    S = _times(inner, weight) + _times(linalg.gram(linalg.transpose(root)), damping)
     # the best scale first, so that a step is of the shape alone
     scale = factor.shape[-1] / linalg.trace(S)
     root, E = _times(root, scale.sqrt()), _plus(_times(S, scale), -1) / 2
@@ -157,16 +159,19 @@ _SPLITS: dict[str, Split] = {"optimal": _optimal, "factored": _factored}
 
 
 def _semidefinite(factor: Tensor, root: Tensor) -> Tensor:
-    """The factor, or where rounding made it indefinite ``F + 2 |λ| I`` with its least eigenvalue ``λ``."""
+    """The factor, or where rounding made it indefinite ``F + 2 |λ| I`` with about its least eigenvalue ``λ``."""
     if linalg.is_diagonal(factor):
         return factor.clamp(min=0)
     # a root is broad where its factor is small: in its coordinates the least eigenvalue stands out
     image = factor @ root
-    trace = (image * root).sum((-2, -1), keepdim=True)
-    scale = factor.shape[-1] / torch.where(trace > 0, trace, torch.ones_like(trace))
-    vector = torch.ones_like(factor[..., :1])
-    for _ in range(POWER_STEPS):
-        vector = torch.nn.functional.normalize(vector - scale * (root.mT @ (image @ vector)), dim=-2)
+
+    def product(vector: Tensor) -> Tensor:
+        return root.mT @ (image @ vector)
+
+    start = torch.ones_like(factor[..., :1])
+    longest = torch.linalg.vector_norm(_power(product, start), dim=-2, keepdim=True)
+    longest = torch.where(longest > 0, longest, torch.ones_like(longest))
+    vector = _power(lambda vector: vector - product(vector) / longest, start)
     direction = torch.nn.functional.normalize(root @ vector, dim=-2)
     lowest = (direction * (factor @ direction)).sum((-2, -1))
     return linalg.add_to_diagonal(factor, -2 * lowest.clamp(max=0))
@@ -177,10 +182,15 @@ def _spectral_norm(matrix: Tensor) -> Tensor:
     largest = linalg.diagonal(matrix).abs().amax(-1)
     if linalg.is_diagonal(matrix):
         return largest
-    vector = matrix.square().sum(-2).unsqueeze(-1)
-    for _ in range(POWER_STEPS):
-        vector = matrix.mT @ (matrix @ torch.nn.functional.normalize(vector, dim=-2))
+    vector = _power(lambda vector: matrix.mT @ (matrix @ vector), matrix.square().sum(-2).unsqueeze(-1))
     return torch.maximum(largest, torch.linalg.vector_norm(vector, dim=(-2, -1)).sqrt())
+
+
+def _power(product: Callable[[Tensor], Tensor], vector: Tensor) -> Tensor:
+    """The image of a vector after some steps of the power method."""
+    for _ in range(POWER_STEPS):
+        vector = product(torch.nn.functional.normalize(vector, dim=-2))
+    return vector
 
 
 def _times(factor: Tensor, scale: Tensor) -> Tensor:

@@ -418,6 +418,21 @@ def test_single_precision_statistics_give_a_single_precision_gaussian(structure,
     assert_close(gaussian.marginal_variance().double(), double.marginal_variance(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("data_scale", [1e4, 1e6, 1e8, 1e10])
+def test_features_that_add_up_to_the_bias_are_survived_in_single_precision(structure, data_scale):
+    """Of ten examples in three classes: rounding is above the prior, along what the data leave open."""
+    classes = torch.eye(3)[torch.arange(10) % 3]
+    inputs = torch.cat([classes, randn(10, 1, seed=0).float(), torch.ones(10, 1)], dim=1)
+    statistics = surveyed(structure, Rows(inputs.unsqueeze(1), randn(2, 10, 1, OUT, seed=1).float()))
+    gaussian = None
+    for _ in range(3):
+        (gaussian,) = structure.gaussians([BlockSpec("layer", statistics, data_scale, 1.0, gaussian)])
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in gaussian.state.values())
+    variance = gaussian.marginal_variance()
+    assert bool((variance > 0).all())
+    assert bool(torch.isfinite(variance).all())
+
+
 # The registry
 
 
