@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bayes_kfac.errors import NotPositiveDefiniteError
 
-BatchedFunction = Callable[[Tensor, Sequence[str]], tuple[Tensor, ...]]
+BatchedFunction = Callable[..., tuple[Tensor, ...]]
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
@@ -122,6 +122,15 @@ def add_to_diagonal(factor: Tensor, value: Tensor) -> Tensor:
     return result
 
 
+def plus(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``F + R`` for two factors as a new tensor, ``R`` diagonal where ``F`` is."""
+    if is_diagonal(left) or not is_diagonal(right):
+        return left + right
+    result = left.clone()
+    result.diagonal(dim1=-2, dim2=-1).add_(diagonal(right))
+    return result
+
+
 def kron(left: Tensor, right: Tensor) -> Tensor:
     """Kronecker products of the last two dimensions of two stacks of equal leading shape."""
     product = torch.einsum("...ij,...kl->...ikjl", left, right)
@@ -143,9 +152,7 @@ def cholesky(matrix: Tensor, names: Sequence[str]) -> Tensor:
         NotPositiveDefiniteError: If no attempt succeeds.
     """
     for attempt in _attempts(matrix):
-        factor, info = torch.linalg.cholesky_ex(attempt)
-        # LAPACK notices NaN, but an infinite diagonal passes as its own root
-        failed = (info != 0) | factor.diagonal(dim1=-2, dim2=-1).isinf().any(-1)
+        factor, failed = _cholesky(attempt)
         if not failed.any():
             return factor.to(matrix)
     raise NotPositiveDefiniteError(_describe("Cholesky factorisation", matrix, failed, names))
@@ -190,9 +197,6 @@ def symmetric_eigh(matrix: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor
 def inverse_cholesky(precision: Tensor, names: Sequence[str]) -> Tensor:
     """Lower Cholesky factors of the inverses: ``L`` with ``L Lᵀ = precision⁻¹``, never forming an inverse.
 
-    Reversing rows and columns turns the Cholesky factor of the reversed matrix into an upper triangular ``T`` with
-    ``T Tᵀ = precision``, whose inverse transpose is lower triangular.
-
     Args:
         precision: Symmetric positive definite factors, ``[..., n, n]`` or ``[..., 1, n]``.
         names: As for :func:`cholesky`.
@@ -208,9 +212,38 @@ def inverse_cholesky(precision: Tensor, names: Sequence[str]) -> Tensor:
         if bool(failed.any()):
             raise NotPositiveDefiniteError(_describe("Inversion", precision, failed, names))
         return precision.rsqrt()
-    upper = cholesky(precision.flip(-2, -1), names).flip(-2, -1)
-    identity = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
-    return torch.linalg.solve_triangular(upper.mT, identity.expand_as(upper), upper=False)
+    return _inverse_transpose(cholesky(precision.flip(-2, -1), names))
+
+
+def damped_inverse_cholesky(factor: Tensor, names: Sequence[str], damping: Tensor) -> Tensor:
+    """:func:`inverse_cholesky` of ``F + D``, where ``F`` is positive semi-definite but for rounding.
+
+    Where rounding outweighs ``D``, what is negative of ``F`` is left out, in float64: ``D`` counts however small it is,
+    and no variance is above that of ``D`` alone.
+
+    Args:
+        factor: ``F``, symmetric factors ``[..., n, n]`` or ``[..., 1, n]``.
+        names: As for :func:`cholesky`.
+        damping: ``D``, positive definite factors, diagonal where ``F`` is.
+
+    Returns:
+        ``L`` with ``L Lᵀ = (F + D)⁻¹``, of the shape of ``F``.
+
+    Raises:
+        NotPositiveDefiniteError: If ``F`` or ``D`` holds NaN or infinity, or ``D`` is not positive definite.
+    """
+    precision = plus(factor, damping)
+    if is_diagonal(precision):
+        return inverse_cholesky(precision, names)
+    lower, failed = _cholesky(symmetrize(precision.flip(-2, -1)))
+    if bool(failed.any()):
+        values, vectors = eigh(factor.double(), names)
+        root = dense(damping.sqrt()) if is_diagonal(damping) else cholesky(damping, names)
+        lower = _lower(torch.cat([vectors * values.sqrt().unsqueeze(-2), root.double()], dim=-1).flip(-2))
+        failed = ~(diagonal(lower) > 0).all(-1)
+        if bool(failed.any()):
+            raise NotPositiveDefiniteError(_describe("Cholesky factorisation", precision, failed, names))
+    return _inverse_transpose(lower).to(factor)
 
 
 def psd_root(matrix: Tensor, names: Sequence[str]) -> Tensor:
@@ -239,8 +272,7 @@ def triangular_root(root: Tensor) -> Tensor:
     """The lower triangular ``L`` with ``L Lᵀ = R Rᵀ`` and a positive diagonal, for a factor ``R``."""
     if is_diagonal(root):
         return root.abs()
-    lower = torch.linalg.qr(root.mT)[1].mT
-    return lower * diagonal(lower).sign().unsqueeze(-2)
+    return _lower(root)
 
 
 def root_of_power(root: Tensor, exponent: float) -> Tensor:
@@ -250,43 +282,47 @@ def root_of_power(root: Tensor, exponent: float) -> Tensor:
     return (vectors * values.pow(exponent / 2).unsqueeze(-2)).to(root)
 
 
-def inverse_roots(precisions: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
-    """:func:`inverse_cholesky` of factors of many shapes, one call for each shape.
+def inverse_roots(damped: Sequence[tuple[Tensor, Tensor]], names: Sequence[str]) -> list[Tensor]:
+    """:func:`damped_inverse_cholesky` of factors of many shapes, one call for each shape.
 
     Args:
-        precisions: The factors, in any order.
+        damped: Factors and what is added to them, ``F`` and ``D``, in any order.
         names: One name for each.
 
     Returns:
         The roots, in the order given.
     """
-    roots = map_by_shape(lambda stacked, members: (inverse_cholesky(stacked, members),), precisions, names)
+    factors, dampings = [factor for factor, _ in damped], [damping for _, damping in damped]
+    roots = map_by_shape(lambda *stacked: (damped_inverse_cholesky(*stacked),), factors, names, dampings)
     return [root for (root,) in roots]
 
 
 def map_by_shape(
-    function: BatchedFunction, matrices: Sequence[Tensor], names: Sequence[str]
+    function: BatchedFunction, matrices: Sequence[Tensor], names: Sequence[str], *others: Sequence[Tensor]
 ) -> list[tuple[Tensor, ...]]:
     """Apply a batched function to matrices of many shapes, one call for each shape.
 
     Args:
-        function: Takes stacked matrices ``[k, ...]`` and their names; returns a tuple of stacked results.
+        function: Takes stacked matrices ``[k, ...]``, their names and what else there is, stacked; returns a tuple of
+            stacked results.
         matrices: The matrices, in any order.
         names: One name for each matrix.
+        *others: More tensors, one for each matrix.
 
     Returns:
         The tuple of results for each matrix, in the order given.
     """
     groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for index, matrix in enumerate(matrices):
-        groups[tuple(matrix.shape), matrix.dtype, matrix.device].append(index)
+    arguments = list(zip(matrices, *others, strict=True))
+    for index, own in enumerate(arguments):
+        groups[tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in own)].append(index)
     results: dict[int, tuple[Tensor, ...]] = {}
     for members in groups.values():
-        if len(members) == 1:
-            stacked = matrices[members[0]].unsqueeze(0)
-        else:
-            stacked = torch.stack([matrices[index] for index in members])
-        outputs = function(stacked, [names[index] for index in members])
+        stacked, *more = (
+            tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+            for tensors in zip(*(arguments[index] for index in members), strict=True)
+        )
+        outputs = function(stacked, [names[index] for index in members], *more)
         for position, index in enumerate(members):
             results[index] = tuple(output[position] for output in outputs)
     return [results[index] for index in range(len(matrices))]
@@ -294,6 +330,27 @@ def map_by_shape(
 
 def _non_finite(matrix: Tensor) -> Tensor:
     return ~torch.isfinite(matrix).all(-1).all(-1)
+
+
+def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower Cholesky factors, and for which of them there is none."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    # LAPACK notices NaN, but an infinite diagonal passes as its own root
+    return factor, (info != 0) | factor.diagonal(dim1=-2, dim2=-1).isinf().any(-1)
+
+
+def _lower(root: Tensor) -> Tensor:
+    """:func:`triangular_root` of matrices ``[..., n, k]`` with ``k ≥ n``."""
+    lower = torch.linalg.qr(root.mT)[1].mT
+    return lower * diagonal(lower).sign().unsqueeze(-2)
+
+
+def _inverse_transpose(lower: Tensor) -> Tensor:
+    """The lower root of ``P⁻¹`` from that of ``P`` with its rows and columns reversed."""
+    # reversed again it is an upper triangular T with T Tᵀ = P, whose inverse transpose is lower triangular
+    upper = lower.flip(-2, -1)
+    identity = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device)
+    return torch.linalg.solve_triangular(upper.mT, identity.expand_as(upper), upper=False)
 
 
 def _attempts(matrix: Tensor) -> Iterator[Tensor]:

@@ -90,6 +90,8 @@ def test_every_function_of_a_factor_takes_a_diagonal_one(stack):
     assert torch.equal(linalg.diagonal(row), matrix.diagonal(dim1=-2, dim2=-1))
     assert_close(linalg.trace(row), linalg.trace(matrix), **TIGHT)
     assert_close(linalg.dense(linalg.add_to_diagonal(row, scalar)), linalg.add_to_diagonal(matrix, scalar), **TIGHT)
+    assert_close(linalg.dense(linalg.plus(row, row)), 2 * matrix, **TIGHT)
+    assert_close(linalg.plus(value, row), value + matrix, **TIGHT)
     assert_close(linalg.dense(linalg.inverse_cholesky(row, ["words"])), torch.linalg.inv(matrix).sqrt(), **TIGHT)
     values, vectors = linalg.eigh(row, ["words"])
     assert torch.equal(values, matrix.diagonal(dim1=-2, dim2=-1))
@@ -362,6 +364,46 @@ def test_inverse_cholesky_of_an_ill_conditioned_float32_matrix_is_finite():
     assert bool(torch.isfinite(root).all())
 
 
+@pytest.mark.parametrize("stack", [(), (3,)])
+@pytest.mark.parametrize("damping", ["row", "matrix"])
+def test_a_damped_inverse_root_is_that_of_the_sum(stack, damping):
+    factor, (row, matrix) = random_spd(*stack, 3, seed=0), pair(*stack)
+    root = linalg.damped_inverse_cholesky(factor, ["layer"], row if damping == "row" else matrix)
+    assert torch.equal(root, linalg.inverse_cholesky(factor + matrix, ["layer"]))
+    assert_close(linalg.damped_inverse_cholesky(row, ["layer"], row), linalg.inverse_cholesky(2 * row, ["layer"]))
+
+
+@pytest.mark.parametrize("damping", ["row", "matrix"])
+@pytest.mark.parametrize("scale", [1e8, 1e10, 1e14])
+def test_damping_counts_where_float32_rounding_outweighs_it(scale, damping):
+    """Where there is no data its variance is not exceeded, nor lost but for the rounding that narrows it."""
+    inputs = torch.randn(8, 32, generator=rng(0))
+    row = torch.logspace(-2, 2, 32)[None]
+    factor = (inputs.T @ inputs) * row.sqrt() * row.sqrt().mT * scale
+    assert torch.linalg.cholesky_ex((factor + torch.diag(row[0])).flip(-2, -1)).info > 0
+    root = linalg.damped_inverse_cholesky(factor, ["layer"], row if damping == "row" else torch.diag(row[0]))
+    assert root.dtype == torch.float32
+    assert torch.equal(root, root.tril())
+    white = (root * row.mT.sqrt()).double()  # in the coordinates in which the damping is one
+    covariance = white @ white.mT
+    assert torch.linalg.eigvalsh(covariance)[-1] < 1.001
+    basis = torch.linalg.svd(inputs.double()).Vh
+    assert ((basis[8:] @ white).square().sum(-1)).mean() > 0.2
+    exact = (basis[:8].mT * (1 / (1 + scale * torch.linalg.svdvals(inputs.double()) ** 2))) @ basis[:8]
+    x = inputs.double()
+    # that little of the root, whose largest element is about one, is its own rounding
+    assert_close((x @ white).square().sum(-1), ((x @ exact) * x).sum(-1), rtol=0.01, atol=1e-12)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("place", ["factor", "damping"])
+def test_a_damped_inverse_root_of_what_is_not_finite_is_an_error_that_names_the_layer(place, value):
+    tensors = {"factor": random_spd(2, 3, seed=0), "damping": torch.ones(2, 1, 3, dtype=torch.float64)}
+    tensors[place][1, 0, 0] = value
+    with pytest.raises(NotPositiveDefiniteError, match=r"failed for 'second'.*NaN or infinity"):
+        linalg.damped_inverse_cholesky(tensors["factor"], ["first", "second"], tensors["damping"])
+
+
 # Eigendecompositions
 
 
@@ -407,6 +449,19 @@ def test_map_by_shape_keeps_dtypes_apart():
     matrices = [torch.eye(2), torch.eye(2, dtype=torch.float64), torch.eye(2)]
     results = linalg.map_by_shape(lambda stack, _: (stack,), matrices, ["a", "b", "c"])
     assert [result.dtype for (result,) in results] == [torch.float32, torch.float64, torch.float32]
+
+
+def test_map_by_shape_stacks_what_else_there_is_and_tells_its_shapes_apart():
+    matrices, others = [torch.eye(2)] * 3, [torch.zeros(2), torch.zeros(3), torch.ones(2)]
+    seen = []
+
+    def shape(stack, names, other):
+        seen.append((stack.shape, names, other.shape))
+        return (other,)
+
+    results = linalg.map_by_shape(shape, matrices, ["a", "b", "c"], others)
+    assert seen == [((2, 2, 2), ["a", "c"], (2, 2)), ((1, 2, 2), ["b"], (1, 3))]
+    assert all(torch.equal(result, other) for (result,), other in zip(results, others, strict=True))
 
 
 def test_map_by_shape_of_nothing_is_nothing():

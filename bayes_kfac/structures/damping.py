@@ -31,6 +31,9 @@ from bayes_kfac.structures.base import BlockGaussian, BlockSpec
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
 
+#: A factor and what is added to it.
+Damped = tuple[Tensor, Tensor]
+
 #: A flip-flop from scratch ends when no root moves by more than this, relatively; the KL is then right to its square.
 TOLERANCE = 1e-6
 COLD_SWEEPS = 200
@@ -126,11 +129,11 @@ def _factored_roots(blocks: Sequence[WhiteBlock]) -> tuple[list[Tensor], list[Te
     return _inverse_roots(rows, blocks), _inverse_roots(columns, blocks)
 
 
-def factored_sides(block: WhiteBlock) -> tuple[Tensor, Tensor]:
-    """The damped factors ``G + √γ/π I`` and ``A + π√γ I`` of a block, in white coordinates."""
+def factored_sides(block: WhiteBlock) -> tuple[Damped, Damped]:
+    """The damped factors ``G + √γ/π I`` and ``A + π√γ I`` of a block, in white coordinates, as the terms of each."""
     pi, A, G = _pi(block.A, block.G)
     root = block.gamma.sqrt()
-    return linalg.add_to_diagonal(G, root / pi), linalg.add_to_diagonal(A, root * pi)
+    return (G, _multiple_of_one(root / pi, G)), (A, _multiple_of_one(root * pi, A))
 
 
 def _optimal(blocks: Sequence[WhiteBlock]) -> list[MatrixNormalGaussian]:
@@ -211,22 +214,27 @@ def _sweep(blocks: Sequence[WhiteBlock], columns: Sequence[Tensor]) -> tuple[lis
     return rows, columns
 
 
-def _side(own: Tensor, other: Tensor, other_root: Tensor, gamma: Tensor) -> Tensor:
-    """``(tr(other C) own + γ tr(C) I) / dim`` with ``C`` the covariance of the other side, of dimension ``dim``."""
+def _side(own: Tensor, other: Tensor, other_root: Tensor, gamma: Tensor) -> Damped:
+    """The terms of ``(tr(other C) own + γ tr(C) I) / dim``, ``C`` the other side's covariance, of dimension ``dim``."""
     covariance = linalg.gram(other_root)
     dim = other.shape[-1]
     # a singular factor is indefinite by rounding, and its trace can come out below zero
     weight = (other * covariance).sum((-2, -1)).clamp(min=0) / dim
-    return linalg.add_to_diagonal(own * weight[..., None, None], gamma * linalg.trace(covariance) / dim)
+    return own * weight[..., None, None], _multiple_of_one(gamma * linalg.trace(covariance) / dim, own)
+
+
+def _multiple_of_one(value: Tensor, like: Tensor) -> Tensor:
+    """``value I``, a diagonal factor."""
+    return value[..., None, None].expand(*value.shape, 1, like.shape[-1])
 
 
 def _of_norm_one(root: Tensor) -> Tensor:
-    """The root at a scale of its own: where rounding needs jitter, one side's would grow and the other's shrink."""
+    """The root at a scale of its own: where rounding is large, one side's would grow and the other's shrink."""
     return root / torch.linalg.matrix_norm(root, keepdim=True)
 
 
-def _inverse_roots(precisions: Sequence[Tensor], blocks: Sequence[WhiteBlock]) -> list[Tensor]:
-    return linalg.inverse_roots(precisions, [block.spec.name for block in blocks])
+def _inverse_roots(damped: Sequence[Damped], blocks: Sequence[WhiteBlock]) -> list[Tensor]:
+    return linalg.inverse_roots(damped, [block.spec.name for block in blocks])
 
 
 def _distance(old: Tensor, new: Tensor) -> float:

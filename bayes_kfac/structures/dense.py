@@ -98,20 +98,18 @@ class DenseStructure(JacobianStructure):
             root = _diagonal(spec, fisher).rsqrt()
             whitened = root.unsqueeze(-1) * fisher * root.unsqueeze(-2)
         else:
-            (root,) = linalg.inverse_roots([spec.prior.to_dense()], [spec.name])
-            whitened = linalg.congruence(fisher, root)
+            whitened = linalg.congruence(fisher, linalg.inverse_cholesky(spec.prior.to_dense(), [spec.name]))
         return linalg.eigh(whitened, [spec.name])[0]
 
     def gaussians(self, specs: Sequence[BlockSpec]) -> list[BlockGaussian]:  # noqa: D102
-        precisions = []
+        damped = []
         for spec in specs:
-            fisher = spec.statistics.mean("fisher").flatten(-3, -2)
+            fisher = spec.statistics.mean("fisher").flatten(-3, -2) * spec.data_scale
             if isinstance(spec.prior, BlockGaussian):
-                prior = spec.prior.to_dense()
+                damped.append((fisher, spec.prior.to_dense()))
             else:
-                prior = torch.diag_embed(_diagonal(spec, fisher))
-            precisions.append(fisher * spec.data_scale + prior)
-        roots = linalg.inverse_roots(precisions, [spec.name for spec in specs])
+                damped.append((fisher, _diagonal(spec, fisher).unsqueeze(-2)))
+        roots = linalg.inverse_roots(damped, [spec.name for spec in specs])
         return [
             DenseGaussian(root.reshape(spec.statistics.sums["fisher"].shape))
             for spec, root in zip(specs, roots, strict=True)

@@ -75,7 +75,7 @@ class KBFGSStructure(KroneckerStructure):
         """The Gaussian whose roots are those of the earlier one, updated."""
         before = block.spec.previous
         assert isinstance(before, KroneckerEigenGaussian)
-        G, A = factored_sides(block)
+        G, A = (linalg.plus(*side) for side in factored_sides(block))
         row, by_row = self._updated(linalg.quotient(block.row_root, before.basis_row), G, block.spec.name)
         column, by_column = self._updated(linalg.quotient(block.column_root, before.basis_column), A, block.spec.name)
         volume = before.log_volume + column.shape[-1] * by_row + row.shape[-1] * by_column

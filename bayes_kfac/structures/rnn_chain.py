@@ -245,9 +245,16 @@ def _is_alive(statistics: Statistics) -> Tensor:
 def _white_lags(spec: BlockSpec, uncorrelated: MatrixNormalGaussian) -> tuple[Tensor, Tensor]:
     """``G₁`` and ``A₁`` in the coordinates in which the damped factors, of so many data, are the identity."""
     alive = _is_alive(spec.statistics)[..., None, None]
-    G1, A1 = (spec.statistics.mean(f"lagged_{side}") * alive for side in ("gradient", "input"))
-    G1 = G1 * spec.data_scale
-    return linalg.congruence(G1, uncorrelated.scale_tril_row), linalg.congruence(A1, uncorrelated.scale_tril_column)
+    row, column = uncorrelated.scale_tril_row * spec.data_scale**0.5, uncorrelated.scale_tril_column
+    return _white_lag(spec, "gradient", row * alive), _white_lag(spec, "input", column * alive)
+
+
+def _white_lag(spec: BlockSpec, side: str, root: Tensor) -> Tensor:
+    """A covariance of neighbours in the coordinates of a root, less where the factor's rounding is as large as it."""
+    rounding = root.shape[-1] * torch.finfo(root.dtype).eps * linalg.diagonal(spec.statistics.mean(side)).unsqueeze(-2)
+    lower = linalg.cholesky(linalg.congruence(rounding, root) + _eye_like(root), [spec.name])
+    white = linalg.congruence(spec.statistics.mean(f"lagged_{side}"), root)
+    return linalg.left_solve(lower, linalg.left_solve(lower, white).mT).mT
 
 
 def _eye_like(matrix: Tensor) -> Tensor:

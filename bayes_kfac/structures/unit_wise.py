@@ -144,14 +144,14 @@ class UnitWiseStructure(JacobianStructure):
         return linalg.eigh(white, [spec.name])[0]
 
     def gaussians(self, specs: Sequence[BlockSpec]) -> list[BlockGaussian]:  # noqa: D102
-        precisions = []
+        damped = []
         for spec in specs:
             fisher = spec.statistics.mean("fisher") * spec.data_scale
             if isinstance(spec.prior, UnitWiseGaussian):
-                precisions.append(fisher + torch.cholesky_inverse(spec.prior.scale_tril))
+                damped.append((fisher, torch.cholesky_inverse(spec.prior.scale_tril)))
             else:
-                precisions.append(fisher + torch.diag_embed(_precisions(spec, fisher)))
-        return [UnitWiseGaussian(root) for root in linalg.inverse_roots(precisions, [spec.name for spec in specs])]
+                damped.append((fisher, _precisions(spec, fisher).unsqueeze(-2)))
+        return [UnitWiseGaussian(root) for root in linalg.inverse_roots(damped, [spec.name for spec in specs])]
 
 
 def _products(mine: Whitened, theirs: Whitened) -> Tensor:

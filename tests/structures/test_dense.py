@@ -54,6 +54,19 @@ def test_a_unit_wise_block_is_two_by_two_for_each_feature():
         assert_close(gaussian.to_dense()[feature], precision, **TIGHT)
 
 
+@pytest.mark.parametrize("structure", ["dense", "unit_wise"])
+@pytest.mark.parametrize("data_scale", [1e5, 1e6, 1e8])
+def test_directions_without_data_keep_the_priors_variance_in_float32(structure, data_scale):
+    """As along features that add up to the bias: rounding narrows some of them, and widens none."""
+    inputs = randn(64, 2, seed=0) @ randn(2, 9, seed=1)
+    rows = Rows(inputs.unsqueeze(1), 10 * randn(1, 64, 1, 4, seed=2)).to(torch.float32)
+    kind = structures.get(structure, damping="exact", sharing="expand")
+    (gaussian,) = kind.gaussians([BlockSpec("layer", kind.measure(rows), data_scale, 1.0)])
+    off = Rows(torch.linalg.svd(inputs).Vh[2:].unsqueeze(1), torch.ones(1, 7, 1, 4)).to(torch.float32)
+    variance = gaussian.whitened_rows(off).variance() / 4
+    assert 0.3 < variance.mean() < 1.1
+
+
 def test_a_power_keeps_the_directions_that_data_determine_in_float32():
     """Inputs in a plane, weakly damped: the precision has eigenvalues from 1 to 1e9."""
     rows = Rows(randn(20, 1, 2, seed=0) @ randn(2, 5, seed=1), randn(1, 20, 1, 2, seed=2))

@@ -365,7 +365,7 @@ def test_duplicate_features_are_survived_in_float32(damping, gamma):
 @pytest.mark.parametrize("damping", DAMPINGS)
 @pytest.mark.parametrize("gamma", [1e-6, 1e-8])
 def test_fewer_examples_than_features_are_survived_in_float32(damping, gamma):
-    """Half of the directions have no data, and jitter is above the damping: too tight there, and nothing worse."""
+    """Half of the directions have no data, and rounding is above the damping: too tight there, and nothing worse."""
     inputs = randn(64, 128, seed=0)
     A, G = (inputs.T @ inputs / 64).float(), random_spd(8, seed=1).float()
     gaussian = build(damping, spec_of(A, G, 1 / gamma, 1.0))
@@ -375,6 +375,21 @@ def test_fewer_examples_than_features_are_survived_in_float32(damping, gamma):
     assert bool(torch.isfinite(gaussian.sample(noise)).all())
     assert bool((gaussian.marginal_variance() > 0).all())
     assert bool((gaussian.marginal_variance() <= 1.1).all())
+
+
+@pytest.mark.parametrize("damping", DAMPINGS)
+@pytest.mark.parametrize("gamma", [1e-5, 1e-6, 1e-8])
+def test_directions_without_data_keep_much_of_the_priors_variance_in_float32(damping, gamma):
+    """As along features that add up to the bias; ``factored`` is narrower by itself."""
+    inputs = randn(64, 2, seed=0) @ randn(2, 9, seed=1)
+    A, G = inputs.T @ inputs / 64, 100 * random_spd(4, seed=2)
+    off = torch.linalg.svd(inputs).Vh[2:].unsqueeze(1)
+    rows = Rows(off, randn(1, len(off), 1, 4, seed=3))
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        gaussian = build(damping, spec_of(A.to(dtype), G.to(dtype), 1 / gamma, 1.0))
+        found.append(gaussian.whitened_rows(rows.to(dtype)).variance().double().mean())
+    assert 0.2 * found[0] < found[1] < 1.5 * found[0]
 
 
 @pytest.mark.parametrize("damping", DAMPINGS)
