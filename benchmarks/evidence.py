@@ -229,7 +229,7 @@ which is a hundred times theirs.
 
 STRUCTURES_NOTES = """
 Tuned, Kronecker factors are the best where the function is rich: log-likelihoods of energy are -0.420, -0.462 and
--0.626, in the order of the columns. Where it is not, on boston and wine_red, diagonal blocks do as well. Nothing tuned,
+-0.626, in the order of the columns. Where it is not, on boston and wine_red, the others do as well. Nothing tuned,
 at temperature 1, both of the others are far behind but on wine_red: their damping is exact, so that their posterior is
 wider than that of factored damping, and the noise that is learned beside it larger
 ([more](#what-temperature-and-damping-do)). Diagonal blocks choose the lowest temperature that was tried on every split
