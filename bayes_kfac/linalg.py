@@ -115,11 +115,12 @@ def trace(factor: Tensor) -> Tensor:
 
 def add_to_diagonal(factor: Tensor, value: Tensor) -> Tensor:
     """Return ``F + value I`` as a new tensor; ``value`` has the stack's shape ``[...]``."""
-    if is_diagonal(factor):
-        return factor + value[..., None, None]
-    result = factor.clone()
-    result.diagonal(dim1=-2, dim2=-1).add_(value.unsqueeze(-1))
-    return result
+    return plus(factor, multiple_of_one(value, factor))
+
+
+def multiple_of_one(value: Tensor, like: Tensor) -> Tensor:
+    """Return ``value I`` as a diagonal factor of a size; ``value`` has the stack's shape ``[...]``."""
+    return value[..., None, None].expand(*value.shape, 1, like.shape[-1])
 
 
 def plus(left: Tensor, right: Tensor) -> Tensor:

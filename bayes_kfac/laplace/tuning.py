@@ -24,7 +24,7 @@ GROUPINGS = ("model", "layer", "parameter")
 #: curvature may fall.
 BOUNDS = (1e-10, 1e10)
 MAX_ITERATIONS = 200
-#: The search ends where a step gains less than this part of the evidence.
+#: The search ends where a step gains less than this part of the evidence, or the slope is less.
 TOLERANCE = 1e-13
 
 Value = TypeVar("Value")
@@ -73,8 +73,7 @@ def maximize_evidence(
         },
     }[per]()
     bounds = (math.log(BOUNDS[0]), math.log(BOUNDS[1]))
-    # outside of the bounds the evidence is flat, and nothing would lead back
-    centre = torch.stack([prior.detach().double().log().mean() for prior in start.values()]).mean().clamp(*bounds)
+    centre = torch.stack([prior.detach().double().log().mean() for prior in start.values()]).mean()
     point, limits = torch.full((len(members) + noise,), float(centre), dtype=torch.float64), [bounds] * len(members)
     if noise:
         # the factor on the Fisher at scale 1 is the variance of the noise
@@ -109,7 +108,7 @@ def maximize_evidence(
 
 
 def _minimum(loss: Callable[[Tensor], Tensor], start: Tensor, bounds: Sequence[tuple[float, float]]) -> Tensor:
-    """Where a smooth function of a few numbers is least within bounds."""
+    """Where a smooth function of a few numbers is least within bounds; a start outside begins at them."""
     from scipy.optimize import minimize  # half of the time of importing the library, if it were above
 
     def value_and_gradient(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:

@@ -133,7 +133,7 @@ def factored_sides(block: WhiteBlock) -> tuple[Damped, Damped]:
     """The damped factors ``G + √γ/π I`` and ``A + π√γ I`` of a block, in white coordinates, as the terms of each."""
     pi, A, G = _pi(block.A, block.G)
     root = block.gamma.sqrt()
-    return (G, _multiple_of_one(root / pi, G)), (A, _multiple_of_one(root * pi, A))
+    return (G, linalg.multiple_of_one(root / pi, G)), (A, linalg.multiple_of_one(root * pi, A))
 
 
 def _optimal(blocks: Sequence[WhiteBlock]) -> list[MatrixNormalGaussian]:
@@ -220,12 +220,7 @@ def _side(own: Tensor, other: Tensor, other_root: Tensor, gamma: Tensor) -> Damp
     dim = other.shape[-1]
     # a singular factor is indefinite by rounding, and its trace can come out below zero
     weight = (other * covariance).sum((-2, -1)).clamp(min=0) / dim
-    return own * weight[..., None, None], _multiple_of_one(gamma * linalg.trace(covariance) / dim, own)
-
-
-def _multiple_of_one(value: Tensor, like: Tensor) -> Tensor:
-    """``value I``, a diagonal factor."""
-    return value[..., None, None].expand(*value.shape, 1, like.shape[-1])
+    return own * weight[..., None, None], linalg.multiple_of_one(gamma * linalg.trace(covariance) / dim, own)
 
 
 def _of_norm_one(root: Tensor) -> Tensor:

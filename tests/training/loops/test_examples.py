@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -132,20 +133,26 @@ def test_tokens_as_examples_are_a_batch_of_tokens(fisher):
     assert_same(optimizer, train(make(Net(), fisher=fisher), flat))
 
 
-def test_tokens_as_examples_have_the_sequences_factors_but_for_the_count():
-    """One sequence's ``G`` sums over its tokens, one token's does not: the same sums, over ``T`` times as many."""
-    x, y = randn(2, 4, 3, seed=0), randn(2, 4, 2, seed=1)
-    statistics = []
+def of_sequences_and_tokens(build: Callable[[], bk.NoisyNaturalGradient], x: Tensor, y: Tensor) -> list[Any]:
+    """The blocks after a step whose examples are sequences, and after one whose examples are their tokens."""
+    found = []
     for flat in (False, True):
-        optimizer = make(Net(), warmup=False)
+        optimizer = build()
         with optimizer.sampled_params():
             output, target = optimizer.model(x), y
             if flat:
                 output, target = output.flatten(0, 1), y.flatten(0, 1)
             optimizer.likelihood(output, target).backward()
         optimizer.step()
-        statistics.append(optimizer.blocks["body"].statistics)
-    sequence, token = statistics
+        found.append(optimizer.blocks)
+    return found
+
+
+def test_tokens_as_examples_have_the_sequences_factors_but_for_the_count():
+    """One sequence's ``G`` sums over its tokens, one token's does not: the same sums, over ``T`` times as many."""
+    x, y = randn(2, 4, 3, seed=0), randn(2, 4, 2, seed=1)
+    blocks = of_sequences_and_tokens(lambda: make(Net(), warmup=False), x, y)
+    sequence, token = (own["body"].statistics for own in blocks)
     assert_close(token.mean("input"), sequence.mean("input"), **SAME)
     assert_close(token.mean("gradient"), sequence.mean("gradient") / 4, **SAME)
 
@@ -154,19 +161,8 @@ def test_tokens_as_examples_have_the_sequences_factors_but_for_the_count():
 def test_tokens_that_see_each_other_share_the_fisher_of_their_sequence(structure):
     """Given the weights tokens are independent, so that the sequence's Fisher is the sum of its tokens'."""
     x, y = randn(2, 3, 3, seed=0), randn(2, 3, 2, seed=1)
-    statistics = []
-    for flat in (False, True):
-        optimizer = bk.NoisyNaturalGradient(
-            Sequences(), gaussian(), num_data=N, fisher="exact", structure=structure, warmup=False
-        )
-        with optimizer.sampled_params():
-            output, target = optimizer.model(x), y
-            if flat:
-                output, target = output.flatten(0, 1), y.flatten(0, 1)
-            optimizer.likelihood(output, target).backward()
-        optimizer.step()
-        statistics.append({name: state.statistics.mean("fisher") for name, state in optimizer.blocks.items()})
-    sequence, token = statistics
+    options = {"num_data": N, "fisher": "exact", "structure": structure, "warmup": False}
+    sequence, token = of_sequences_and_tokens(lambda: bk.NoisyNaturalGradient(Sequences(), gaussian(), **options), x, y)
     assert len(token) == 5
-    for name, fisher in token.items():
-        assert_close(fisher, sequence[name] / 3, **SAME)
+    for name, state in token.items():
+        assert_close(state.statistics.mean("fisher"), sequence[name].statistics.mean("fisher") / 3, **SAME)
