@@ -37,6 +37,9 @@ Damped = tuple[Tensor, Tensor]
 #: A flip-flop from scratch ends when no root moves by more than this, relatively; the KL is then right to its square.
 TOLERANCE = 1e-6
 COLD_SWEEPS = 200
+#: Or when so many sweeps have moved no less than one before them: that is as far as rounding lets it come. A single one
+#: says nothing, as the first sweeps may move further and further.
+PATIENCE = 3
 #: Between two refreshes in training the factors move little: a few sweeps from the last roots follow them.
 WARM_SWEEPS = 2
 
@@ -150,14 +153,14 @@ def _optimal(blocks: Sequence[WhiteBlock]) -> list[MatrixNormalGaussian]:
             rows, columns = _sweep(blocks, columns)
         return _matrix_normals(blocks, rows, columns)
     rows, columns = _factored_roots(blocks)
-    last = math.inf
+    least, stalled = math.inf, 0
     for _ in range(COLD_SWEEPS):
         old_columns = columns
         rows, columns = _sweep(blocks, columns)
         moved = max(map(_distance, old_columns, columns), default=0.0)
-        if moved < TOLERANCE or moved >= last:  # in float32 rounding may end the progress first
+        least, stalled = (moved, 0) if moved < least else (least, stalled + 1)
+        if moved < TOLERANCE or stalled == PATIENCE:
             break
-        last = moved
     return _matrix_normals(blocks, rows, columns)
 
 

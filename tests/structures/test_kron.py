@@ -159,6 +159,12 @@ def test_optimal_satisfies_both_stationarity_equations(prior):
     assert_stationary(build("optimal", spec_of(A, G, 30.0, prior)), A, G, 30.0, prior, **CONVERGED)
 
 
+def test_optimal_is_not_at_its_end_where_a_second_sweep_moves_further_than_the_first():
+    A, G = random_factors(out=5, in_=2, seed=872146)
+    A, G = A.flip(0, 1), G[[3, 1, 4, 0, 2]][:, [3, 1, 4, 0, 2]]
+    assert_stationary(build("optimal", spec_of(A, G)), A, G, 30.0, 2.0, **CONVERGED)
+
+
 def test_warm_sweeps_reach_the_stationary_point_to_rounding():
     A, G = random_factors()
     gaussian = build("factored", spec_of(A, G))
