@@ -69,14 +69,20 @@ def all_jobs(options: dict[str, Any], results: Path, chosen: list[str] | None, *
 def job(
     name: str, noise: float, method: str, structure: str, damping: str, seeds: list[int], steps: int
 ) -> dict[str, Any]:
-    """Train or fit a posterior for each seed; compare both predictions of each, and their mixtures, with the chains."""
+    """Train or fit a posterior for each seed; compare both predictions of each, and their mixtures, with the chains.
+
+    Where a training diverges, that is what is found.
+    """
     problem = load(name)
     reference = hmc.marginals(name)
     started = time.process_time()
     made: dict[str, list[Marginals]] = {"linearized": [], "sampled": []}
     training = []
     for seed in seeds:
-        posterior, figures = METHODS[method](problem, noise, structure, damping, seed, steps)
+        try:
+            posterior, figures = METHODS[method](problem, noise, structure, damping, seed, steps)
+        except bk.errors.NonFiniteError as error:
+            return {"diverged": str(error)}
         training.append(figures)
         for kind, own in predictions(posterior, problem.test_x, seed).items():
             made[kind].append(own)

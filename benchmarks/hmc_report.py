@@ -124,7 +124,7 @@ def found() -> dict[str, dict[str, dict[str, list[float]]]]:
     result = {}
     for file in sorted(files):
         rows = [one for one in (read("posteriors", name, file) for name in names) if one]
-        if len(rows) == len(names):
+        if len(rows) == len(names) and not any("diverged" in one for one in rows):
             result[file] = {
                 kind: {
                     key: [float(np.mean(one[kind][key])) for one in rows] for key in ("r_std", "ratio", "wasserstein")
@@ -151,7 +151,18 @@ def structures_table() -> str:
         text += row([*file.split("-"), *cells])
     pairs = [(figures[file][kind]["r_std"], f"{file.replace('-', ' ')}, {kind}") for file in order for kind in KINDS]
     (low, worst), (high, best) = min(pairs), max(pairs)
-    return STRUCTURES + text + f"\nThe highest mean r is {high:.2f} ({best}), the lowest {low:.2f} ({worst}).\n"
+    text += f"\nThe highest mean r is {high:.2f} ({best}), the lowest {low:.2f} ({worst})."
+    return f"{STRUCTURES}{text}{diverged()}\n"
+
+
+def diverged() -> str:
+    """Which posteriors did, of how many sets."""
+    files = [path.stem for name in done() for path in (RESULTS / "posteriors" / name).glob("*.json")]
+    counts = {
+        file: sum("diverged" in (read("posteriors", name, file) or {}) for name in done()) for file in sorted({*files})
+    }
+    told = [f"{file.replace('-', ' ')} ({count} of {len(done())} sets)" for file, count in counts.items() if count]
+    return f" Training diverged: {', '.join(told)}." if told else ""
 
 
 NOTES = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -116,3 +117,21 @@ def test_the_whole_command_on_the_cubic_and_its_section(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     hmc_report.plot_bands()
     assert (tmp_path / "images" / "hmc_bands.png").exists()
+
+
+def test_a_training_that_diverges_is_a_result_and_said(problem, tmp_path, monkeypatch):
+    def diverges(*_):
+        raise bk.errors.NonFiniteError("no finite gradient")
+
+    monkeypatch.setitem(hmc_posteriors.METHODS, "noisy", diverges)
+    monkeypatch.setattr(hmc_posteriors, "load", lambda _: problem)
+    monkeypatch.setattr(hmc, "marginals", lambda _: None)
+    kept = hmc_posteriors.job("cubic", 0.1, "noisy", "kron", "exact", [0], 5)
+    assert kept == {"diverged": "no finite gradient"}
+    folder = tmp_path / "posteriors" / "yacht"
+    folder.mkdir(parents=True)
+    (folder / "noisy-kron-exact.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(hmc_report, "RESULTS", tmp_path)
+    monkeypatch.setattr(hmc_report, "done", lambda: ["yacht"])
+    assert hmc_report.found() == {}
+    assert hmc_report.diverged() == " Training diverged: noisy kron exact (1 of 1 sets)."
