@@ -24,6 +24,11 @@ from bayes_kfac.errors import NotPositiveDefiniteError
 BatchedFunction = Callable[..., tuple[Tensor, ...]]
 
 
+def algebra_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that curvature and its algebra are in beside weights of a dtype: float32 for those of 16 bits."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """No autocast, where the caller has a region open: factorisations and draws in 16 bits would be others."""
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()

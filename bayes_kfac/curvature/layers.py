@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayes_kfac import linalg
 from bayes_kfac.curvature.modules import CompositeAdapter, ModuleAdapter, ParameterAdapter, adapter_for
 
 
@@ -67,6 +68,11 @@ class Layer:
     def like(self) -> nn.Parameter:
         """One of its parameters, for dtype and device."""
         return next(iter(self.parameters.values()))
+
+    @property
+    def template(self) -> Tensor:
+        """An empty tensor on the layer's device, in the dtype of its statistics and Gaussians."""
+        return self.like.new_empty(0, dtype=linalg.algebra_dtype(self.like.dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -94,7 +94,7 @@ def _step(
                 _refusal(call.layer, "has several positions, or not one matrix for all that it does")
             )
         flat = rows.gradients.flatten(0, -2)
-        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        flat = flat.to(linalg.algebra_dtype(flat.dtype))
         moment, like = moment + flat.mT @ flat, pulled[0]
     # NaN, as from data that hold it, is found in the statistics
     root = linalg.psd_root(moment, [call.layer]) if bool(moment.isfinite().all()) else moment

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayes_kfac import linalg
+
 
 @dataclass(frozen=True)
 class SparseRows:
@@ -128,6 +130,10 @@ class Rows:
         """The same rows in another dtype."""
         transposed = None if self.transposed is None else self.transposed.to(dtype)
         return replace(self, inputs=self.inputs.to(dtype), gradients=self.gradients.to(dtype), transposed=transposed)
+
+    def for_algebra(self) -> Rows:
+        """The same rows in the dtype that they are summed in."""
+        return self.to(linalg.algebra_dtype(self.gradients.dtype))
 
     def pooled(self) -> Rows:
         """One position for each example: the mean of its inputs and the sum of its gradients."""

@@ -168,8 +168,8 @@ def _factor_rows(rows: Rows, sharing: str) -> dict[str, tuple[Tensor, float]]:
 
 
 def _as_shared(rows: Rows, sharing: str) -> Rows:
-    """The rows of one kind of use in float32 or wider, pooled over positions where ``sharing`` says so."""
-    rows = replace(rows, transposed=None).to(torch.promote_types(rows.gradients.dtype, torch.float32))
+    """The rows of one kind of use in the dtype of their sums, pooled over positions where ``sharing`` says so."""
+    rows = replace(rows, transposed=None).for_algebra()
     return rows.pooled() if sharing == "reduce" and rows.inputs.shape[-2] > 1 else rows
 
 

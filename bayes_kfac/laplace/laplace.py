@@ -498,7 +498,7 @@ class Laplace:
 
     def _without_curvature(self, name: str) -> Statistics:
         layer = self.layers[name]
-        identity = self.structures[name].identity(layer.shape, layer.like, **layer.form)
+        identity = self.structures[name].identity(layer.shape, layer.template, **layer.form)
         return identity.map(torch.zeros_like)
 
 

@@ -45,7 +45,7 @@ def by_layer(prior_precision: PriorPrecision, layers: Mapping[str, Layer]) -> di
 
 def as_prior(value: Tensor, layer: Layer) -> Tensor:
     """A layer's precisions on its device, in the dtype of its statistics."""
-    return value.to(layer.like.device, torch.promote_types(layer.like.dtype, torch.float32))
+    return value.to(layer.template)
 
 
 def _of_layer(layer: Layer, given: Mapping[str, float | Tensor]) -> Tensor:

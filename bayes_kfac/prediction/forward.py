@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
-from bayes_kfac import batches
+from bayes_kfac import batches, linalg
 from bayes_kfac.batches import expect_output_tensor
 from bayes_kfac.curvature import PullBack, Recorder
 from bayes_kfac.errors import ArgumentError
@@ -42,7 +42,7 @@ def differentiable(tensor: Tensor) -> Tensor:
 
 def at_least_float32(output: Tensor) -> Tensor:
     """An output in the precision of predictions: 16 bits are too few for moments, and torch has no algebra for them."""
-    return output.to(torch.promote_types(output.dtype, torch.float32))
+    return output.to(linalg.algebra_dtype(output.dtype))
 
 
 def parts_of(loader: Iterable[Any], device: torch.device, progress: bool) -> Iterator[Any]:

@@ -201,7 +201,7 @@ class Structure(ABC):
         """Turn a batch's rows into the statistics that this structure needs.
 
         Args:
-            rows: What the batch shows of the block.
+            rows: What the batch shows of the block, in the dtype of its statistics.
             frame: That of the statistics so far, which these are to be added to; empty at the beginning.
 
         Returns:
@@ -252,7 +252,7 @@ class Structure(ABC):
 
         Args:
             shape: The block's shape, ``(*blocks, out, in)``.
-            like: A tensor of the block's dtype and device.
+            like: A tensor of the dtype and device of its statistics.
             sparse_sides: The sides that are diagonal because of sparse inputs, of ``"input"`` and ``"gradient"``.
             tied: Whether the block is used transposed too.
 

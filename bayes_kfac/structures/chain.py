@@ -15,15 +15,13 @@ from torch import Tensor
 
 from bayes_kfac import linalg
 from bayes_kfac.curvature import SparseRows
+from bayes_kfac.structures.alternating import alternated
 from bayes_kfac.structures.base import BlockGaussian, register_gaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
 from bayes_kfac.structures.whitened import WhitenedRows, product_rows
 
 #: Doublings of the number of terms of a Neumann series; a contraction by a factor of 1 − 2⁻⁵⁰ converges within them.
 DOUBLINGS = 60
-#: Sweeps of :meth:`ChainGaussian.nearest_matrix_normal`, and the relative change at which they end.
-SWEEPS = 500
-TOLERANCE = 1e-10
 
 
 def chain_gain(correlation: Tensor, length: float) -> Tensor:
@@ -205,13 +203,13 @@ class ChainGaussian(BlockGaussian):
         """
         out_features, in_features = self.shape[-2:]
         row_lag, column_lag = _diagonalised(self.lag_row), _diagonalised(self.lag_column)
-        column = torch.eye(in_features, dtype=torch.float64, device=self.innovation.device)
-        column = column.expand(*self.shape[:-2], -1, -1)
-        for _ in range(SWEEPS):
-            row = torch.linalg.inv(_partial_trace(row_lag, column_lag, column) / in_features)
-            before, column = column, torch.linalg.inv(_partial_trace(column_lag, row_lag, row) / out_features)
-            if bool((torch.linalg.matrix_norm(column - before) <= TOLERANCE * torch.linalg.matrix_norm(column)).all()):
-                break
+        identity = torch.eye(in_features, dtype=torch.float64, device=self.innovation.device)
+        row, column = alternated(
+            lambda column: torch.linalg.inv(_partial_trace(row_lag, column_lag, column) / in_features),
+            lambda row: torch.linalg.inv(_partial_trace(column_lag, row_lag, row) / out_features),
+            identity.expand(*self.shape[:-2], -1, -1),
+            _distance,
+        )
         row_root, column_root = (
             basis @ linalg.psd_root(side, ["the nearest matrix normal"]).to(basis)
             for basis, side in ((self.basis_row, row), (self.basis_column, column))
@@ -250,3 +248,8 @@ def _partial_trace(own: tuple[Tensor, ...], other: tuple[Tensor, ...], covarianc
     sums = (products / (1 - products) * weights.unsqueeze(-2)).sum(-1)
     lagged = ((vectors * sums.unsqueeze(-2)) @ inverse).real
     return linalg.add_to_diagonal(lagged + lagged.mT, linalg.trace(covariance))
+
+
+def _distance(before: Tensor, after: Tensor) -> float:
+    """The largest relative change of a matrix."""
+    return float((torch.linalg.matrix_norm(after - before) / torch.linalg.matrix_norm(after)).max())

@@ -19,14 +19,15 @@ for the bias, enters as ``δ I`` does.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bayes_kfac import linalg
+from bayes_kfac.structures.alternating import alternated
 from bayes_kfac.structures.base import BlockGaussian, BlockSpec
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
@@ -34,12 +35,8 @@ from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
 #: A factor and what is added to it.
 Damped = tuple[Tensor, Tensor]
 
-#: A flip-flop from scratch ends when no root moves by more than this, relatively; the KL is then right to its square.
+#: From scratch the turns end when no root moves by more than this, relatively; the KL is then right to its square.
 TOLERANCE = 1e-6
-COLD_SWEEPS = 200
-#: Or when so many sweeps have moved no less than one before them: that is as far as rounding lets it come. A single one
-#: says nothing, as the first sweeps may move further and further.
-PATIENCE = 3
 #: Between two refreshes in training the factors move little: a few sweeps from the last roots follow them.
 WARM_SWEEPS = 2
 
@@ -150,18 +147,12 @@ def _optimal(blocks: Sequence[WhiteBlock]) -> list[MatrixNormalGaussian]:
         rows: list[Tensor] = []
         columns = earlier
         for _ in range(WARM_SWEEPS):
-            rows, columns = _sweep(blocks, columns)
+            rows = _rows_given(blocks, columns)
+            columns = _columns_given(blocks, rows)
         return _matrix_normals(blocks, rows, columns)
-    rows, columns = _factored_roots(blocks)
-    least, stalled = math.inf, 0
-    for _ in range(COLD_SWEEPS):
-        old_columns = columns
-        rows, columns = _sweep(blocks, columns)
-        moved = max(map(_distance, old_columns, columns), default=0.0)
-        least, stalled = (moved, 0) if moved < least else (least, stalled + 1)
-        if moved < TOLERANCE or stalled == PATIENCE:
-            break
-    return _matrix_normals(blocks, rows, columns)
+    _, columns = _factored_roots(blocks)
+    row_given, column_given = (partial(one, blocks) for one in (_rows_given, _columns_given))
+    return _matrix_normals(blocks, *alternated(row_given, column_given, columns, _distance, TOLERANCE))
 
 
 def _exact(blocks: Sequence[WhiteBlock]) -> list[KroneckerEigenGaussian]:
@@ -208,13 +199,13 @@ def _pi(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return pi, A * alive[..., None, None], G * alive[..., None, None]
 
 
-def _sweep(blocks: Sequence[WhiteBlock], columns: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """One flip-flop: the output side given the input side, then the input side given the output side."""
-    rows = _inverse_roots(
-        [_side(b.G, b.A, _of_norm_one(root), b.gamma) for b, root in zip(blocks, columns, strict=True)], blocks
-    )
-    columns = _inverse_roots([_side(b.A, b.G, root, b.gamma) for b, root in zip(blocks, rows, strict=True)], blocks)
-    return rows, columns
+def _rows_given(blocks: Sequence[WhiteBlock], columns: Sequence[Tensor]) -> list[Tensor]:
+    damped = [_side(b.G, b.A, _of_norm_one(root), b.gamma) for b, root in zip(blocks, columns, strict=True)]
+    return _inverse_roots(damped, blocks)
+
+
+def _columns_given(blocks: Sequence[WhiteBlock], rows: Sequence[Tensor]) -> list[Tensor]:
+    return _inverse_roots([_side(b.A, b.G, root, b.gamma) for b, root in zip(blocks, rows, strict=True)], blocks)
 
 
 def _side(own: Tensor, other: Tensor, other_root: Tensor, gamma: Tensor) -> Damped:
@@ -235,9 +226,10 @@ def _inverse_roots(damped: Sequence[Damped], blocks: Sequence[WhiteBlock]) -> li
     return linalg.inverse_roots(damped, [block.spec.name for block in blocks])
 
 
-def _distance(old: Tensor, new: Tensor) -> float:
-    """The relative change of a flip-flop; the input side tells, as the output side follows from it."""
-    return float(torch.linalg.vector_norm(new - old) / torch.linalg.vector_norm(new))
+def _distance(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """The largest relative change of a root."""
+    norm = torch.linalg.vector_norm
+    return max((float(norm(new - old) / norm(new)) for old, new in zip(before, after, strict=True)), default=0.0)
 
 
 def _log_det(root: Tensor) -> Tensor:

@@ -55,7 +55,6 @@ class EKFACStructure(Structure):
 
     def measure(self, rows: Rows, frame: Frame = NO_FRAME) -> Statistics:  # noqa: D102
         factors = self._product.measure(rows)
-        rows = rows.to(torch.promote_types(rows.gradients.dtype, torch.float32))
         if frame:
             rows = _rotated(rows, frame["basis_row"], frame["basis_column"])
         return Statistics(

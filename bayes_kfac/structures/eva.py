@@ -43,7 +43,6 @@ class EvaStructure(Structure):
         self, shape: tuple[int, ...], like: Tensor, *, sparse_sides: frozenset[str] = frozenset(), tied: bool = False
     ) -> Statistics:
         *blocks, out_features, in_features = shape
-        like = like.new_zeros(0, dtype=torch.promote_types(like.dtype, torch.float32))
         # of rank one nothing is nearer to the identity than nothing, and the damping is a multiple of it
         sums = {"input": like.new_zeros(*blocks, 1, in_features), "gradient": like.new_zeros(*blocks, 1, out_features)}
         return Statistics(sums, dict.fromkeys(sums, 1.0))
@@ -78,7 +77,6 @@ def summed(rows: Rows, structure: str) -> Statistics:
             f"structure={structure!r} has one mean input and one mean gradient for a block, and tied weights that are "
             "used transposed too have two. Untie them, or choose another structure."
         )
-    rows = rows.to(torch.promote_types(rows.gradients.dtype, torch.float32))
     gradients = rows.gradients.sum(0).flatten(-3, -2).sum(-2, keepdim=True)
     return Statistics(
         {"input": _total(rows.inputs, rows.mask) * rows.share, "gradient": gradients},

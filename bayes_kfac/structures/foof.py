@@ -58,9 +58,8 @@ class FOOFStructure(KroneckerStructure):
         tied = rows.transposed
         if self.sharing == "reduce" and rows.inputs.shape[-2] > 1:
             rows = rows.pooled()
-        gradients = rows.gradients.to(torch.promote_types(rows.gradients.dtype, torch.float32))
         return replace(
             rows,
-            gradients=torch.linalg.vector_norm(gradients, dim=-1, keepdim=True),
+            gradients=torch.linalg.vector_norm(rows.gradients, dim=-1, keepdim=True),
             transposed=None if tied is None else self._sizes(tied),
         )

@@ -31,13 +31,11 @@ class JacobianStructure(Structure):
         return self
 
     def measure(self, rows: Rows, frame: Frame = NO_FRAME) -> Statistics:  # noqa: D102
-        fisher = self._fisher(rows.to(torch.promote_types(rows.gradients.dtype, torch.float32)))
-        return Statistics({"fisher": fisher}, {"fisher": rows.num_examples})
+        return Statistics({"fisher": self._fisher(rows)}, {"fisher": rows.num_examples})
 
     def identity(  # noqa: D102
         self, shape: tuple[int, ...], like: Tensor, *, sparse_sides: frozenset[str] = frozenset(), tied: bool = False
     ) -> Statistics:
-        like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         return Statistics({"fisher": self._identity(shape, like)}, {"fisher": 1.0})
 
     @abstractmethod

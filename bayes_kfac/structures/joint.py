@@ -196,13 +196,14 @@ def measure(
         The statistics of those of these layers that were used.
     """
     frames = frames or {}
-    return {
-        name: structures[name].measure_linked(
-            own, rows.get(structures[name].linked_to or ""), frames.get(name, NO_FRAME)
-        )
-        for name, own in rows.items()
-        if name in structures
-    }
+    measured = {}
+    for name, own in rows.items():
+        if name in structures:
+            other = rows.get(structures[name].linked_to or "")
+            measured[name] = structures[name].measure_linked(
+                own.for_algebra(), None if other is None else other.for_algebra(), frames.get(name, NO_FRAME)
+            )
+    return measured
 
 
 def build(structures: Mapping[str, Structure], specs: Sequence[BlockSpec]) -> JointGaussian:

@@ -107,7 +107,7 @@ class KPSVDStructure(KroneckerStructure):
         in_features, other = rows.inputs.shape[-1], rows.transposed
         out_height = 1 if other is not None and isinstance(other.inputs, SparseRows) else out_features
         in_height = 1 if other is None and isinstance(rows.inputs, SparseRows) else in_features
-        like = rows.gradients.new_empty(0, dtype=torch.promote_types(rows.gradients.dtype, torch.float32))
+        like = rows.gradients
         return (
             like.new_empty(*blocks, self.basis, out_height, out_features),
             like.new_empty(*blocks, self.basis, in_height, in_features),

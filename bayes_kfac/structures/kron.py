@@ -38,11 +38,10 @@ class KroneckerStructure(Structure):
         self, shape: tuple[int, ...], like: Tensor, *, sparse_sides: frozenset[str] = frozenset(), tied: bool = False
     ) -> Statistics:
         *blocks, out_features, in_features = shape
-        dtype = torch.promote_types(like.dtype, torch.float32)
         sizes = {"input": in_features, "gradient": out_features}
         sums = {}
         for side, size in sizes.items():
-            factor = torch.eye(size, dtype=dtype, device=like.device)
+            factor = torch.eye(size, dtype=like.dtype, device=like.device)
             factor = factor.new_ones(1, size) if side in sparse_sides else factor
             sums[side] = factor.expand(*blocks, *factor.shape)
         if tied:  # the transposed uses add nothing

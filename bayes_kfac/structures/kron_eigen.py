@@ -14,13 +14,11 @@ from torch import Tensor
 
 from bayes_kfac import linalg
 from bayes_kfac.curvature import SparseRows
+from bayes_kfac.structures.alternating import alternated
 from bayes_kfac.structures.base import BlockGaussian, register_gaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
 from bayes_kfac.structures.whitened import WhitenedRows, product_rows
 
-#: Sweeps of :meth:`KroneckerEigenGaussian.nearest_matrix_normal`, and the relative change at which they end.
-SWEEPS = 500
-TOLERANCE = 1e-10
 #: How far the vectors of a basis may be from orthogonal, relatively, for it to be a rotation up to its scale.
 ORTHOGONAL = 1e-4
 
@@ -104,12 +102,11 @@ class KroneckerEigenGaussian(BlockGaussian):
             The matrix normal.
         """
         out_features, in_features = self.shape[-2:]
-        column = self.precision.new_ones(*self.shape[:-2], in_features)
-        for _ in range(SWEEPS):
-            row = in_features / (self.precision @ column.unsqueeze(-1)).squeeze(-1)
-            before, column = column, out_features / (self.precision.mT @ row.unsqueeze(-1)).squeeze(-1)
-            if bool(((column - before).abs() <= TOLERANCE * column).all()):
-                break
+        row, column = alternated(
+            lambda column: in_features / (self.precision @ column.unsqueeze(-1)).squeeze(-1),
+            lambda row: out_features / (self.precision.mT @ row.unsqueeze(-1)).squeeze(-1),
+            self.precision.new_ones(*self.shape[:-2], in_features),
+        )
         row_root = linalg.product(self.basis_row, row.sqrt().unsqueeze(-2))
         column_root = linalg.product(self.basis_column, column.sqrt().unsqueeze(-2))
         return MatrixNormalGaussian(linalg.triangular_root(row_root), linalg.triangular_root(column_root))

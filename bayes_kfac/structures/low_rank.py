@@ -39,9 +39,8 @@ class LowRankStructure(Structure):
         self.limit = limit
 
     def measure(self, rows: Rows, frame: Frame = NO_FRAME) -> Statistics:  # noqa: D102
-        jacobians = rows.to(torch.promote_types(rows.gradients.dtype, torch.float32)).jacobians()
         # one example's after the other's, [*blocks, batch, columns, out, in]
-        return self._statistics(jacobians.movedim(0, -3), rows.num_examples)
+        return self._statistics(rows.jacobians().movedim(0, -3), rows.num_examples)
 
     @abstractmethod
     def _statistics(self, jacobians: Tensor, num_examples: float) -> Statistics:
@@ -260,7 +259,6 @@ class MFacStructure(WindowStructure):
 
 
 def _identity(kind: type[Columns], shape: tuple[int, ...], limit: int, like: Tensor) -> Statistics:
-    like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
     return Statistics({}, {"fisher": 1.0}, columns={"fisher": kind.identity(shape, limit, like)})
 
 

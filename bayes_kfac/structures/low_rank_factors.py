@@ -33,14 +33,12 @@ from bayes_kfac.curvature import (
     principal,
 )
 from bayes_kfac.errors import check_count
+from bayes_kfac.structures.alternating import alternated
 from bayes_kfac.structures.base import BlockGaussian, BlockSpec, Card, Information, Structure, register
 from bayes_kfac.structures.low_rank_kron import LowRankKroneckerGaussian, multiplicity
 
 #: Directions whose eigenvalue is smaller than this part of the largest are the rounding of others.
 NEGLIGIBLE = 1e-12
-#: The flip-flop of the optimal damping ends when no eigenvalue moves by more than this, relatively.
-TOLERANCE = 1e-10
-SWEEPS = 500
 
 
 class LowRankFactorStructure(Structure):
@@ -72,7 +70,6 @@ class LowRankFactorStructure(Structure):
         self, shape: tuple[int, ...], like: Tensor, *, sparse_sides: frozenset[str] = frozenset(), tied: bool = False
     ) -> Statistics:
         *blocks, out_features, in_features = shape
-        like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         rows, columns = (
             self.sketch.identity((*blocks, 1, size), self.limit, like) for size in (out_features, in_features)
         )
@@ -296,12 +293,11 @@ def _optimal(G: _Side, A: _Side, gamma: float) -> Tensor:
     """The inverse of ``u vᵀ``, the matrix normal nearest to ``λ_G λ_A + γ`` in ``KL(q ‖ p)``: see K-FAC's damping."""
     target = _exact(G, A, gamma).double()
     rows, columns = (side.dimensions.double().unsqueeze(-1) for side in (G, A))
-    v = torch.ones_like(columns)
-    for _ in range(SWEEPS):
-        u = columns.sum(-2, keepdim=True) / (target @ (columns * v))
-        before, v = v, rows.sum(-2, keepdim=True) / (target.mT @ (rows * u))
-        if bool(((v - before).abs() <= TOLERANCE * v).all()):
-            break
+    u, v = alternated(
+        lambda v: columns.sum(-2, keepdim=True) / (target @ (columns * v)),
+        lambda u: rows.sum(-2, keepdim=True) / (target.mT @ (rows * u)),
+        torch.ones_like(columns),
+    )
     return (1 / (u * v.mT)).to(G.values)
 
 

@@ -29,9 +29,8 @@ def partial_products(rows: Rows, row_side: Tensor, column_side: Tensor) -> tuple
         column_side: ``R``, ``[*blocks, k, in, in]``, symmetric, or diagonals ``[*blocks, k, 1, in]``.
 
     Returns:
-        ``Σ J R Jᵀ`` in the shape of ``V``, and ``Σ Jᵀ V J`` in the shape of ``R``; at least float32.
+        ``Σ J R Jᵀ`` in the shape of ``V``, and ``Σ Jᵀ V J`` in the shape of ``R``.
     """
-    rows = rows.to(torch.promote_types(rows.gradients.dtype, torch.float32))
     by_row, by_column = torch.zeros_like(row_side), torch.zeros_like(column_side)
     sides = row_side.to(rows.gradients), column_side.to(rows.gradients)
     columns, shared, out_features = rows.gradients.shape[0], *rows.gradients.shape[-2:]

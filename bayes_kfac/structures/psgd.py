@@ -20,12 +20,14 @@ and that directions count by their precision. All of this is in the coordinates 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from bayes_kfac import linalg
 from bayes_kfac.errors import check_choice
+from bayes_kfac.structures.alternating import alternated
 from bayes_kfac.structures.base import BlockGaussian, BlockSpec, Card, register
 from bayes_kfac.structures.damping import WhiteBlock
 from bayes_kfac.structures.kron import KroneckerStructure
@@ -33,9 +35,6 @@ from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
 
 #: What the preconditioner is fitted to, and the power of the curvature there that its inverse tends to.
 CRITERIA = {"newton": 2, "whitening": 1}
-#: Sweeps of the two equations, and the relative change at which they end.
-SWEEPS = 500
-TOLERANCE = 1e-12
 
 
 @register("psgd")
@@ -97,13 +96,8 @@ def _preconditioner(moments: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``u``, ``[*blocks, out]``, and ``v``, ``[*blocks, in]``.
     """
-    v = moments.mean(-2).rsqrt()
-    for _ in range(SWEEPS):
-        u = _given(moments, v)
-        before, v = v, _given(moments.mT, u)
-        if bool(((v - before).abs() <= TOLERANCE * v).all()):
-            break
-    return _given(moments, v), v
+    row_given, column_given = partial(_given, moments), partial(_given, moments.mT)
+    return alternated(row_given, column_given, moments.mean(-2).rsqrt())
 
 
 def _given(moments: Tensor, other: Tensor) -> Tensor:

@@ -209,7 +209,6 @@ class EndlessChainStructure(ChainStructure):
 
 def _lagged(rows: Rows) -> tuple[Tensor, Tensor]:
     """Sums over neighbours, ``Σ a_{t+1} a_tᵀ`` and ``Σ_c g_{c,t+1} g_ctᵀ``, as of :func:`kronecker_factors`."""
-    rows = rows.to(torch.promote_types(rows.gradients.dtype, torch.float32))
     inputs, gradients = rows.inputs, rows.gradients.movedim(0, -4)
     assert isinstance(inputs, Tensor)
     if rows.mask is not None:

@@ -43,7 +43,6 @@ class ShampooStructure(Structure):
         self.damping = "exact"
 
     def measure(self, rows: Rows, frame: Frame = NO_FRAME) -> Statistics:  # noqa: D102
-        rows = rows.to(torch.promote_types(rows.gradients.dtype, torch.float32))
         gradient = rows.total(0) / max(rows.num_examples, 1.0)
         other = rows.transposed
         sums = {
@@ -56,7 +55,6 @@ class ShampooStructure(Structure):
         self, shape: tuple[int, ...], like: Tensor, *, sparse_sides: frozenset[str] = frozenset(), tied: bool = False
     ) -> Statistics:
         *blocks, out_features, in_features = shape
-        like = like.new_zeros(0, dtype=torch.promote_types(like.dtype, torch.float32))
         sums = {}
         for side, size in {"input": in_features, "gradient": out_features}.items():
             ones = like.new_ones(*blocks, 1, size)

@@ -19,14 +19,12 @@ from torch import Tensor
 
 from bayes_kfac import linalg
 from bayes_kfac.curvature import SparseRows
+from bayes_kfac.structures.alternating import settled
 from bayes_kfac.structures.base import BlockGaussian, register_gaussian
 from bayes_kfac.structures.kron_eigen import squared_lengths
 from bayes_kfac.structures.whitened import WhitenedRows, same_for_all
 
 ROW, COLUMN = "row", "column"
-#: Sweeps of :meth:`TensorEigenGaussian.nearest_tensor_normal`, and the relative change at which they end.
-SWEEPS = 500
-TOLERANCE = 1e-10
 
 
 @register_gaussian("tensor_normal")
@@ -176,20 +174,20 @@ class TensorEigenGaussian(TensorNormalGaussian):
         Returns:
             The tensor normal.
         """
-        scaled = self.precision.flatten(-2)
-        scales = [basis.new_ones(basis.shape[:-1]) for basis in self.roots.values()]
-        last = math.inf
-        for _ in range(SWEEPS):
-            moved = 0.0
-            for mode, scale in enumerate(scales):
+
+        def sweep(sides: tuple[Tensor, list[Tensor]]) -> tuple[tuple[Tensor, list[Tensor]], float]:
+            scaled, before = sides
+            scales, moved = [], 0.0
+            for scale in before:
                 slices = scaled.unflatten(-1, (scale.shape[-1], -1))
                 factor = slices.mean(-1).reciprocal()
                 scaled = (slices * factor.unsqueeze(-1)).mT.flatten(-2)
-                scales[mode] = scale * factor
+                scales.append(scale * factor)
                 moved = max(moved, float((factor - 1).abs().max()))
-            if moved <= TOLERANCE or moved >= last:  # in float32 rounding may end the progress first
-                break
-            last = moved
+            return (scaled, scales), moved
+
+        ones = [basis.new_ones(basis.shape[:-1]) for basis in self.roots.values()]
+        _, scales = settled(sweep, (self.precision.flatten(-2), ones))
         roots = zip(self.roots.items(), scales, strict=True)
         return TensorNormalGaussian(**{name: basis * scale.sqrt().unsqueeze(-2) for (name, basis), scale in roots})
 

@@ -37,7 +37,7 @@ class TKFACStructure(KroneckerStructure):
     fishers = EXAMPLEWISE_KINDS
 
     def measure(self, rows: Rows, frame: Frame = NO_FRAME) -> Statistics:  # noqa: D102
-        input_sum, gradient_sum = _partial_traces(rows.to(torch.promote_types(rows.gradients.dtype, torch.float32)))
+        input_sum, gradient_sum = _partial_traces(rows)
         sums = {"input": input_sum, "gradient": gradient_sum}
         return Statistics(sums, dict.fromkeys(sums, rows.num_examples))
 

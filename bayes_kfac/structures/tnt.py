@@ -98,7 +98,7 @@ class TensorModesStructure(Structure):
         return {"modes": self.modes}
 
     def measure(self, rows: Rows, frame: Frame = NO_FRAME) -> Statistics:  # noqa: D102
-        first, *others = map(self._moments, pieces(rows.to(torch.promote_types(rows.gradients.dtype, torch.float32))))
+        first, *others = map(self._moments, pieces(rows))
         sums = [sum(moments, start) for start, *moments in zip(first, *others, strict=True)]
         return Statistics(dict(zip(self.sizes, sums, strict=True)), dict.fromkeys(self.sizes, rows.num_examples))
 
@@ -106,10 +106,9 @@ class TensorModesStructure(Structure):
         self, shape: tuple[int, ...], like: Tensor, *, sparse_sides: frozenset[str] = frozenset(), tied: bool = False
     ) -> Statistics:
         *blocks, out_features, in_features = shape
-        dtype = torch.promote_types(like.dtype, torch.float32)
         sums = {}
         for name, size in self.sizes.items():
-            moment = out_features * in_features / size * torch.eye(size, dtype=dtype, device=like.device)
+            moment = out_features * in_features / size * torch.eye(size, dtype=like.dtype, device=like.device)
             sums[name] = moment.expand(*blocks, size, size)
         return Statistics(sums, dict.fromkeys(sums, 1.0))
 

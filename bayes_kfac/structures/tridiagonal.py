@@ -239,7 +239,6 @@ def _spectra(neighbours: Sequence[_Neighbours]) -> list[tuple[tuple[Tensor, ...]
 
 def _products(rows: Rows, other: Rows, sharing: str) -> list[Tensor] | None:
     """The sums of ``a_l a_{l+1}ᵀ`` and ``g_l g_{l+1}ᵀ``, where both layers have one position for each example."""
-    rows, other = (own.to(torch.promote_types(own.gradients.dtype, torch.float32)) for own in (rows, other))
     if sharing == "reduce":
         rows, other = rows.pooled(), other.pooled()
     if rows.inputs.shape[:-1] != other.inputs.shape[:-1] or rows.inputs.shape[-2] != 1:

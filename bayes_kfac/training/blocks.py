@@ -204,7 +204,7 @@ class Blocks:
     def _identity(self, name: str) -> Statistics:
         """The statistics of a layer whose Fisher is the identity."""
         layer = self.layers[name]
-        return self.structures[name].identity(layer.shape, layer.like, **layer.form)
+        return self.structures[name].identity(layer.shape, layer.template, **layer.form)
 
 
 def _key(layer: Layer) -> tuple[str, ...]:

@@ -315,7 +315,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         for name, layer in self.layers.items():
             gradient = layer.gradient()
             if gradient is not None:
-                dtype = torch.promote_types(gradient.dtype, torch.float32)  # the algebra of a bf16 model is in float32
+                dtype = linalg.algebra_dtype(gradient.dtype)
                 decay = self._blocks.intrinsic_damping(name)
                 gradients[name] = self._sampler.with_decay(name, gradient.to(dtype), decay)
         return gradients

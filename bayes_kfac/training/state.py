@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from bayes_kfac.curvature import NO_FRAME, Layer, Statistics
@@ -41,19 +40,17 @@ class BlockState:
     age: int = 0
 
     def like(self, tensor: Tensor) -> BlockState:
-        """The same state on a tensor's device, in its dtype or float32 if that is wider; itself if it is already."""
+        """The same state on a tensor's device, in its dtype; itself if it is already."""
         held = self.posterior.like if self.posterior else self.statistics.tensors[0] if self.statistics else None
-        dtype = torch.promote_types(tensor.dtype, torch.float32)
-        if held is None or (held.dtype == dtype and held.device == tensor.device):
+        if held is None or (held.dtype == tensor.dtype and held.device == tensor.device):
             return self
 
         def move(value: Tensor) -> Tensor:
-            return value.to(tensor.device, dtype)
+            return value.to(tensor)
 
-        statistics = self.statistics
         return replace(
             self,
-            statistics=None if statistics is None else statistics.map(move),
+            statistics=None if self.statistics is None else self.statistics.map(move),
             posterior=None if self.posterior is None else self.posterior.map(move),
             preconditioner=None if self.preconditioner is None else self.preconditioner.map(move),
             momentum=None if self.momentum is None else move(self.momentum),

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from bayes_kfac.curvature import Layer, Statistics
 from bayes_kfac.structures import JointGaussian, Link
 from bayes_kfac.structures.link import Links
@@ -78,7 +76,7 @@ class States(Mapping[str, BlockState]):
 
     def like(self, layers: Mapping[str, Layer]) -> States:
         """The same where the layers are, in their dtype or float32 if that is wider; itself if it is already."""
-        moved = {name: state.like(layers[name].like) for name, state in self.items()}
+        moved = {name: state.like(layers[name].template) for name, state in self.items()}
         if all(moved[name] is state for name, state in self.items()):
             return self
         links, preconditioner_links = (
@@ -129,5 +127,5 @@ def _renewed(links: Links, gaussian: JointGaussian) -> Links:
 
 
 def _like(link: Link, layer: Layer) -> Link:
-    device, dtype = layer.like.device, torch.promote_types(layer.like.dtype, torch.float32)
-    return link.map(lambda tensor: tensor.to(device, dtype))
+    template = layer.template
+    return link.map(lambda tensor: tensor.to(template))

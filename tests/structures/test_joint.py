@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from bayes_kfac import structures
-from bayes_kfac.curvature import Rows, Statistics
+from bayes_kfac.curvature import Rows, Statistics, find_layers
 from bayes_kfac.structures import (
     BlockGaussian,
     BlockSpec,
@@ -21,6 +21,7 @@ from bayes_kfac.structures import (
     Link,
     MatrixNormalGaussian,
 )
+from bayes_kfac.structures.joint import measure
 from tests.helpers import TIGHT, randn, random_spd, rng
 from tests.joints import as_vector, dense_covariance, unit_values
 
@@ -251,3 +252,26 @@ def test_building_keeps_the_order_and_mixes_structures():
     assert [block.kind for block in built.values()] == ["kron_eigen", "diagonal", "kron_eigen"]
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
     assert structures.correlation(named, specs)(scale) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", structures.available())
+def test_rows_of_16_bits_are_measured_in_float32(name, dtype):
+    """In bfloat16 a sum of 1000 ones would stop at 256."""
+    structure = structures.get(name, damping="factored", sharing="expand")
+    half = Rows(torch.ones(1000, 1, 2, dtype=dtype), torch.ones(1, 1000, 1, 3, dtype=dtype))
+    found, expected = (measure({"a": structure}, {"a": rows})["a"] for rows in (half, half.to(torch.float32)))
+    for one, other in zip(found.tensors, expected.tensors, strict=True):
+        assert_close(one, other, rtol=0, atol=0)
+
+
+def test_so_are_those_of_linked_layers():
+    layers, _ = find_layers(torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.Linear(3, 2)))
+    chain = structures.get("tridiagonal", damping="factored", sharing="expand").for_layers(layers)
+    half = {
+        name: Rows(torch.ones(1000, 1, in_, dtype=torch.bfloat16), torch.ones(1, 1000, 1, out, dtype=torch.bfloat16))
+        for name, (out, in_) in zip(layers, ((3, 2), (2, 4)), strict=True)
+    }
+    sums = [value for own in measure(chain, half).values() for value in own.sums.values()]
+    assert len(sums) == 6
+    assert all(bool((value == 1000.0).all()) for value in sums)

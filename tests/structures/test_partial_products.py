@@ -136,17 +136,6 @@ def test_identities_give_the_partial_traces():
     assert_close(by_column[0], (J.mT @ J).sum(0), **TIGHT)
 
 
-def test_half_precision_rows_are_summed_in_single(rows):
-    V, R = sides(rows)
-    half = rows.to(torch.bfloat16)
-    single = half.to(torch.float32)
-    for actual, one in zip(
-        partial_products(half, V.float(), R.float()), partial_products(single, V.float(), R.float()), strict=True
-    ):
-        assert actual.dtype == torch.float32
-        assert_close(actual, one)
-
-
 def test_masked_positions_add_what_their_gradients_do():
     """Gradients at masked positions are zero: a mask weighs averages of inputs, and there are none here."""
     rows = dense_rows(2, shared=3, in_=4, out=3)
