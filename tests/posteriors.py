@@ -107,7 +107,7 @@ def random_rows(layer: Layer, *, seed: int) -> Rows:
     """Rows of thirty examples and one column, of a layer whose inputs are not sparse."""
     *blocks, out, in_ = layer.shape
     rows = Rows(randn(*blocks, 30, 1, in_, seed=seed), randn(1, *blocks, 30, 1, out, seed=seed + 1))
-    return rows.to(layer.like.dtype)
+    return rows.to(layer.like.dtype).for_algebra()
 
 
 def dense_covariances(posterior: Posterior) -> dict[str, Tensor]:

@@ -21,7 +21,6 @@ from bayes_kfac.structures import (
     Link,
     MatrixNormalGaussian,
 )
-from bayes_kfac.structures.joint import measure
 from tests.helpers import TIGHT, randn, random_spd, rng
 from tests.joints import as_vector, dense_covariance, unit_values
 
@@ -260,7 +259,9 @@ def test_rows_of_16_bits_are_measured_in_float32(name, dtype):
     """In bfloat16 a sum of 1000 ones would stop at 256."""
     structure = structures.get(name, damping="factored", sharing="expand")
     half = Rows(torch.ones(1000, 1, 2, dtype=dtype), torch.ones(1, 1000, 1, 3, dtype=dtype))
-    found, expected = (measure({"a": structure}, {"a": rows})["a"] for rows in (half, half.to(torch.float32)))
+    found, expected = (
+        structures.measure({"a": structure}, {"a": rows})["a"] for rows in (half, half.to(torch.float32))
+    )
     for one, other in zip(found.tensors, expected.tensors, strict=True):
         assert_close(one, other, rtol=0, atol=0)
 
@@ -272,6 +273,6 @@ def test_so_are_those_of_linked_layers():
         name: Rows(torch.ones(1000, 1, in_, dtype=torch.bfloat16), torch.ones(1, 1000, 1, out, dtype=torch.bfloat16))
         for name, (out, in_) in zip(layers, ((3, 2), (2, 4)), strict=True)
     }
-    sums = [value for own in measure(chain, half).values() for value in own.sums.values()]
+    sums = [value for own in structures.measure(chain, half).values() for value in own.sums.values()]
     assert len(sums) == 6
     assert all(bool((value == 1000.0).all()) for value in sums)
