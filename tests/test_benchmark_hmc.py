@@ -134,4 +134,4 @@ def test_a_training_that_diverges_is_a_result_and_said(problem, tmp_path, monkey
     monkeypatch.setattr(hmc_report, "RESULTS", tmp_path)
     monkeypatch.setattr(hmc_report, "done", lambda: ["yacht"])
     assert hmc_report.found() == {}
-    assert hmc_report.diverged() == " Training diverged: noisy kron exact (1 of 1 sets)."
+    assert hmc_report.diverged() == " Training diverged on 1 of 1 sets: noisy kron exact."
