@@ -1,36 +1,46 @@
 """Rows and the examples that they belong to: brought from where a layer has them to the batch of the output.
 
 Rows lie in a layer as ``[*blocks, batch, shared, size]``, where its batch may be the output's, coarser or finer, as
-models flatten ``[batch, time]`` before a layer or at the end.
+models flatten ``[batch, time]`` before a layer or at the end. Or they lie as ``[time, batch]``, flattened or not: in
+layers that see time first, and in those that see several batches one after another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from bayes_kfac.batches import weighing_examples
 from bayes_kfac.curvature.layers import Layer
-from bayes_kfac.curvature.rows import Rows, SparseRows
+from bayes_kfac.curvature.rows import Rows, SparseRows, side_by_side
 
 
-def fits(rows: Rows, num_examples: int) -> bool:
-    """Whether rows can be told apart by example: the layer's batch is the output's, coarser or finer."""
-    batch, shared = rows.inputs.shape[-3:-1]
-    return batch % num_examples == 0 or (num_examples % batch == 0 and batch * shared % num_examples == 0)
-
-
-def by_example(rows: Rows, num_examples: int) -> Rows:
-    """Give rows the batch dimension of the output: models flatten ``[batch, time]``, before a layer or at the end."""
+def batch_first(rows: Rows, num_examples: int) -> Rows | None:
+    """Rows ``[batch, positions]`` with the batch dimension of the output; ``None`` where they cannot lie like this."""
     batch, shared = rows.inputs.shape[-3:-1]
     if batch == num_examples:
         return rows
+    if batch % num_examples and (num_examples % batch or batch * shared % num_examples):
+        return None
     sizes = (num_examples, batch * shared // num_examples)
-    inputs = _map(rows.inputs, lambda tensor: tensor.flatten(-3, -2).unflatten(-2, sizes))
-    return replace(rows, inputs=inputs, gradients=rows.gradients.flatten(-3, -2).unflatten(-2, sizes))
+    return _moved(rows, lambda tensor: tensor.flatten(-3, -2).unflatten(-2, sizes))
+
+
+def positions_first(rows: Rows, num_examples: int) -> Rows | None:
+    """Rows ``[positions, batch]`` with the batch dimension of the output; ``None`` where they cannot lie like this."""
+    batch, shared = rows.inputs.shape[-3:-1]
+    if batch * shared % num_examples:
+        return None
+    sizes = (batch * shared // num_examples, num_examples)
+    return _moved(rows, lambda tensor: tensor.flatten(-3, -2).unflatten(-2, sizes).transpose(-3, -2))
+
+
+#: How the rows of a layer lie: functions of rows and the number of examples, the likeliest first.
+Way = Callable[[Rows, int], Rows | None]
+WAYS: tuple[Way, ...] = (batch_first, positions_first)
 
 
 def in_every_example(rows: Rows, columns: int, examples: int) -> Rows:
@@ -43,21 +53,42 @@ def in_every_example(rows: Rows, columns: int, examples: int) -> Rows:
     return replace(rows, inputs=inputs, gradients=gradients)
 
 
-def _map(inputs: Tensor | SparseRows, function: Any) -> Tensor | SparseRows:
+def _moved(rows: Rows, move: Callable[[Tensor], Tensor]) -> Rows:
+    return replace(rows, inputs=_map(rows.inputs, move), gradients=move(rows.gradients))
+
+
+def _map(inputs: Tensor | SparseRows, function: Callable[[Tensor], Tensor]) -> Tensor | SparseRows:
     if isinstance(inputs, SparseRows):
         return SparseRows(function(inputs.indices), function(inputs.weights), inputs.size)
-    mapped: Tensor = function(inputs)
-    return mapped
+    return function(inputs)
 
 
-def masked(rows: Rows, mask: Tensor | None, examples: float) -> Rows:
-    """Rows that know which of their positions weigh, and how many examples they come from."""
-    if mask is None or rows.inputs.shape[-3] != len(mask):
-        return replace(rows, examples=examples)
-    # where the layer has as many positions as the mask they are the same ones; elsewhere an example weighs as a whole
-    flat, shared = mask.reshape(len(mask), -1), rows.inputs.shape[-2]
-    weighs = flat if flat.shape[1] == shared else weighing_examples(mask).unsqueeze(1).expand(len(mask), shared)
-    return replace(rows, mask=weighs, examples=examples)
+def joined(calls: Sequence[Rows], mask: Tensor | None, examples: float) -> Rows:
+    """The rows of a layer's calls as one, which know what of them weighs, and how many examples they come from.
+
+    Where all calls together have as many positions as the mask, as those of a loop over time, or where one of them has,
+    they are the same ones; elsewhere an example weighs as a whole.
+
+    Args:
+        calls: The rows of each call, in the order of time.
+        mask: Which elements of the output weigh, ``[batch, ...]``.
+        examples: How many examples there are.
+
+    Returns:
+        The rows.
+    """
+    whole = side_by_side(calls)
+    if mask is not None and whole.inputs.shape[-3] == len(mask):
+        flat = mask.reshape(len(mask), -1)
+        parts = [whole] if whole.inputs.shape[-2] == flat.shape[1] else calls
+        weighs = [_positions(flat, part.inputs.shape[-2]) for part in parts]
+        whole = replace(whole, mask=torch.cat(weighs, dim=1))
+    return replace(whole, examples=examples)
+
+
+def _positions(mask: Tensor, shared: int) -> Tensor:
+    """Which positions of a call weigh, ``[batch, shared]``, of a flat mask."""
+    return mask if mask.shape[1] == shared else weighing_examples(mask).unsqueeze(1).expand(len(mask), shared)
 
 
 def both_ways(layer: Layer, joined: Mapping[tuple[str, bool], Rows]) -> Rows:

@@ -1,9 +1,9 @@
 """The pull-back: from the uses of blocks in a forward pass, and gradients at its output, to rows.
 
 A row belongs to an example where the layer's batch is the output's: ``[batch, ...]``, or flattened with further
-dimensions, batch first. Elsewhere (positions looked up once for all examples, nodes of a graph that see each other,
-parameters that no module multiplies with an input) every row may be in every example's Jacobian. Then each example's
-gradient is pulled back by itself, or that of a few groups of examples where this is enough.
+dimensions before or behind it. Elsewhere (positions looked up once for all examples, nodes of a graph that see each
+other, parameters that no module multiplies with an input) every row may be in every example's Jacobian. Then each
+example's gradient is pulled back by itself, or that of a few groups of examples where this is enough.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 
 from bayes_kfac.batches import count_examples, widened
-from bayes_kfac.curvature.alignment import both_ways, by_example, fits, in_every_example, masked
+from bayes_kfac.curvature.alignment import WAYS, Way, batch_first, both_ways, in_every_example, joined
 from bayes_kfac.curvature.layers import Layer, Use
-from bayes_kfac.curvature.rows import Rows, side_by_side
+from bayes_kfac.curvature.rows import Rows
 from bayes_kfac.errors import UnsupportedModelError, UsageError
 
 #: Examples times columns that one batched backward pass takes on, where gradients of single examples are needed.
@@ -88,8 +88,7 @@ class PullBack:
             of the examples' squares (Liu et al. 2023, "Sophia").
         coupled: Whether all examples depend on each other, as by batch normalisation in training. Rows then belong to
             the examples in whose place they are.
-        spread: The layers in which the gradient of one example's output reaches the rows of another, where they are
-            known; otherwise :meth:`probe` finds them.
+        ways: How the rows of layers lie, where it is known; otherwise :meth:`probe` finds out.
         create_graph: Whether rows are to be differentiable with respect to the model's inputs.
     """
 
@@ -99,7 +98,7 @@ class PullBack:
     parameters: Mapping[str, Tensor] | None = None
     independent: bool = False
     coupled: bool = False
-    spread: Set[str] | None = None
+    ways: Mapping[str, Set[Way]] | None = None
     create_graph: bool = False
 
     def columns_within(self, budget: int) -> int:
@@ -130,21 +129,21 @@ class PullBack:
             return self._rows(output_gradients, mask)
 
     def _rows(self, output_gradients: Tensor, mask: Tensor | None) -> dict[str, Rows]:
-        found = self._rows_in_place(output_gradients)
-        apart = {call.layer for call, rows in found if not self._is_in_place(call, rows)}
+        found = [(call, self._by_example(call, rows)) for call, rows in self._rows_as_they_lie(output_gradients)]
+        apart = {call.layer for call, rows in found if rows is None}
         uses: dict[tuple[str, bool], list[Rows]] = {}
         for call, rows in found:
-            if call.layer not in apart:
-                _put(uses, call, by_example(rows, len(self.output)))
+            if rows is not None and call.layer not in apart:
+                _put(uses, call, rows)
         for call, rows in self._rows_apart(apart, output_gradients):
             _put(uses, call, rows)
         examples = float(len(self.output)) if mask is None else count_examples(mask)
-        joined = {key: masked(side_by_side(rows), mask, examples) for key, rows in uses.items()}
-        joined |= self._rows_of_parameters(output_gradients, examples)
-        names = [name for name in self.layers if (name, False) in joined or (name, True) in joined]
-        return {name: both_ways(self.layers[name], joined) for name in names}
+        whole = {key: joined(calls, mask, examples) for key, calls in uses.items()}
+        whole |= self._rows_of_parameters(output_gradients, examples)
+        names = [name for name in self.layers if (name, False) in whole or (name, True) in whole]
+        return {name: both_ways(self.layers[name], whole) for name in names}
 
-    def _rows_in_place(self, output_gradients: Tensor) -> list[tuple[Call, Rows]]:
+    def _rows_as_they_lie(self, output_gradients: Tensor) -> list[tuple[Call, Rows]]:
         """The rows of each call that the output depends on, as they lie in it."""
         for call in self.calls:
             call.check()
@@ -156,25 +155,28 @@ class PullBack:
         ]
         return _whole_batches(found, len(self.output))
 
-    def _is_in_place(self, call: Call, rows: Rows) -> bool:
-        """Whether the rows of a call belong to the examples in whose place they are."""
-        return fits(rows, len(self.output)) and (self.coupled or call.layer not in self.meeting)
+    def _by_example(self, call: Call, rows: Rows) -> Rows | None:
+        """The rows of a call by the examples that they belong to; ``None`` where they may belong to several."""
+        ways = {batch_first} if self.coupled else self.known_ways.get(call.layer, {batch_first})
+        placed = (way(rows, len(self.output)) for way in WAYS if way in ways)
+        return next((own for own in placed if own is not None), None)
 
     @cached_property
-    def meeting(self) -> Set[str]:
-        """The layers in which the gradient of one example's output reaches the rows of another."""
-        return self.probe() if self.spread is None else self.spread
+    def known_ways(self) -> Mapping[str, Set[Way]]:
+        """How the rows of layers lie; no way where the gradient of one example's output reaches the rows of another."""
+        return self.probe() if self.ways is None else self.ways
 
     @torch.no_grad()
-    def probe(self) -> set[str]:
-        """Find the layers in which the gradient of one example's output reaches the rows of another.
+    def probe(self) -> dict[str, Set[Way]]:
+        """Find how the rows of layers lie.
 
         Any two examples differ in a binary digit of their place. So all pairs are told apart by the gradients of the
-        outputs whose places have a digit set: they must be those of all outputs in rows there, and none elsewhere. A
-        layer whose rows cannot be told apart by example is among them: in a batch of another size they might fit.
+        outputs whose places have a digit set: they must be those of all outputs in rows there, and none elsewhere.
+        Where rows do not even fit there is no way: in a batch of another size they might.
 
         Returns:
-            Their names.
+            The ways that hold in all calls, by layer; nothing of layers whose gradients are all zero, which tell
+            nothing.
         """
         size, device = len(self.output), self.output.device
         generator = torch.Generator(device).manual_seed(0)
@@ -182,16 +184,12 @@ class PullBack:
         digits = torch.arange((size - 1).bit_length(), device=device)
         is_set = (torch.arange(size, device=device) >> digits[:, None]) % 2 == 1
         members = torch.cat([is_set.new_ones(1, size), is_set])
-        spread = set()
-        for call, rows in self._rows_in_place(probe * widened(members, probe.unsqueeze(0))):
-            if not fits(rows, size):
-                spread.add(call.layer)
-                continue
-            every, *some = by_example(rows, size).gradients
-            parts = zip(some, members[1:, :, None, None], strict=True)
-            if not all(torch.allclose(part, every * here, rtol=1e-3, atol=0) for part, here in parts):
-                spread.add(call.layer)
-        return spread
+        found: dict[str, Set[Way]] = {}
+        for call, rows in self._rows_as_they_lie(probe * widened(members, probe.unsqueeze(0))):
+            if bool(rows.gradients.any()):
+                own = {way for way in WAYS if _is_apart(way(rows, size), members)}
+                found[call.layer] = found.get(call.layer, own) & own
+        return found
 
     def _rows_apart(self, names: set[str], output_gradients: Tensor) -> Iterable[tuple[Call, Rows]]:
         """The rows of some layers' calls, each of them in every example."""
@@ -296,6 +294,15 @@ def gradients_at(
     others = [edge for edge in edges if edge != source]
     pulled = iter(_pull_back(source, others, gradients, create_graph=create_graph))
     return [gradients if edge == source else next(pulled) for edge in edges]
+
+
+def _is_apart(rows: Rows | None, members: Tensor) -> bool:
+    """Whether gradients of some examples' outputs, ``[sets, batch]`` with all first, are in the rows of these alone."""
+    if rows is None:
+        return False
+    every, *some = rows.gradients
+    parts = zip(some, members[1:, :, None, None], strict=True)
+    return all(torch.allclose(part, every * here, rtol=1e-3, atol=0) for part, here in parts)
 
 
 def _versions(captured: Any) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ or compiled at any other time carries none. Compiled modules run uncompiled in b
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from bayes_kfac.curvature.alignment import Way
 from bayes_kfac.curvature.layers import Layer, Use
 from bayes_kfac.curvature.modules import CompositeAdapter
 from bayes_kfac.curvature.pullback import Call, PullBack
@@ -46,7 +48,8 @@ class Recorder:
         self.keeps_graph = False
         self.calls: list[Call] = []
         self._attached: ExitStack | None = None
-        self._spread: dict[tuple[int, ...], set[str]] = {}
+        self._ways: dict[tuple[int, ...], dict[str, Set[Way]]] = {}
+        self._passes: Counter[tuple[int, ...]] = Counter()
 
     def attach(self) -> None:
         """Put a forward hook on every module that uses a block.
@@ -89,8 +92,8 @@ class Recorder:
     def pull_back(self, output: Tensor, calls: Sequence[Call] | None = None, **options: Any) -> PullBack:
         """What pulls gradients with respect to the model's output back to every block; the graph is kept.
 
-        Whether examples meet in a layer is a property of the model: it is probed once for each shape of an example's
-        output, on the first batch of several whose output is finite.
+        How rows lie, and whether examples meet, is probed for each shape of an example's output: on the first batch of
+        several whose output is finite, and on the second, fourth, eighth and so on, since a graph may have no edges.
 
         Args:
             output: The model's output, ``[batch, ...]``, of the forward pass that was recorded.
@@ -104,13 +107,22 @@ class Recorder:
         pull_back = PullBack(self.layers, calls, output, create_graph=self.keeps_graph, **options)
         if pull_back.coupled or not output.requires_grad:
             return pull_back
+        return replace(pull_back, ways=self._probed(pull_back))
+
+    def _probed(self, pull_back: PullBack) -> Mapping[str, Set[Way]]:
+        """How rows lie by all probes so far, and by one of this pass where it is due."""
+        output = pull_back.output
         shape = tuple(output.shape[1:])  # tokens meet where sequences do not
-        spread = self._spread.get(shape)
-        if spread is None:
-            spread = pull_back.probe()
-            if len(output) > 1 and bool(torch.isfinite(output).all()):
-                self._spread[shape] = spread
-        return replace(pull_back, spread=spread)
+        known = self._ways.setdefault(shape, {})
+        tells = len(output) > 1 and bool(torch.isfinite(output).all())
+        self._passes[shape] += tells
+        is_due = tells and self._passes[shape].bit_count() == 1
+        if not is_due and all(call.layer in known for call in pull_back.calls):
+            return known
+        found = {name: own & known.get(name, own) for name, own in pull_back.probe().items()}
+        if tells:
+            known.update(found)
+        return {**known, **found}
 
     def rows(
         self, output: Tensor, output_gradients: Tensor, *, mask: Tensor | None = None, **options: Any

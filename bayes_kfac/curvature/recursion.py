@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from bayes_kfac import linalg
 from bayes_kfac.batches import weighing_examples, widened
+from bayes_kfac.curvature.alignment import WAYS, batch_first
 from bayes_kfac.curvature.pullback import Call, PullBack, gradients_at
 from bayes_kfac.curvature.rows import Rows, SparseRows
 from bayes_kfac.errors import UnsupportedModelError
@@ -117,13 +118,13 @@ def _chain(pull_back: PullBack, output: GradientEdge) -> list[Call]:
         UnsupportedModelError: If there is a way past one of them, or examples meet.
     """
     knows = bool(pull_back.output.isfinite().all())  # NaN of one example is in the gradients of all
-    meeting = pull_back.layers if pull_back.coupled else pull_back.meeting if knows else ()
+    lie = {} if pull_back.coupled or not knows else pull_back.known_ways
     for name, layer in pull_back.layers.items():
         if layer.adapter.structure is not None:
             raise UnsupportedModelError(_refusal(name, "is no linear map"))
         if len(layer.uses) > 1:
             raise UnsupportedModelError(_refusal(name, "is used by several modules"))
-        if name in meeting:
+        if pull_back.coupled or batch_first not in lie.get(name, WAYS):
             raise UnsupportedModelError(_refusal(name, "is where examples meet"))
     chain: list[Call] = []
     ways: Iterable[tuple[Any, int]] = [(output.node, output.output_nr)]

@@ -1,4 +1,4 @@
-"""Which layers mix examples: found once for each kind of output, and right for every batch after that."""
+"""How rows lie and which layers mix examples: found on few batches, and right for every batch after that."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def count_probes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The batch sizes of all probes from now on."""
     probe, sizes = PullBack.probe, []
 
-    def counted(self: PullBack) -> set[str]:
+    def counted(self: PullBack) -> Any:
         sizes.append(len(self.output))
         return probe(self)
 
@@ -90,15 +90,15 @@ def count_probes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 # Once
 
 
-def test_a_model_is_probed_on_its_first_batch_of_several(monkeypatch):
-    """A batch of one tells nothing, and its answer is not kept; that of two serves all further batches."""
+def test_a_model_is_probed_on_its_first_batches_of_several(monkeypatch):
+    """A batch of one tells nothing, and its answer is not kept; the first, second, fourth, ... of others are asked."""
     sizes = count_probes(monkeypatch)
     model = seeded(MeetsLater())
     recorder = attached(model)
-    for batch in (1, 2, 5, 1, 3):
+    for batch in (1, 2, 5, 1, 3, 4, 6, 7, 2, 8, 9):
         inputs = randn(batch, 3, seed=batch)
         assert_are_jacobians(rows_of(recorder, model, inputs), model, inputs)
-    assert sizes == [1, 2]
+    assert sizes == [1, 2, 5, 4, 8]
 
 
 def test_a_model_is_not_probed_where_it_does_not_matter(monkeypatch):
@@ -134,10 +134,10 @@ def test_outputs_of_different_kinds_are_probed_apart(monkeypatch, first):
     model, x = seeded(Sequences()), randn(4, 5, 3, seed=1)
     recorder = attached(model)
     order = [True, False] if first == "tokens" else [False, True]
-    for tokens in order * 2:
+    for tokens in order * 3:
         inputs = {"x": x, "tokens": tokens}
         assert_are_jacobians(rows_of(recorder, model, inputs), model, inputs)
-    assert len(sizes) == 2
+    assert len(sizes) == 4
 
 
 def test_recorders_do_not_share_what_they_found(monkeypatch):
@@ -191,3 +191,108 @@ def test_any_two_examples_that_meet_are_found(size, one):
     rows = rows_of(attached(model), model, inputs)
     assert_are_jacobians(rows, model, inputs)
     assert rows["layer"].inputs.shape[-2] == (1 if one >= size - 1 else size)
+
+
+class Graph(nn.Module):
+    """Nodes that see their neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        return self.after(edges @ self.before(x).tanh())
+
+
+@pytest.mark.parametrize("first", ["alone", "together"])
+def test_nodes_meet_whatever_graph_came_first(first):
+    """Where nodes have no neighbours they do not meet, which says nothing of other graphs."""
+    model = seeded(Graph())
+    recorder = attached(model)
+    graphs = {"alone": torch.eye(4).double(), "together": randn(4, 4, seed=2)}
+    for edges in (graphs[first], graphs["together"], graphs["together"], graphs["alone"]):
+        inputs = {"x": randn(4, 3, seed=1), "edges": edges}
+        assert_are_jacobians(rows_of(recorder, model, inputs), model, inputs)
+
+
+def test_gradients_of_zero_tell_nothing():
+    """Behind a head that is zero at first nobody seems to meet."""
+    model = seeded(MeetsLater())
+    with torch.no_grad():
+        model.after.weight.zero_()
+    recorder = attached(model)
+    rows_of(recorder, model, randn(4, 3, seed=1))
+    with torch.no_grad():
+        model.after.weight.copy_(randn(2, 4, seed=3))
+    for _ in range(3):
+        rows = rows_of(recorder, model, randn(4, 3, seed=1))
+        assert_are_jacobians(rows, model, randn(4, 3, seed=1))
+
+
+# Batch second
+
+
+class TimeFirst(nn.Module):
+    """Sees ``[batch, time, 3]`` as ``[time, batch, 3]``, flattened or not."""
+
+    def __init__(self, *, flat: bool) -> None:
+        super().__init__()
+        self.before, self.after, self.flat = nn.Linear(3, 4), nn.Linear(4, 2), flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        sequence = x.transpose(0, 1)
+        hidden = self.before(sequence.flatten(0, 1) if self.flat else sequence).tanh()
+        return self.after(hidden.reshape(*sequence.shape[:2], 4).mean(0))
+
+
+class Siamese(nn.Module):
+    """Two inputs, one after another in one batch of twice the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.before(torch.cat([x[:, 0], x[:, 1]])).tanh().chunk(2)
+        return self.after(first * second)
+
+
+@pytest.mark.parametrize(
+    ("make", "time"),
+    [(lambda: TimeFirst(flat=False), 4), (lambda: TimeFirst(flat=True), 4), (Siamese, 2)],
+    ids=["time first", "flattened", "siamese"],
+)
+def test_rows_with_the_batch_behind_are_brought_to_their_examples(make, time):
+    """One position for each step of each example, and no gradient of one example pulled back by itself."""
+    model = seeded(make())
+    recorder = attached(model)
+    for batch in (5, 1, 4, 8, 3):
+        inputs = randn(batch, time, 3, seed=batch)
+        rows = rows_of(recorder, model, inputs)
+        assert_are_jacobians(rows, model, inputs)
+        assert rows["before"].inputs.shape == (batch, time, 4)
+        for example in range(batch):
+            positions = inputs[example]
+            assert_close(rows["before"].inputs[example, :, :3], positions, **TIGHT)
+
+
+def test_padding_of_a_layer_that_is_used_again_weighs_nothing():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                x = x + self.layer(x).tanh()
+            return self.head(x)
+
+    mask = torch.arange(4) < torch.tensor([[1], [3], [4]])
+    model = seeded(Twice())
+    recorder = attached(model)
+    recorder.attach()
+    output = model(randn(3, 4, 3, seed=1))
+    rows = recorder.rows(output, unit_gradients(output) * mask.unsqueeze(-1), mask=mask)
+    recorder.detach()
+    assert torch.equal(rows["layer"].mask, torch.cat([mask, mask], dim=1))
+    assert torch.equal(rows["head"].mask, mask)
