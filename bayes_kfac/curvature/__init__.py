@@ -1,5 +1,6 @@
 """Curvature: from a batch to running statistics of each layer. Knows no prior and no posterior."""
 
+from bayes_kfac.curvature.alignment import no_rows
 from bayes_kfac.curvature.fisher import EXAMPLEWISE_KINDS, FISHER_KINDS, output_gradients
 from bayes_kfac.curvature.layers import Layer, find_layers
 from bayes_kfac.curvature.meter import Meter
@@ -51,6 +52,7 @@ __all__ = [
     "find_covered",
     "find_layers",
     "kronecker_factors",
+    "no_rows",
     "output_gradients",
     "principal",
     "recursive_rows",

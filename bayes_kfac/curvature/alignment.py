@@ -97,19 +97,34 @@ def both_ways(layer: Layer, joined: Mapping[tuple[str, bool], Rows]) -> Rows:
     if not layer.is_tied_to_transpose:
         assert plain is not None
         return plain
-    out_features, in_features = layer.shape[-2:]
-    plain = plain or _no_rows(transposed, in_features, out_features, sparse=False)
-    if transposed is None:
-        is_sparse = any(use.adapter.sparse for use in layer.uses if use.transposed)
-        transposed = _no_rows(plain, out_features, in_features, sparse=is_sparse)
-    return replace(plain, transposed=transposed)
-
-
-def _no_rows(like: Rows | None, inputs: int, outputs: int, *, sparse: bool) -> Rows:
+    like = plain or transposed
     assert like is not None
-    columns, batch = like.gradients.shape[0], like.gradients.shape[-3]
-    gradients = like.gradients.new_zeros(columns, batch, 0, outputs)
-    if sparse:
-        weights = like.gradients.new_zeros(batch, 0, 1)
-        return Rows(SparseRows(weights.long(), weights, inputs), gradients, examples=like.examples)
-    return Rows(like.gradients.new_zeros(batch, 0, inputs), gradients, examples=like.examples)
+    nothing = no_rows(layer, like.gradients.movedim(-3, 1), like.examples)
+    return replace(plain or nothing, transposed=transposed or nothing.transposed)
+
+
+def no_rows(layer: Layer, gradients: Tensor, examples: float | None) -> Rows:
+    """The rows of examples that do not use a layer.
+
+    Args:
+        layer: The layer.
+        gradients: What others have, ``[columns, batch, ...]``.
+        examples: How many examples count, where it is not the batch.
+
+    Returns:
+        Rows without positions.
+    """
+    *blocks, out_features, in_features = layer.shape
+    columns, batch = gradients.shape[:2]
+
+    def nothing(inputs: int, outputs: int, *, sparse: bool) -> Rows:
+        own = gradients.new_zeros(columns, *blocks, batch, 0, outputs)
+        if sparse:
+            weights = gradients.new_zeros(batch, 0, 1)
+            return Rows(SparseRows(weights.long(), weights, inputs), own, examples=examples)
+        return Rows(gradients.new_zeros(*blocks, batch, 0, inputs), own, examples=examples)
+
+    rows = nothing(in_features, out_features, sparse="input" in layer.sparse_sides)
+    if not layer.is_tied_to_transpose:
+        return rows
+    return replace(rows, transposed=nothing(out_features, in_features, sparse="gradient" in layer.sparse_sides))

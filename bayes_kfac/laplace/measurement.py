@@ -6,7 +6,7 @@ Both are sums over examples, so that measurements of parts of the data add up to
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bayes_kfac import linalg
 from bayes_kfac.batches import Batch, count_examples, unpack, widened
-from bayes_kfac.curvature import Frame, PullBack, Recorder, Statistics, added, output_gradients, recursive_rows
+from bayes_kfac.curvature import Frame, PullBack, Recorder, Statistics, added, no_rows, output_gradients, recursive_rows
 from bayes_kfac.errors import ArgumentError, NonFiniteError, UsageError
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.prediction.forward import watched
@@ -77,6 +77,7 @@ class Surveyor:
         memory_budget: Bytes that output gradients may take up while they are pulled back.
         is_checked: Whether it is known that the layers account for the gradient.
         num_yielded: How many examples loaders yielded, masked ones included.
+        used: The layers that some example used.
     """
 
     model: nn.Module
@@ -89,6 +90,7 @@ class Surveyor:
     memory_budget: int
     is_checked: bool = False
     num_yielded: int = 0
+    used: set[str] = field(default_factory=set)
 
     def survey(self, loader: Iterable[Any], frames: Mapping[str, Frame], *, progress: bool) -> Measurement:
         """Measure all batches of a loader, in one pass.
@@ -110,6 +112,7 @@ class Surveyor:
             raise ArgumentError(f"loader={loader!r} is not iterable. Allowed: a DataLoader, or a list of batches.")
         total: Measurement | None = None
         self.num_yielded = 0
+        self.used.clear()
         for raw in progress_bar(loader, desc="laplace", unit="batch", shown=progress):
             batch = unpack(raw)
             if batch.is_empty:
@@ -122,7 +125,7 @@ class Surveyor:
                 f"loader=<{type(loader).__name__}> yielded no example. An iterator is used up after one pass: pass a "
                 "DataLoader or a list."
             )
-        if missing := sorted(set(self.recorder.layers) - set(total.statistics)):
+        if missing := sorted(set(self.recorder.layers) - self.used):
             raise UsageError(
                 f"No forward pass used the layers {missing}, so that nothing is known of their curvature. Leave them "
                 "out with subset=."
@@ -158,11 +161,19 @@ class Surveyor:
             pull_back.check()
             self.is_checked = True
         if self.fisher == "recursive":  # it takes a few columns at a time by itself
-            return measure(self.structures, recursive_rows(pull_back, columns, mask), frames)
+            rows = recursive_rows(pull_back, columns, mask)
+            self.used |= rows.keys()
+            return measure(self.structures, rows, frames)
+        examples = float(len(pull_back.output)) if mask is None else count_examples(mask)
         total: dict[str, Statistics] = {}
         for part in columns.split(pull_back.columns_within(self.memory_budget)):
-            share = len(part) / len(columns)
-            rows = {name: replace(own, share=share) for name, own in pull_back.rows(part, mask).items()}
+            found = pull_back.rows(part, mask)
+            self.used |= found.keys()
+            # a layer that these examples do not use has their zeros: its Fisher is a mean over all examples
+            whole = {
+                name: found.get(name) or no_rows(own, part, examples) for name, own in self.recorder.layers.items()
+            }
+            rows = {name: replace(own, share=len(part) / len(columns)) for name, own in whole.items()}
             total = added(total, measure(self.structures, rows, frames))
         return total
 

@@ -469,6 +469,37 @@ def test_layers_that_never_run_are_named_with_the_remedy(structure: str) -> None
     assert set(laplace.posterior().blocks) == {"used"}
 
 
+class Heads(nn.Module):
+    """A body and a head for each task; a batch has one task, or each example one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.heads = nn.Linear(2, 3), nn.ModuleList([nn.Linear(3, 2, bias=False) for _ in range(2)])
+
+    def forward(self, x: Tensor, task: Tensor) -> Tensor:
+        hidden = self.body(x).tanh()
+        if len(task.unique()) == 1:
+            return self.heads[int(task[0])](hidden)
+        return torch.stack([head(hidden) for head in self.heads], 1)[torch.arange(len(x)), task]
+
+
+@pytest.mark.parametrize("structure", ["dense", "diagonal", "unit_wise", "tkfac"])
+def test_a_layer_that_only_some_batches_use_has_their_examples_alone(structure: str) -> None:
+    """Whether tasks are apart or mixed; the evidence too."""
+    model, lik = seeded(Heads()).double(), bk.likelihoods.Gaussian(0.5)
+    x, y = randn(9, 2, seed=0), randn(9, 2, seed=1)
+    task = torch.tensor([0, 1, 1, 0, 1, 1, 1, 1, 0])
+    apart = [({"x": x[task == own], "task": task[task == own]}, y[task == own]) for own in range(2)]
+    mixed = [({"x": x, "task": task}, y)]
+    fits = [bk.Laplace(model, lik, structure=structure).fit(batches, progress=False) for batches in (apart, mixed)]
+    assert_same_measurement(*fits, **TIGHT)
+    assert_close(*(fit.log_marginal_likelihood() for fit in fits), **TIGHT)
+    if structure == "dense":
+        hidden = model.body(x[task == 0]).tanh()
+        moment = hidden.mT @ hidden / 0.5**2 + torch.eye(3).double()
+        assert_close(fits[0].posterior().blocks["heads.0"].to_dense(), torch.block_diag(moment, moment), **TIGHT)
+
+
 def test_weights_used_without_their_module_are_refused() -> None:
     """The rows that hooks see would be a part of the gradient only."""
 
