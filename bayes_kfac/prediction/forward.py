@@ -1,10 +1,16 @@
-"""Calling a model with weights that are not its own, watched or not, leaving it as it was."""
+"""Calling a model with weights that are not its own, watched or not, leaving it as it was.
+
+All of it changes the model for a while: tensors are swapped, modes switched, hooks put on. :func:`exclusive` keeps
+other threads off meanwhile.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +23,20 @@ from bayes_kfac.curvature import PullBack, Recorder
 from bayes_kfac.errors import ArgumentError
 from bayes_kfac.progress import progress_bar
 
+#: Beside the models, since what holds a lock can be neither copied nor pickled.
+_LOCKS: WeakKeyDictionary[nn.Module, AbstractContextManager[Any]] = WeakKeyDictionary()
 
-def evaluating(model: nn.Module) -> AbstractContextManager[None]:
-    """Put every module into evaluation mode, and each back into its own mode afterwards."""
-    return training(model, False)
+
+def exclusive(model: nn.Module) -> AbstractContextManager[Any]:
+    """Keep a model to this thread, in which it may be nested; other threads that ask for it wait."""
+    return _LOCKS.setdefault(model, RLock())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, in this thread alone, and each back into its own mode afterwards."""
+    with exclusive(model), training(model, False):
+        yield
 
 
 @contextmanager
@@ -96,19 +112,26 @@ def call(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Tensor:
     Raises:
         ArgumentError: If there is no such tensor with a batch dimension.
     """
-    # buffers are copied: a forward pass may change them in place, and the state is not its to change
-    buffers = dict(model.named_buffers())
-    own = {name: value.clone() if name in buffers else value for name, value in (buffers | dict(state)).items()}
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        return functional_call(model, own, args, kwargs)
+        with exclusive(model):
+            # buffers are copied: a forward pass may change them in place, and the state is not its to change
+            buffers = dict(model.named_buffers())
+            own = {name: value.clone() if name in buffers else value for name, value in (buffers | dict(state)).items()}
+            return functional_call(model, own, args, kwargs)
 
     return expect_output_tensor(batches.call(function, inputs))
 
 
 @contextmanager
 def watched(
-    recorder: Recorder, model: nn.Module, state: Mapping[str, Tensor], inputs: Any, **options: Any
+    recorder: Recorder,
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    inputs: Any,
+    *,
+    keeps_graph: bool = False,
+    **options: Any,
 ) -> Iterator[tuple[Tensor, PullBack]]:
     """Run a model in evaluation mode, and see the use of every layer.
 
@@ -119,20 +142,22 @@ def watched(
         model: The model; left as it was.
         state: All parameters and buffers.
         inputs: The model's input.
+        keeps_graph: Whether what is seen stays in the autograd graph, for derivatives of it.
         options: Further arguments of :class:`PullBack`.
 
     Yields:
         The output, in the graph, and what pulls its gradients back.
     """
     weights = {name for layer in recorder.layers.values() for name in layer.parameters}
-    recorder.attach()
-    try:
-        # without a graph no Jacobian would be seen, and a covariance would be a silent zero
-        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+    # without a graph no Jacobian would be seen, and a covariance would be a silent zero
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+        recorder.keeps_graph = keeps_graph
+        recorder.attach()
+        try:
             attached = {
                 name: differentiable(value).detach().requires_grad_(name in weights) for name, value in state.items()
             }
             output = call(model, attached, tree_map_only(Tensor, differentiable, inputs))
             yield output, recorder.pull_back(output, parameters=attached, **options)
-    finally:
-        recorder.detach()
+        finally:
+            recorder.detach()

@@ -196,13 +196,13 @@ class LinearizedModel:
     def _forward(self, inputs: Any) -> Iterator[tuple[Tensor, PullBack]]:
         """The output, and what pulls its gradients back, of a pass at the mean."""
         leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        self._recorder.keeps_graph = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+        keeps_graph = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
         with (
-            watched(self._recorder, self.model, self.state, inputs) as (output, pull_back),
-            torch.set_grad_enabled(self._recorder.keeps_graph),
+            watched(self._recorder, self.model, self.state, inputs, keeps_graph=keeps_graph) as (output, pull_back),
+            torch.set_grad_enabled(keeps_graph),
             linalg.full_precision(output.device),  # a covariance in 16 bits is not symmetric
         ):
-            yield output if self._recorder.keeps_graph else output.detach(), pull_back
+            yield output if keeps_graph else output.detach(), pull_back
 
     def _rows(self, pull_back: PullBack, columns: Tensor) -> dict[str, Rows]:
         """The rows of all layers, in their Gaussians' dtype."""

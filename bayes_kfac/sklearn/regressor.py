@@ -15,6 +15,7 @@ from torch import Tensor
 import bayes_kfac as bk
 from bayes_kfac.errors import ArgumentError, check_count
 from bayes_kfac.prediction import GaussianOutput, GaussianPrediction, Source, pool
+from bayes_kfac.prediction.forward import call
 from bayes_kfac.prediction.regression import RegressionPrediction
 from bayes_kfac.sklearn.base import BayesianMLP, Scaling, checked, checked_weights
 from bayes_kfac.sklearn.examples import Array, Examples
@@ -119,9 +120,7 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
             prediction = self._prediction(inputs, output_covariance="diagonal")
             return self._as_given(_array(prediction.mean)), self._as_given(_array(prediction.stddev))
         with torch.no_grad():
-            outputs = torch.stack(
-                [torch.func.functional_call(own.model, own.mean, (inputs,)) for own in self.posteriors_]
-            )
+            outputs = torch.stack([call(own.model, own.mean, inputs) for own in self.posteriors_])
         mean = self._as_given(_array(outputs.mean(0)) * scaling.scale + scaling.location)
         if not return_cov:
             return mean
