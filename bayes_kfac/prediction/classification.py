@@ -182,10 +182,8 @@ class CategoricalPrediction(OfClasses, ByDraws):
 
     def log_prob(self, target: Tensor) -> Tensor:
         """The log-probability of each example's classes, ``[batch]``: the mean over draws is of joint probabilities."""
-        likelihoods.Categorical().check(self.logits[0], target)
-        index = target.expand(self.logits.shape[:-1]).unsqueeze(-1)
-        chosen = self.logits.log_softmax(-1).gather(-1, index.long()).squeeze(-1)
-        return log_mean_exp(_sum_events(chosen))
+        nll = likelihoods.Categorical().negative_log_likelihood
+        return log_mean_exp(torch.stack([-nll(logits, target) for logits in self.logits]))
 
 
 @dataclass(frozen=True, repr=False)

@@ -194,6 +194,8 @@ def test_one_draw_is_the_likelihood() -> None:
         (torch.zeros(5, 1, dtype=torch.int64), "classes along"),
         (torch.zeros(5, 4, dtype=torch.int64), "classes along"),
         (torch.zeros(7, 5, dtype=torch.int64), "classes along"),
+        (torch.tensor([0, 1, 2, 3, 4]), r"classes 0 to 4, .* Allowed: 0 to 3"),
+        (torch.tensor([0, -1, 2, 3, 0]), r"classes -1 to 3, .* Allowed: 0 to 3"),
     ],
 )
 def test_categorical_refuses(target: Tensor, message: str) -> None:
