@@ -151,7 +151,7 @@ def highest(scores: Tensor, count: int) -> Tensor:
         NonFiniteError: If a score is not a number.
     """
     check_enough(count, len(check_scores(scores)))
-    return _numbers(scores).topk(count).indices.cpu()
+    return check_numbers(scores).topk(count).indices.cpu()
 
 
 def greedy(gains: Gains, count: int) -> Tensor:
@@ -173,7 +173,7 @@ def greedy(gains: Gains, count: int) -> Tensor:
     """
     picked: list[int] = []
     for _ in range(check_count("count", count)):
-        scores = _numbers(gains.scores).clone()
+        scores = check_numbers(gains.scores).clone()
         check_enough(count, len(scores))
         scores[picked] = -torch.inf
         picked.append(int(scores.argmax()))
@@ -241,8 +241,18 @@ def check_selection(chosen: Tensor, count: int, candidates: int) -> Tensor:
     return chosen
 
 
-def _numbers(scores: Tensor) -> Tensor:
-    """The scores, none of which is NaN: that would count as the highest of all."""
+def check_numbers(scores: Tensor) -> Tensor:
+    """See that no score is NaN, which would count as the highest of all.
+
+    Args:
+        scores: One for each candidate, ``[n]``.
+
+    Returns:
+        The scores.
+
+    Raises:
+        NonFiniteError: If one is.
+    """
     if bool(scores.isnan().any()):
         raise NonFiniteError(
             f"{int(scores.isnan().sum())} of {len(scores)} scores are NaN, the first that of candidate "

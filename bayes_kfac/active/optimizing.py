@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bayes_kfac.active.base import Acquisition, check_enough
+from bayes_kfac.active.base import Acquisition, check_enough, check_numbers
 from bayes_kfac.active.predictors import ask, for_posterior, parts, predict
 from bayes_kfac.errors import ArgumentError, check_choice, check_count
 from bayes_kfac.prediction import concatenate
@@ -131,6 +131,7 @@ class ThompsonSampling(Acquisition):
 
         Raises:
             ArgumentError: If the predictor draws no functions, or the target has several outputs.
+            NonFiniteError: If a function is NaN at a candidate.
         """
         if not (hasattr(predictor, "function_samples") and hasattr(predictor, "sample")):
             raise ArgumentError(
@@ -144,6 +145,7 @@ class ThompsonSampling(Acquisition):
                 for part in parts(predictor, inputs)
             ]
         values = torch.cat([_one_output(each, 1) for each in functions], dim=1)
+        check_numbers(values.amax(0))  # NaN where any function is
         return values if self.goal == "maximize" else -values
 
     def scores(self, view: Tensor) -> Tensor:

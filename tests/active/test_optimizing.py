@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from bayes_kfac import Posterior
 from bayes_kfac.active import Committee, loop
 from bayes_kfac.active.optimizing import ExpectedImprovement, ThompsonSampling, _log_standard_improvement
-from bayes_kfac.errors import ArgumentError, UsageError
+from bayes_kfac.errors import ArgumentError, NonFiniteError, UsageError
 from bayes_kfac.likelihoods import Categorical, Gaussian
 from bayes_kfac.sklearn import BayesianMLPRegressor
 from tests.helpers import randn, rng, seeded
@@ -263,6 +263,16 @@ def test_refuses_more_picks_than_there_are():
         ThompsonSampling("maximize").select(functions, 4)
     with pytest.raises(ArgumentError, match="count=6 is more than the 5 candidates"):
         ThompsonSampling("maximize").select(functions, 6)
+
+
+@pytest.mark.parametrize("acquisition", [ExpectedImprovement(0.0, "maximize"), ThompsonSampling("maximize")])
+def test_refuses_candidates_that_are_no_numbers(acquisition):
+    """Which would be picked first: NaN is the greatest of all."""
+    broken = pool()
+    broken[[2, 4]] = torch.nan
+    for inputs in (broken, DataLoader(TensorDataset(broken), batch_size=3)):
+        with pytest.raises(NonFiniteError, match=f"2 of {POOL} scores are NaN, the first that of candidate 2"):
+            acquisition.select(acquisition.look(posterior_of(), inputs), 1)
 
 
 def test_refuses_predictors_that_predict_nothing():
