@@ -7,9 +7,9 @@ of the network: noise variances are, as everywhere in BoTorch, of the transforme
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from botorch.models.model import Model
@@ -17,7 +17,7 @@ from botorch.models.transforms.input import InputTransform
 from botorch.models.transforms.outcome import OutcomeTransform
 from torch import Tensor, nn
 
-from bayes_kfac.errors import ArgumentError, check_count
+from bayes_kfac.errors import ArgumentError, UsageError, check_count
 from bayes_kfac.likelihoods import Gaussian
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.prediction.forward import call, evaluating
@@ -103,6 +103,24 @@ class Surrogate(Model):
             This object.
         """
         return self.train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Bring the transforms to where the network is, or refuse: weights and observations are shared, and stay."""
+        now = next(value for value in self.weight_posterior.mean.values() if value.is_floating_point())
+        new = fn(now)
+        if (new.dtype, new.device) != (now.dtype, now.device):
+            raise UsageError(
+                f"A surrogate cannot be moved: its network is {now.dtype} on {now.device}, and would not come to "
+                f"{new.dtype} on {new.device}. Make another from posterior.to(...), or fit one to data that are there."
+            )
+        return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
+
+    # what state_dict() and load_state_dict() call, of lists of models too
+    def _save_to_state_dict(self, *args: Any) -> None:
+        raise _no_state_dict()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        raise _no_state_dict()
 
     def subset_output(self, idcs: list[int]) -> Self:
         """The same surrogate for some of the outputs; the others are not computed.
@@ -203,6 +221,14 @@ class Surrogate(Model):
         if transform is None or list(chosen) == list(range(self.num_outputs)):
             return transform
         return transform.subset_output(list(chosen))
+
+
+def _no_state_dict() -> UsageError:
+    return UsageError(
+        "A surrogate has no state_dict: weights, their covariances and observations would not be in it. Save it whole: "
+        "torch.save(surrogate, path), then torch.load(path, weights_only=False). One that was made from a posterior "
+        "can be made again from the file of posterior.save(path)."
+    )
 
 
 def check_tensor(name: str, value: object) -> None:
