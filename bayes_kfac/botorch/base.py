@@ -17,8 +17,9 @@ from botorch.models.transforms.input import InputTransform
 from botorch.models.transforms.outcome import OutcomeTransform
 from torch import Tensor, nn
 
-from bayes_kfac.errors import ArgumentError, UsageError, check_count
+from bayes_kfac.errors import ArgumentError, NonFiniteError, UsageError, check_count
 from bayes_kfac.likelihoods import Gaussian
+from bayes_kfac.linalg import all_finite
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.prediction.forward import call, evaluating
 
@@ -196,10 +197,15 @@ class Surrogate(Model):
             )
         self._checked_columns = X.shape[-1]
 
-    def _noise(self, observation_noise: bool | Tensor, like: Tensor, chosen: Sequence[int]) -> Tensor:
+    def _noise(
+        self, given: bool | Tensor, like: Tensor, chosen: Sequence[int], name: str = "observation_noise"
+    ) -> Tensor:
         """The variance of noise, shaped like outputs ``batch_shape x q x m`` or broadcasting to them."""
-        if isinstance(observation_noise, Tensor):
-            noise = observation_noise.to(like)
+        if isinstance(given, Tensor):
+            check_finite(name, given)
+            if bool((given < 0).any()):
+                raise ArgumentError(f"{name} holds {float(given.min()):g}. Allowed: variances, which are >= 0.")
+            noise = given.to(like)
             if noise.ndim and noise.shape[-1] == self.num_outputs:
                 noise = noise[..., list(chosen)]
         else:
@@ -211,7 +217,7 @@ class Surrogate(Model):
             fits = False
         if not fits:
             raise ArgumentError(
-                f"observation_noise has shape {tuple(noise.shape)}. Allowed: variances that broadcast to batch_shape x "
+                f"{name} has shape {tuple(noise.shape)}. Allowed: variances that broadcast to batch_shape x "
                 f"q x m, here {tuple(like.shape)}."
             )
         return noise
@@ -246,6 +252,22 @@ def check_tensor(name: str, value: object) -> None:
             f"{name} is a {type(value).__name__}. Allowed: a torch.Tensor, such as "
             f"torch.as_tensor(numpy.asarray({name}), dtype=torch.float64)."
         )
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """See that an argument is a tensor, and holds neither NaN nor infinity.
+
+    Args:
+        name: The argument's name, for the message.
+        value: The argument.
+
+    Raises:
+        ArgumentError: If it is no tensor.
+        NonFiniteError: If it holds any.
+    """
+    check_tensor(name, value)
+    if not all_finite([value.detach()]):
+        raise NonFiniteError(f"{name} holds NaN or infinity. Leave out the observations that do.")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from linear_operator import to_linear_operator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bayes_kfac.botorch.base import Surrogate, check_tensor
+from bayes_kfac.botorch.base import Surrogate, check_finite, check_tensor
 from bayes_kfac.botorch.conditioning import Observations, moments
 from bayes_kfac.botorch.fitting import BATCH_SIZE, check_network, default_network, fit_prior
 from bayes_kfac.errors import ArgumentError, check_count, check_positive
@@ -88,9 +88,10 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
 
         Raises:
             ArgumentError: If the shapes or dtypes do not fit, or there are too many data for ``structure=None``.
+            NonFiniteError: If an argument holds NaN or infinity.
         """
-        check_tensor("train_X", train_X)
-        check_tensor("train_Y", train_Y)
+        check_finite("train_X", train_X)
+        check_finite("train_Y", train_Y)
         if train_X.ndim != 2 or train_Y.ndim != 2 or len(train_X) != len(train_Y) or not len(train_X):
             raise ArgumentError(
                 f"train_X has shape {tuple(train_X.shape)} and train_Y {tuple(train_Y.shape)}. Allowed: (n, d) and "
@@ -202,10 +203,13 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
             A new surrogate; this one stays as it is.
 
         Raises:
-            ArgumentError: If the shapes do not fit.
+            ArgumentError: If the shapes do not fit, or a variance is negative.
+            NonFiniteError: If an argument holds NaN or infinity.
         """
-        check_tensor("X", X)
-        check_tensor("Y", Y)
+        check_finite("X", X)
+        check_finite("Y", Y)
+        if noise is not None:
+            check_tensor("noise", noise)
         if X.ndim < 2 or Y.ndim < 2 or X.shape[-2] != Y.shape[-2] or not X.shape[-2] or Y.shape[-1] != self.num_outputs:
             raise ArgumentError(
                 f"X has shape {tuple(X.shape)} and Y {tuple(Y.shape)}. Allowed: batch_shape x n x d and batch_shape' x "
@@ -218,7 +222,7 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
             check_broadcast("Y", Y, self.batch_shape)
         if hasattr(self, "outcome_transform"):
             Y, _ = self.outcome_transform(Y, X=X)
-        variance = self._noise(True if noise is None else noise, Y, self._chosen(None)).expand(
+        variance = self._noise(True if noise is None else noise, Y, self._chosen(None), "noise").expand(
             *torch.broadcast_shapes(Y.shape, () if noise is None else noise.shape)
         )
         conditioned = self._copy()

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from bayes_kfac import Posterior
 from bayes_kfac.botorch import LinearizedSurrogate
-from bayes_kfac.errors import ArgumentError
+from bayes_kfac.errors import ArgumentError, NonFiniteError
 from tests.botorch.test_linearized import CLOSE, STRUCTURES, D, M, covariance, posterior_of, standardize, surrogate_of
 from tests.helpers import in_block, randn
 from tests.posteriors import dense_covariances, dense_derivatives, dense_mean
@@ -193,7 +193,7 @@ def test_wrong_arguments_are_named():
     for wrong in ((X, Y[:1]), (X, Y[:, :1]), (X, Y[:, 0]), (X[:0], Y[:0])):
         with pytest.raises(ArgumentError, match="X has shape"):
             surrogate.condition_on_observations(*wrong)
-    with pytest.raises(ArgumentError, match="observation_noise has shape"):
+    with pytest.raises(ArgumentError, match=r"^noise has shape"):
         surrogate.condition_on_observations(X, Y, noise=torch.ones(3, M))
     with pytest.raises(ArgumentError, match=r"Y has batch shape \(3,\).*\(2,\)"):
         surrogate.condition_on_observations(X.expand(2, 2, D), Y.expand(3, 2, M))
@@ -203,8 +203,34 @@ def test_wrong_arguments_are_named():
 
 
 def test_arrays_are_refused():
+    surrogate, X, Y = surrogate_of(), randn(3, D, seed=1), randn(3, M, seed=2)
     with pytest.raises(ArgumentError, match="Y is a ndarray"):
-        surrogate_of().condition_on_observations(randn(3, D, seed=1), randn(3, M, seed=2).numpy())
+        surrogate.condition_on_observations(X, Y.numpy())
+    with pytest.raises(ArgumentError, match="noise is a float"):
+        surrogate.condition_on_observations(X, Y, noise=0.1)
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["X", "Y", "noise"])
+def test_observations_are_finite(name, broken):
+    """They would make every prediction NaN."""
+    given = {"X": randn(3, D, seed=1), "Y": randn(3, M, seed=2), "noise": torch.ones(3, M)}
+    given[name][1, 0] = broken
+    with pytest.raises(NonFiniteError, match=f"^{name} holds NaN or infinity"):
+        surrogate_of().condition_on_observations(**given)
+
+
+def test_noise_is_a_variance():
+    """Which may be zero, as what a simulation returns has none."""
+    surrogate, X, Y = surrogate_of(), randn(2, D, seed=1), randn(2, M, seed=2)
+    exact = surrogate.condition_on_observations(X, Y, noise=torch.zeros(2, M))
+    assert_close(exact.posterior(X).mean, Y, rtol=1e-4, atol=1e-4)
+    for name, call in (
+        ("noise", lambda noise: surrogate.condition_on_observations(X, Y, noise=noise)),
+        ("observation_noise", lambda noise: surrogate.posterior(X, observation_noise=noise)),
+    ):
+        with pytest.raises(ArgumentError, match=f"^{name} holds -0.5. Allowed: variances"):
+            call(torch.tensor([[1.0, -0.5]]))
 
 
 def test_a_transform_is_not_changed_by_observations():

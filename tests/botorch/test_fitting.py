@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from bayes_kfac import Laplace
 from bayes_kfac.botorch import LinearizedSurrogate, fitting
-from bayes_kfac.errors import ArgumentError, UnsupportedModelError
+from bayes_kfac.errors import ArgumentError, NonFiniteError, UnsupportedModelError
 from tests.botorch.test_linearized import CLOSE, covariance
 from tests.helpers import in_block, parameter_jacobians, randn, rng, seeded
 
@@ -209,6 +209,15 @@ def test_fits_wherever_it_is_called_and_warns_of_single_precision():
 def test_inputs_outside_of_the_unit_cube_are_warned_of_as_in_botorch():
     with pytest.warns(InputDataWarning, match="unit cube"):
         LinearizedSurrogate.fit(9 * inputs(6), outcomes(inputs(6)), steps=1)
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["train_X", "train_Y"])
+def test_data_are_finite(name, broken):
+    given = {"train_X": inputs(6), "train_Y": outcomes(inputs(6))}
+    given[name][1, 0] = broken
+    with pytest.raises(NonFiniteError, match=f"^{name} holds NaN or infinity"):
+        LinearizedSurrogate.fit(**given)
 
 
 def test_wrong_arguments_are_named():
