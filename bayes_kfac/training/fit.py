@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 
 from bayes_kfac.batches import Batch, call, count_examples, expect_output_tensor, unpack
@@ -74,7 +74,8 @@ def fit(
         num_data: The number of training examples; by default the length of ``loader.dataset``.
         structure: The family of the posterior's blocks, by name or with options of its own.
         lr: The step size; by default it decays to zero over the run along a half cosine.
-        scheduler: Makes another schedule from the optimizer; stepped after each epoch.
+        scheduler: Makes another schedule from the optimizer; stepped after each epoch, a ``ReduceLROnPlateau`` with the
+            epoch's ``nll`` of :class:`FitState`.
         tune: ``"marginal_likelihood"`` to choose the prior's precision after each epoch but the first tenth, one for
             each layer, or for each of ``groups``: where the evidence is greatest; ``extrinsic_damping`` is 0.01 then
             by default, without which the prior of a long training may fade away. ``None`` to leave it as it is.
@@ -86,7 +87,8 @@ def fit(
         The posterior.
 
     Raises:
-        ArgumentError: If ``num_data`` is not given and the loader cannot tell, or the loader is empty.
+        ArgumentError: If ``num_data`` is not given and the loader cannot tell, the loader is empty, or callbacks are
+            no list of functions.
 
     Example:
         >>> import bayes_kfac as bk, torch
@@ -106,6 +108,8 @@ def fit(
         ... )
     """
     epochs = check_count("epochs", epochs)
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise ArgumentError(f"callbacks={callbacks!r} is not allowed. Allowed: a list of functions, [function].")
     if tune is not None:
         check_choice("tune", tune, TUNE_KINDS)
         check_types(model, likelihood)
@@ -125,7 +129,10 @@ def fit(
     with training(model), progress_bar(total=epochs, desc="fit", unit="epoch", shown=progress) as bar:
         for epoch in range(1, epochs + 1):
             nll = _train_epoch(model, likelihood, loader, optimizer)
-            schedule.step()
+            if isinstance(schedule, ReduceLROnPlateau):
+                schedule.step(nll)
+            else:
+                schedule.step()
             if tune is not None and 10 * epoch > epochs:
                 tune_prior_precision(optimizer)
             kl = float(optimizer.kl())

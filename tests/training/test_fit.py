@@ -217,6 +217,36 @@ def test_another_schedule_can_be_given():
     assert rates == pytest.approx([0.02, 0.01, 0.005])
 
 
+def test_a_schedule_may_wait_for_a_plateau_of_the_loss():
+    """By ``nll``: with a threshold that no epoch reaches, every one after the first is a plateau."""
+    x, y = diabetes()
+    rates = []
+    bk.fit(
+        regression_net(),
+        bk.likelihoods.Gaussian(1.0),
+        loader(x, y),
+        epochs=3,
+        lr=0.04,
+        progress=False,
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, factor=0.5, patience=0, threshold=1e3, threshold_mode="abs"
+        ),
+        callbacks=[lambda state: rates.append(state.optimizer.param_groups[0]["lr"])],
+    )
+    assert rates == pytest.approx([0.04, 0.02, 0.01])
+
+
+@pytest.mark.parametrize("callbacks", [print, [print, None], (state for state in [print]), None])
+def test_callbacks_are_a_list_of_functions(callbacks):
+    """Which is said before the training."""
+    x, y = diabetes()
+    model = regression_net()
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ArgumentError, match=r"^callbacks=.*Allowed: a list of functions"):
+        bk.fit(model, bk.likelihoods.Gaussian(1.0), loader(x, y), epochs=1, progress=False, callbacks=callbacks)
+    assert all(torch.equal(new, old) for new, old in zip(model.parameters(), before, strict=True))
+
+
 def test_the_progress_bar_shows_the_parts_of_the_bound(capsys):
     x, y = diabetes()
     bk.fit(regression_net(), bk.likelihoods.Gaussian(1.0), loader(x, y), epochs=1, progress=True)
