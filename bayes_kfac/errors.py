@@ -12,6 +12,8 @@ from numbers import Integral
 from pathlib import Path
 from typing import SupportsFloat, SupportsIndex
 
+import torch
+
 
 class BayesKfacError(Exception):
     """Base class of every error that the library raises on purpose."""
@@ -124,6 +126,26 @@ def check_choice(name: str, value: str, allowed: Collection[str]) -> str:
     if value not in allowed:
         raise ArgumentError(f"{name}={value!r} is unknown. Allowed: {', '.join(map(repr, allowed))}.")
     return value
+
+
+def check_generator(generator: torch.Generator | None) -> torch.Generator | None:
+    """Return ``generator`` if it is a source of randomness, or ``None`` for torch's own.
+
+    Args:
+        generator: What was passed as ``generator=``.
+
+    Returns:
+        The generator.
+
+    Raises:
+        ArgumentError: If it is anything else, such as a seed.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ArgumentError(
+            f"generator={generator!r} is not allowed. Allowed: a torch.Generator, or None for torch's own. To start "
+            "from a seed, pass torch.Generator().manual_seed(3)."
+        )
+    return generator
 
 
 def check_file(name: str, path: Path) -> Path:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from bayes_kfac import linalg, structures
 from bayes_kfac.curvature import Layer, Summary, find_layers, summarize
-from bayes_kfac.errors import ArgumentError, UsageError, check_choice, check_count
+from bayes_kfac.errors import ArgumentError, UsageError, check_choice, check_count, check_generator
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.prediction import (
     LINKS,
@@ -131,6 +131,7 @@ class Posterior:
             True
         """
         num_samples = check_count("num_samples", num_samples)
+        check_generator(generator)
         with linalg.full_precision(self.device):
             noise = self.blocks.sample(self.blocks.standard_normal(generator, (num_samples,)))
         values: dict[str, Tensor] = {}
@@ -198,6 +199,7 @@ class Posterior:
             check_choice("link", link, LINKS)
         num_samples = check_count("num_samples", num_samples)
         memory_budget = check_count("memory_budget", memory_budget)
+        check_generator(generator)
         if link is not None and (method == "sampling" or draws is not None):
             given = f"method={method!r}" if draws is None else "draws are given"
             raise ArgumentError(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import bayes_kfac as bk
 from bayes_kfac import errors
 from bayes_kfac.errors import (
     ArgumentError,
@@ -17,8 +20,12 @@ from bayes_kfac.errors import (
     check_choice,
     check_count,
     check_fraction,
+    check_generator,
     check_positive,
 )
+from bayes_kfac.likelihoods import Categorical, Gaussian
+from tests.helpers import seeded
+from tests.posteriors import random_posterior
 
 BUILTINS = {
     "ArgumentError": ValueError,
@@ -117,3 +124,38 @@ def test_choices() -> None:
     with pytest.raises(ArgumentError) as caught:
         check_choice("method", "c", ("a", "b"))
     assert str(caught.value) == "method='c' is unknown. Allowed: 'a', 'b'."
+
+
+def test_generators_pass() -> None:
+    generator = torch.Generator()
+    assert check_generator(generator) is generator
+    assert check_generator(None) is None
+
+
+X, Y = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
+
+
+def posterior(likelihood: bk.likelihoods.Likelihood | None = None) -> bk.Posterior:
+    return random_posterior(seeded(nn.Linear(3, 2)), likelihood or Gaussian(0.1))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda seed: bk.fit(nn.Linear(3, 1).double(), Gaussian(0.1), [(X, Y)], num_data=2, epochs=1, generator=seed),
+        lambda seed: bk.NoisyKFAC(nn.Linear(3, 1), Gaussian(0.1), num_data=2, generator=seed),
+        lambda seed: bk.Laplace(nn.Linear(3, 1), Gaussian(0.1), generator=seed),
+        lambda seed: posterior().sample(2, generator=seed),
+        lambda seed: posterior().function_samples(X, 2, generator=seed),
+        lambda seed: posterior().predict(X, "sampling", generator=seed),
+        lambda seed: posterior(Categorical()).predict(X, generator=seed),
+        lambda seed: posterior(Categorical()).predict(X, link="probit", generator=seed),
+        lambda seed: bk.Mixture([posterior(), posterior()]).predict(X, generator=seed),
+        lambda seed: bk.active.EPIG().look(posterior(), X, generator=seed),
+        lambda seed: bk.active.Softmax(bk.active.ThompsonSampling("minimize")).select(X, 1, generator=seed),
+    ],
+)
+def test_a_seed_is_no_generator(call: Callable[[int], object]) -> None:
+    """Which is said where it comes in, also where nothing would be drawn."""
+    with pytest.raises(ArgumentError, match=r"^generator=3 is not allowed.*torch\.Generator\(\)\.manual_seed\(3\)"):
+        call(3)

@@ -20,7 +20,7 @@ from bayes_kfac.active.base import Acquisition, Gains, greedy, register
 from bayes_kfac.active.gaussian import GaussianGains, GaussianPredictiveGains
 from bayes_kfac.active.predictors import count, for_posterior, predict_jointly
 from bayes_kfac.active.sampled import SampledGains, SampledPredictiveGains
-from bayes_kfac.errors import ArgumentError, check_count
+from bayes_kfac.errors import ArgumentError, check_count, check_generator
 from bayes_kfac.likelihoods import Gaussian, Likelihood
 from bayes_kfac.prediction import MEMORY_BUDGET
 
@@ -214,7 +214,8 @@ class EPIG(Joint):
         likelihood = getattr(predictor, "likelihood", None)
         targets = self.target_inputs
         if targets is None:
-            targets = _some(inputs, torch.randperm(count(inputs), generator=generator)[: self.num_targets])
+            order = torch.randperm(count(inputs), generator=check_generator(generator))
+            targets = _some(inputs, order[: self.num_targets])
         return predictive_gains(likelihood, self, predictor, inputs, targets, generator)
 
 

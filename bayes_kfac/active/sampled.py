@@ -18,7 +18,7 @@ from torch import Tensor
 from bayes_kfac.active.base import Gains
 from bayes_kfac.active.pointwise import all_classes
 from bayes_kfac.active.predictors import ask
-from bayes_kfac.errors import ArgumentError, check_count
+from bayes_kfac.errors import ArgumentError, check_count, check_generator
 from bayes_kfac.prediction import MEMORY_BUDGET
 
 #: Tensors of the largest size that the entropies of a chunk hold at once.
@@ -40,7 +40,8 @@ class Configurations:
     """
 
     def __init__(self, num_samples: int, limit: int, generator: torch.Generator | None, like: Tensor) -> None:
-        self.limit, self.generator = check_count("num_configurations", limit), generator
+        self.limit = check_count("num_configurations", limit)
+        self.generator = check_generator(generator)
         self.probs = torch.ones(1, dtype=torch.float64, device=like.device)
         self.weights = torch.full((1, num_samples), 1 / num_samples, dtype=torch.float64, device=like.device)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bayes_kfac.active.base import Acquisition, get, highest, register
 from bayes_kfac.active.pointwise import BALD
-from bayes_kfac.errors import ArgumentError, check_positive
+from bayes_kfac.errors import ArgumentError, check_generator, check_positive
 
 
 class Stochastic(Acquisition):
@@ -59,7 +59,7 @@ class Stochastic(Acquisition):
             Their indices, ``[count]``, in the order in which they were drawn.
         """
         scores = self.scores(view).double().cpu()
-        uniform = torch.rand(len(scores), generator=generator, dtype=torch.float64)
+        uniform = torch.rand(len(scores), generator=check_generator(generator), dtype=torch.float64)
         gumbel = -(-uniform.log()).log()
         return highest(self.coldness * self.potential(scores) + gumbel, count)
 

@@ -12,6 +12,7 @@ from botorch.posteriors.ensemble import EnsemblePosterior
 from torch import Tensor
 
 from bayes_kfac.botorch.base import Surrogate
+from bayes_kfac.errors import check_generator
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.prediction import Draws, check_draws, sampled_outputs
 
@@ -51,7 +52,7 @@ class SampledSurrogate(Surrogate):
         )
         self.draws = posterior.sample(num_samples, generator=generator) if draws is None else draws
         check_draws(self.draws, posterior.layers)
-        self._seed = int(torch.randint(2**62, (), generator=generator))
+        self._seed = int(torch.randint(2**62, (), generator=check_generator(generator)))
 
     def posterior(
         self,

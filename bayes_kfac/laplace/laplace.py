@@ -26,7 +26,7 @@ from bayes_kfac.curvature import (
     summarize,
     unwrapped,
 )
-from bayes_kfac.errors import ArgumentError, UsageError, check_choice, check_count, check_positive
+from bayes_kfac.errors import ArgumentError, UsageError, check_choice, check_count, check_generator, check_positive
 from bayes_kfac.laplace import tuning
 from bayes_kfac.laplace.fitted import Fitted, Priors
 from bayes_kfac.laplace.loaders import warn_of_samplers
@@ -119,7 +119,7 @@ class Laplace:
         self.temperature = check_positive("temperature", temperature)
         self.num_data = None if num_data is None else check_count("num_data", num_data)
         self.memory_budget = check_count("memory_budget", memory_budget)
-        self.generator = generator
+        self.generator = check_generator(generator)
         parameters = choose_parameters(self.model, subset)
         self.layers, self.reasons = find_covered(self.model, parameters, others)
         self.structures = self.structure.for_layers(self.layers)

@@ -29,7 +29,7 @@ from bayes_kfac.curvature import (
     unwrapped,
 )
 from bayes_kfac.distributed import mean_over_processes, sum_over_processes
-from bayes_kfac.errors import ArgumentError, check_count, check_positive
+from bayes_kfac.errors import ArgumentError, check_count, check_generator, check_positive
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.provenance import Provenance
@@ -145,7 +145,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         self.warmup = warmup
         self.statistics_schedule = as_schedule("statistics_every", statistics_every)
         self.inverse_schedule = as_schedule("inverse_every", inverse_every)
-        self.generator = generator
+        self.generator = check_generator(generator)
         self.structure = structures.get(structure, damping=damping, sharing=sharing)
         self._check_structure()
         self.structure.check_fisher(fisher)
