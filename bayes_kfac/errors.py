@@ -109,6 +109,28 @@ def check_fraction(name: str, value: SupportsFloat) -> float:
     return number
 
 
+def check_probability(name: str, value: SupportsFloat) -> float:
+    """Return ``value`` as a float in ``(0, 1)``.
+
+    Args:
+        name: The argument's name, for the message.
+        value: A number, or a tensor of one element.
+
+    Returns:
+        The value as a Python float.
+
+    Raises:
+        ArgumentError: If the value is no number, or outside ``(0, 1)``.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < 1:
+        raise ArgumentError(f"{name}={value!r} is out of range. Allowed: 0 < {name} < 1, one number such as 0.95.")
+    return number
+
+
 def check_choice(name: str, value: str, allowed: Collection[str]) -> str:
     """Return ``value`` if it is one of ``allowed``.
 

@@ -132,12 +132,18 @@ class PosteriorGuide(AutoGuide):
 
         Returns:
             The quantiles by site, ``[quantiles, *parameter.shape]``.
+
+        Raises:
+            ArgumentError: If a probability is not between 0 and 1.
         """
+        probabilities = torch.as_tensor(quantiles, dtype=torch.float64)
+        if not bool(((probabilities > 0) & (probabilities < 1)).all()):
+            raise ArgumentError(f"quantiles={quantiles!r} is out of range. Allowed: numbers between 0 and 1.")
         self._see(*args, **kwargs)
         variances: dict[str, Tensor] = {}
         for name, variance in self._gaussian().marginal_variance().items():
             variances |= self._layers[name].tensors(variance)
-        standard = torch.special.ndtri(torch.as_tensor(quantiles, dtype=torch.float64))
+        standard = torch.special.ndtri(probabilities)
         result = {}
         for site, name in self._sites.items():
             mean = self._mean(name)

@@ -22,6 +22,7 @@ from bayes_kfac.errors import (
     check_fraction,
     check_generator,
     check_positive,
+    check_probability,
 )
 from bayes_kfac.likelihoods import Categorical, Gaussian
 from tests.helpers import seeded
@@ -117,6 +118,23 @@ def test_fractions_pass(value: float) -> None:
 def test_other_fractions_are_named(value: Any) -> None:
     with pytest.raises(ArgumentError, match=r"^decay=.*Allowed: "):
         check_fraction("decay", value)
+
+
+@pytest.mark.parametrize("value", [0.9, np.float32(0.5), torch.tensor(0.25), torch.tensor([0.25])])
+def test_probabilities_pass(value: Any) -> None:
+    number = check_probability("level", value)
+    assert type(number) is float
+    assert number == value
+
+
+@pytest.mark.parametrize(
+    "value", [0, 1, -0.5, 95, math.nan, None, "wide", [0.1, 0.9], np.array([0.1, 0.9]), torch.tensor([0.1, 0.9])]
+)
+def test_other_probabilities_are_named(value: Any) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        check_probability("level", value)
+    message = f"level={value!r} is out of range. Allowed: 0 < level < 1, one number such as 0.95."
+    assert str(caught.value) == message
 
 
 def test_choices() -> None:

@@ -485,6 +485,13 @@ def test_median_and_quantiles() -> None:
         assert torch.equal(guide.median(x)["net.0.weight"], posterior.mean["0.weight"])
 
 
+@pytest.mark.parametrize("wrong", [[1.5], [0.1, 0.0], 1.0, torch.tensor([0.5, torch.nan])])
+def test_quantiles_are_of_probabilities(wrong: Any) -> None:
+    posterior = posterior_of()
+    with pytest.raises(ArgumentError, match=r"^quantiles=.* is out of range\. Allowed: numbers between 0 and 1"):
+        posterior.to_pyro_guide(Regression(posterior.model)).quantiles(wrong, data()[0])
+
+
 @pytest.mark.parametrize("make", [posterior_of, linked], ids=["independent", "linked"])
 def test_state_dict_carries_the_posterior(make: Callable[[], bk.Posterior]) -> None:
     posterior, (x, _) = make(), data()

@@ -152,9 +152,11 @@ def best_on_validation(
         The value.
 
     Raises:
-        ArgumentError: If there is no candidate, or the loader yields nothing or masks.
+        ArgumentError: If there is no candidate, or the loader is none, or yields nothing or masks.
         NonFiniteError: If there are no finite predictions.
     """
+    if not isinstance(loader, Iterable):
+        raise ArgumentError(f"loader={loader!r} is not iterable. Allowed: a DataLoader, or a list of batches.")
     if not candidates:
         raise ArgumentError("grid=[] is empty. Allowed: one value or more.")
     scores = {}

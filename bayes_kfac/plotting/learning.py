@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -120,7 +120,7 @@ def plot_acquisition(
     return draw(inputs, height, others.get("pool"), others.get("picked"), ax)
 
 
-def plot_elbo(epochs: Sequence[Epoch], *, ax: Axes | None = None) -> Axes:
+def plot_elbo(epochs: Iterable[Epoch], *, ax: Axes | None = None) -> Axes:
     """Plot minus the evidence lower bound over epochs, and the two parts that it is the sum of.
 
     ``-ELBO = num_data · nll + KL``, in nats: what the data cost under the posterior, and what it cost to move away from
@@ -138,6 +138,7 @@ def plot_elbo(epochs: Sequence[Epoch], *, ax: Axes | None = None) -> Axes:
         ImportError: If Matplotlib is not installed.
         ArgumentError: If there is no epoch.
     """
+    epochs = list(epochs)
     if not epochs:
         raise ArgumentError("epochs is empty. Allowed: the states that a callback of fit was given.")
     along = np.array([state.epoch for state in epochs])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from torch import Tensor
 
-from bayes_kfac.errors import check_count, check_fraction
+from bayes_kfac.errors import ArgumentError, check_count, check_fraction, check_probability
 from bayes_kfac.metrics import TensorLike, miscalibration_area
 from bayes_kfac.metrics.pit import nominal_levels
 from bayes_kfac.plotting.style import (
@@ -25,7 +25,6 @@ from bayes_kfac.plotting.style import (
     once,
     prepare,
 )
-from bayes_kfac.prediction.regression import check_level
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,9 +70,14 @@ def plot_predictive_band(
 
     Raises:
         ImportError: If Matplotlib is not installed.
-        ArgumentError: If shapes do not fit, or ``level`` is not between 0 and 1.
+        ArgumentError: If shapes do not fit, the prediction has no intervals, or ``level`` is not between 0 and 1.
     """
-    check_level(level)
+    level = check_probability("level", level)
+    if not hasattr(prediction, "interval"):
+        raise ArgumentError(
+            f"prediction is a {type(prediction).__name__}, which has no intervals. Allowed: a prediction of real "
+            "numbers or counts."
+        )
     inputs = column("x", x)
     order = inputs.argsort(stable=True)
     lower, upper = prediction.interval(level)

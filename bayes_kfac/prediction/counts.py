@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Poisson
 
 from bayes_kfac import likelihoods, linalg
+from bayes_kfac.errors import check_probability
 from bayes_kfac.likelihoods.base import check_same_shape
 from bayes_kfac.prediction.output import GaussianOutput
 from bayes_kfac.prediction.poisson_lognormal import PoissonLogNormal, marginal_cdf
 from bayes_kfac.prediction.quadrature import equal_log_weights, mixture
-from bayes_kfac.prediction.regression import check_level, check_probability
 from bayes_kfac.prediction.results import Prediction, Source, batch_dim, from_gaussian, from_outputs, refuse_link
 
 
@@ -71,7 +71,7 @@ class CountPrediction(Prediction):
         Raises:
             ArgumentError: If ``probability`` is not between 0 and 1.
         """
-        check_probability(probability)
+        probability = check_probability("probability", probability)
         upper = torch.zeros_like(self.mean, dtype=torch.float64)  # which tells neighbouring counts apart up to 2⁵³
         lower = upper - 1
         while bool((short := (self._cdf(upper) < probability) & upper.isfinite()).any()):
@@ -93,7 +93,7 @@ class CountPrediction(Prediction):
         Raises:
             ArgumentError: If ``level`` is not between 0 and 1.
         """
-        check_level(level)
+        level = check_probability("level", level)
         return self.quantile((1 - level) / 2), self.quantile((1 + level) / 2)
 
     @abstractmethod

@@ -7,7 +7,6 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import SupportsFloat
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch.distributions import Categorical, Distribution, Independent, MixtureS
 from torch.distributions import StudentT as TorchStudentT
 
 from bayes_kfac import linalg
-from bayes_kfac.errors import ArgumentError
+from bayes_kfac.errors import check_probability
 from bayes_kfac.likelihoods import Gaussian
 from bayes_kfac.likelihoods.base import check_same_shape
 from bayes_kfac.prediction.output import GaussianOutput
@@ -88,7 +87,7 @@ class RegressionPrediction(Prediction):
         Raises:
             ArgumentError: If ``level`` is not between 0 and 1.
         """
-        check_level(level)
+        level = check_probability("level", level)
         return self.quantile((1 - level) / 2), self.quantile((1 + level) / 2)
 
     def quantile(self, probability: float) -> Tensor:
@@ -103,7 +102,7 @@ class RegressionPrediction(Prediction):
         Raises:
             ArgumentError: If ``probability`` is not between 0 and 1.
         """
-        check_probability(probability)
+        probability = check_probability("probability", probability)
         return bisected(self._cdf, probability, self.mean, self._width)
 
     @property
@@ -194,7 +193,7 @@ class GaussianPrediction(RegressionPrediction):
 
     def quantile(self, probability: float) -> Tensor:
         """The quantile of each target on its own, shaped like the mean."""
-        check_probability(probability)
+        probability = check_probability("probability", probability)
         return Normal(self.mean, self.stddev).icdf(self.mean.new_tensor(probability))
 
     def _cdf(self, value: Tensor) -> Tensor:
@@ -298,32 +297,6 @@ def bisected(cdf: Callable[[Tensor], Tensor], probability: float, centre: Tensor
         below = cdf(middle) < probability
         lower, upper = torch.where(below, middle, lower), torch.where(below, upper, middle)
     return (lower + upper) / 2
-
-
-def check_level(level: float) -> None:
-    """Refuse levels that no interval has.
-
-    Args:
-        level: The probability that an interval holds.
-
-    Raises:
-        ArgumentError: If it is not between 0 and 1.
-    """
-    if not isinstance(level, SupportsFloat) or not 0 < float(level) < 1:
-        raise ArgumentError(f"level={level!r} is out of range. Allowed: 0 < level < 1, such as 0.95.")
-
-
-def check_probability(probability: float) -> None:
-    """Refuse probabilities that no quantile has.
-
-    Args:
-        probability: The probability.
-
-    Raises:
-        ArgumentError: If it is not between 0 and 1.
-    """
-    if not 0 < probability < 1:
-        raise ArgumentError(f"probability={probability!r} is out of range. Allowed: 0 < probability < 1.")
 
 
 def _bisections(dtype: torch.dtype) -> int:

@@ -452,6 +452,14 @@ def test_wrong_temperature_grids_are_named() -> None:
     assert laplace.temperature == 1.0
 
 
+@pytest.mark.parametrize("loader", [None, 3])
+def test_validation_data_that_are_none_are_named(loader: Any) -> None:
+    laplace = fit_net("mlp")
+    with pytest.raises(ArgumentError, match=f"loader={loader} is not iterable. Allowed: a DataLoader"):
+        laplace.optimize_temperature(loader, progress=False)
+    assert laplace.temperature == 1.0
+
+
 @pytest.mark.parametrize("name", ["mlp", "classifier"])
 @pytest.mark.parametrize("tune", ["prior", "temperature"])
 def test_validation_data_with_nan_are_an_error(tune: str, name: str) -> None:

@@ -133,7 +133,7 @@ def test_elbo_is_drawn_from_what_fit_tells() -> None:
         callbacks=[epochs.append],
         progress=False,
     )
-    ax = plotting.plot_elbo(epochs)
+    ax = plotting.plot_elbo(epoch for epoch in epochs)
     drawn = {line.get_label(): line.get_data() for line in ax.lines}
     np.testing.assert_allclose(drawn["−ELBO"], [[1, 2, 3], [-state.elbo for state in epochs]])
     np.testing.assert_allclose(drawn["KL from the prior"][1], [state.kl for state in epochs])

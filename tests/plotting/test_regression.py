@@ -13,6 +13,7 @@ from scipy import stats
 
 from bayes_kfac import metrics, plotting
 from bayes_kfac.errors import ArgumentError
+from bayes_kfac.prediction import CategoricalPrediction, Source
 from tests.plotting.helpers import legend_texts, predict
 
 
@@ -86,6 +87,9 @@ def test_band_refuses() -> None:
     for level in (0, 1.0, -0.5, "wide"):
         with pytest.raises(ArgumentError, match=r"level=.* is out of range\. Allowed: 0 < level < 1"):
             plotting.plot_predictive_band(x, predict(x), level=level)
+    classes = CategoricalPrediction(torch.zeros(2, 5, 3), Source("sampling", 2, ()))
+    with pytest.raises(ArgumentError, match="prediction is a CategoricalPrediction, which has no intervals"):
+        plotting.plot_predictive_band(x, classes)
     assert not plt.get_fignums()
 
 

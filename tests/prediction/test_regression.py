@@ -145,7 +145,7 @@ def test_targets_that_do_not_fit_are_refused(prediction: GaussianPrediction | Mi
         prediction.log_prob(torch.zeros(shape, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("level", [0, 1, -0.5, 1.5, 95, math.nan])
+@pytest.mark.parametrize("level", [0, 1, -0.5, 1.5, 95, math.nan, [0.1, 0.9], torch.tensor([0.1, 0.9])])
 def test_levels_outside_the_unit_interval_are_refused(
     prediction: GaussianPrediction | MixturePrediction, level: float
 ) -> None:
