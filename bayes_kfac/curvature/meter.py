@@ -8,7 +8,8 @@ reduction nor on a gradient scaler, batch split or accumulation. Forwards under 
 Which tensor is the output, what the targets are and which of them weigh is known for certain only when the likelihood
 is called. A forward pass whose output is plain is measured at once, for loops with a loss of their own; a call of the
 likelihood that says more measures it again, in the place of the first. It finds its forward pass through the graph of
-its output, so that losses may come in any order, after any other forward pass; until the caller's backward pass.
+its output, so that losses may come in any order, after any other forward pass; until the caller's backward pass. Losses
+on different outputs of one forward pass are refused, as only one of them would be measured.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from bayes_kfac import linalg
@@ -48,14 +50,29 @@ class _Pass:
     Attributes:
         calls: The uses of blocks in it.
         statistics: What was measured, by layer; empty before.
-        shape: The shape of its output, or of what it was measured by; empty where that is not known.
-        is_partial: Whether that may be a part of what the model returned.
+        output: The model's output, or what the likelihood was called with; ``None`` where that is not known.
+        origin: The use of a block that is nearest behind what the likelihood was called with.
+        has_loss: Whether the likelihood was called.
+        is_partial: Whether the output may be a part of what the model returned.
     """
 
     calls: list[Call]
     statistics: dict[str, Statistics] = field(default_factory=dict)
-    shape: tuple[int, ...] = ()
+    output: Tensor | None = None
+    origin: Node | None = None
+    has_loss: bool = False
     is_partial: bool = False
+
+    def is_of(self, output: Tensor, origin: Node | None) -> bool:
+        """Whether an output is the one that is known, maybe in another shape or dtype."""
+        if self.output is None or (self.has_loss and origin is not self.origin):
+            return False
+        return output is self.output or (
+            output.numel() == self.output.numel()
+            and torch.allclose(
+                output.to(self.output.dtype).flatten(), self.output.flatten(), rtol=0, atol=0, equal_nan=True
+            )
+        )
 
 
 class Meter:
@@ -167,7 +184,6 @@ class Meter:
             self._is_measuring = False
         with linalg.full_precision(output.device):  # products in 16 bits are not positive definite
             passed.statistics = self._measure(recorded)
-        passed.shape = tuple(output.shape)
 
     def _rows(self, pull_back: PullBack, gradients: Tensor, mask: Tensor | None) -> dict[str, Rows]:
         """The rows of a forward pass; at the first one, it is checked that they account for the gradient."""
@@ -199,7 +215,7 @@ class Meter:
         tensor = output_tensor(output)
         if tensor is None or not tensor.requires_grad:
             return
-        passed.shape = tuple(tensor.shape)
+        passed.output = tensor
         if self.fisher != "empirical":
             self._measure_pass(passed, tensor)
 
@@ -218,7 +234,7 @@ class Meter:
     def _before_likelihood(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(("output", "target", "mask"), args, strict=False)) | kwargs
         output, target, mask = given["output"], given.get("target"), given.get("mask")
-        passed = _find(self._passes, output)
+        passed, origin = _find(self._passes, output)
         if passed is None:  # a detached output is being logged, or it is another model's
             return
         if mask is not None and target is not None:
@@ -229,37 +245,41 @@ class Meter:
                 f"num_data={self.num_data} is smaller than a batch of {examples:.0f} examples. It is the number of "
                 "examples in the whole training set: pass num_data=len(train_set)."
             )
-        if passed.statistics and passed.is_partial and output.shape != passed.shape:
-            raise UsageError(
-                f"The likelihood was called with outputs of shapes {passed.shape} and {tuple(output.shape)} of "
-                "one forward pass, and only the first would be in the curvature. Concatenate them into one output."
-            )
+        shape, is_known = () if passed.output is None else tuple(passed.output.shape), passed.is_of(output, origin)
         # the root's output flattened over time has tokens for examples: their statistics are others
-        if not passed.statistics or mask is not None or output.shape[1:] != passed.shape[1:]:
-            if passed.shape and len(output) != passed.shape[0] and output.numel() != math.prod(passed.shape):
+        is_measured = bool(passed.statistics) and mask is None and output.shape[1:] == shape[1:]
+        if is_measured and not passed.is_partial and len(output) != shape[0]:  # some examples, and all are measured
+            return
+        if passed.has_loss and not is_known:
+            raise UsageError(
+                f"The likelihood was called with outputs of shapes {shape} and {tuple(output.shape)} of one forward "
+                "pass, and only one of them would be in the curvature. Concatenate them into one output."
+            )
+        if not (is_measured and is_known):
+            if shape and len(output) != shape[0] and output.numel() != math.prod(shape):
                 raise UnsupportedModelError(
                     f"The likelihood was called with an output of shape {tuple(output.shape)}, which is a selection of "
-                    f"one of shape {passed.shape}: which examples it belongs to cannot be known. Pass the whole output "
-                    "and a mask to the likelihood rather than a selection."
+                    f"one of shape {shape}: which examples it belongs to cannot be known. Pass the whole output and a "
+                    "mask to the likelihood rather than a selection."
                 )
-            passed.is_partial = not passed.statistics
             self._measure_pass(passed, output, target, mask)
+        passed.is_partial |= not is_known
+        passed.output, passed.origin, passed.has_loss = output, origin, True
 
 
-def _find(passes: Sequence[_Pass], output: Tensor) -> _Pass | None:
-    """The forward pass that an output came from, by the graph behind it."""
+def _find(passes: Sequence[_Pass], output: Tensor) -> tuple[_Pass | None, Node | None]:
+    """The forward pass that an output came from, by the graph behind it, and the nearest use of a block there."""
     if not output.requires_grad or not passes:
-        return None
+        return None, None
     if not any(passed.calls for passed in passes):  # parameters alone: their uses leave no trace
-        return passes[-1]
+        return passes[-1], None
     owner = {call.edge.node: passed for passed in passes for call in passed.calls}
-    start = torch.autograd.graph.get_gradient_edge(output).node
-    seen, waiting = {start}, [start]
-    while waiting:
-        node = waiting.pop()
+    waiting = [torch.autograd.graph.get_gradient_edge(output).node]
+    seen = set(waiting)
+    for node in waiting:  # which grows by what is one step further
         if node in owner:
-            return owner[node]
-        following = {node for node, _ in node.next_functions if node is not None} - seen
-        seen |= following
+            return owner[node], node
+        following = [node for node, _ in node.next_functions if node is not None and node not in seen]
+        seen.update(following)
         waiting += following
-    return None
+    return None, None
