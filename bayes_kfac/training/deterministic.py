@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bayes_kfac.distributed import mean_over_processes
-from bayes_kfac.errors import check_positive
+from bayes_kfac.errors import ArgumentError, check_positive
 from bayes_kfac.likelihoods import Likelihood
 
 _PREFIX = "likelihood."
@@ -29,15 +29,14 @@ class PointEstimates:
     def __init__(
         self, model: nn.Module, likelihood: Likelihood, reasons: Mapping[str, str], lr: float, *, may_grow: bool
     ) -> None:
+        self.model = model
         self.likelihood = likelihood
         self.may_grow = may_grow
         self.lr = check_positive("deterministic_lr", lr, allow_zero=True)
-        named = dict(model.named_parameters())
-        self.parameters = {name: named[name] for name in reasons}
-        for name, parameter in likelihood.named_parameters():
-            if parameter.requires_grad:
-                self.parameters[f"{_PREFIX}{name}"] = parameter
-        self._adam = torch.optim.Adam(self.parameters.values(), lr=lr) if self.parameters else None
+        self.parameters: dict[str, nn.Parameter] = {}
+        self._adam: torch.optim.Adam | None = None
+        of_likelihood = (f"{_PREFIX}{name}" for name, p in likelihood.named_parameters() if p.requires_grad)
+        self._train({*reasons, *of_likelihood})
 
     @property
     def group(self) -> list[dict[str, Any]]:
@@ -46,24 +45,32 @@ class PointEstimates:
             return []
         return [{"params": list(self.parameters.values()), "kind": "deterministic", "lr": self.lr}]
 
-    def take_up(self, model: nn.Module, reasons: Mapping[str, str], param_groups: list[dict[str, Any]]) -> None:
-        """Train the model's parameters that are outside of blocks by now, too.
+    def take_up(self, names: Collection[str], param_groups: list[dict[str, Any]]) -> None:
+        """Train parameters of the model or the likelihood, too.
 
         Args:
-            model: The model.
-            reasons: Its parameters outside of blocks.
+            names: Their names.
             param_groups: The trainer's groups; the one of kind ``"deterministic"`` is extended.
         """
-        named = dict(model.named_parameters())
-        new = {name: named[name] for name in reasons if name not in self.parameters}
-        if not new:
-            return
-        self.parameters |= new
-        _own(param_groups)["params"] += new.values()
-        if self._adam is None:
-            self._adam = torch.optim.Adam(self.parameters.values(), lr=self.lr)
-        else:
-            self._adam.param_groups[0]["params"] += new.values()
+        if not self.parameters.keys() >= set(names):
+            self._train(self.parameters.keys() | set(names))
+            _own(param_groups)["params"] = list(self.parameters.values())
+
+    def _train(self, names: Collection[str]) -> None:
+        """Train the parameters of these names; those that were trained before keep their moments."""
+        moments = self._moments
+        self.parameters = {name: parameter for name, parameter in self._named().items() if name in names}
+        self._adam = torch.optim.Adam(self.parameters.values(), lr=self.lr) if self.parameters else None
+        self._moments.update((p, moments[p]) for p in self.parameters.values() if p in moments)
+
+    @property
+    def _moments(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Adam's state, by parameter."""
+        return {} if self._adam is None else self._adam.state
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        of_likelihood = {f"{_PREFIX}{name}": parameter for name, parameter in self.likelihood.named_parameters()}
+        return {**dict(self.model.named_parameters()), **of_likelihood}
 
     def lr_in(self, param_groups: list[dict[str, Any]]) -> float:
         """The step size as the trainer's groups have it by now, which a schedule may change."""
@@ -85,12 +92,9 @@ class PointEstimates:
         for parameter in self.parameters.values():
             if not parameter.requires_grad:
                 parameter.grad = None
-        moments = {} if self._adam is None else self._adam.state
-        if any(
-            state["exp_avg"].dtype != parameter.dtype or state["exp_avg"].device != parameter.device
-            for parameter, state in moments.items()
-        ):
-            self.load_state_dict(self.state_dict())  # which brings it there
+            own = self._moments.get(parameter)
+            if own and (own["exp_avg"].dtype != parameter.dtype or own["exp_avg"].device != parameter.device):
+                self._moments[parameter] = _like(own, parameter)
 
     def step(self, lr: float, kl_weight: float) -> None:
         """One step of Adam on the loss plus the likelihood's own KL.
@@ -113,15 +117,52 @@ class PointEstimates:
         self._adam.param_groups[0]["lr"] = lr
         self._adam.step()
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """Adam's state."""
-        return None if self._adam is None else self._adam.state_dict()
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Adam's state of each parameter, by name; empty where it was in no step yet."""
+        return {name: dict(self._moments.get(parameter, {})) for name, parameter in self.parameters.items()}
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Take up Adam's state."""
-        if self._adam is not None and state is not None:
-            self._adam.load_state_dict(state)
+    def check(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Check that a :meth:`state_dict` is of these parameters; frozen ones may be in it or not.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+
+        Raises:
+            ArgumentError: If names or shapes differ.
+        """
+        named = self._named()
+        trained = {name for name, parameter in self.parameters.items() if parameter.requires_grad}
+        frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
+        if not trained <= state.keys() <= trained | frozen:
+            raise ArgumentError(
+                f"state_dict has point estimates of {sorted(state)} but this optimizer trains {sorted(trained)}. Load "
+                "it into an optimizer of the same model and likelihood, frozen as they were."
+            )
+        for name, own in state.items():
+            if own and own["exp_avg"].shape != named[name].shape:
+                raise ArgumentError(
+                    f"state_dict has a point estimate of shape {tuple(own['exp_avg'].shape)} for {name!r}, whose shape "
+                    f"is {tuple(named[name].shape)}. Load it into an optimizer of the same model."
+                )
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]], param_groups: list[dict[str, Any]]) -> None:
+        """Go on from a state that passed :meth:`check`.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+            param_groups: The trainer's groups; frozen parameters join theirs with their state.
+        """
+        self.take_up(state.keys(), param_groups)
+        for name, parameter in self.parameters.items():
+            self._moments.pop(parameter, None)
+            if own := state.get(name):
+                self._moments[parameter] = _like(own, parameter)
 
 
 def _own(param_groups: list[dict[str, Any]]) -> dict[str, Any]:
     return next(group for group in param_groups if group["kind"] == "deterministic")
+
+
+def _like(own: Mapping[str, Tensor], parameter: nn.Parameter) -> dict[str, Tensor]:
+    """A copy of Adam's state where a parameter is, in its dtype; of the count of steps as it is."""
+    return {key: value.clone() if key == "step" else value.to(parameter, copy=True) for key, value in own.items()}

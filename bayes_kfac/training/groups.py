@@ -74,6 +74,16 @@ def default_group(param_groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return next(group for group in param_groups if "is_default" in group)
 
 
+def layers_by_group(group_index: Mapping[str, int], param_groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The names of the layers in each of a trainer's groups."""
+    return [[name for name, own in group_index.items() if own == index] for index in range(len(param_groups))]
+
+
+def with_options(param_groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Groups with the options of saved ones, and the parameters that they hold by now: freezing changes those."""
+    return [{**options, "params": group["params"]} for group, options in zip(param_groups, saved, strict=True)]
+
+
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: check(name, options[name]) for name, check in HYPERPARAMETERS.items()}
     return {"params": [], "kind": "block", **values}

@@ -37,7 +37,7 @@ from bayes_kfac.structures import Structure
 from bayes_kfac.training.blocks import Blocks
 from bayes_kfac.training.checks import check_finite, check_made_by, check_outside, check_ready
 from bayes_kfac.training.deterministic import PointEstimates
-from bayes_kfac.training.groups import block_groups, default_group
+from bayes_kfac.training.groups import block_groups, default_group, layers_by_group, with_options
 from bayes_kfac.training.roster import Roster
 from bayes_kfac.training.sampler import Sampler
 from bayes_kfac.training.schedules import Schedule, as_schedule, dump_schedule, load_schedule
@@ -437,6 +437,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         state = super().state_dict()
         state[_STATE_KEY] = {
             "made_by": self._made_by,
+            "groups": self._groups,
             "steps": self.steps,
             "schedules": [dump_schedule(schedule) for schedule in (self.statistics_schedule, self.inverse_schedule)],
             **self._blocks.states.state_dict(),
@@ -463,14 +464,18 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         self._follow_model()
         states = States.restored(own, self.layers)
         set_aside = {key: restore_block(entry, "cpu") for key, entry in own["set_aside"].items()}
-        super().load_state_dict({name: value for name, value in state_dict.items() if name != _STATE_KEY})
+        check_made_by({"groups": own.get("groups", self._groups)}, {"groups": self._groups})
+        point_estimates = own["point_estimates"] or {}  # there were none, in checkpoints of before states had names
+        self._point_estimates.check(point_estimates)
+        groups = with_options(super().state_dict()["param_groups"], state_dict["param_groups"])
+        super().load_state_dict({"state": {}, "param_groups": groups})
         self._blocks.states, self._blocks.set_aside = states, set_aside
         self.steps = own["steps"]
         for schedule, saved in zip(
             (self.statistics_schedule, self.inverse_schedule), own.get("schedules", ({}, {})), strict=True
         ):
             load_schedule(schedule, saved)
-        self._point_estimates.load_state_dict(own["point_estimates"])
+        self._point_estimates.load_state_dict(point_estimates, self.param_groups)
         if self.generator is not None and own["generator"] is not None:
             self.generator.set_state(own["generator"])
         self._sampler.forget()
@@ -480,6 +485,10 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         """What the statistics of a checkpoint mean something to."""
         structure = self.structure
         return {"method": self.method, "structure": structure.name, "sharing": structure.sharing, **structure.options}
+
+    @property
+    def _groups(self) -> list[list[str]]:
+        return layers_by_group(self._group_index, self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything, the model included: a copy trains a copy of the model."""
@@ -514,7 +523,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             known = {parameter for group in self.param_groups for parameter in group["params"]}
             new = [p for layer in layers.values() for p in layer.parameters.values() if p not in known]
             default_group(self.param_groups)["params"].extend(new)
-            self._point_estimates.take_up(self.model, self.reasons, self.param_groups)
+            self._point_estimates.take_up(self.reasons, self.param_groups)
             self._take_up(layers)
             self._sampler.watch(layers, self._parameters())
         self._blocks.follow_devices()

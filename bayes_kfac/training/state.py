@@ -112,7 +112,7 @@ def restore_state(
     if set(dumped) != set(layers):
         raise ArgumentError(
             f"state_dict has the layers {sorted(dumped)} but the model has {sorted(layers)}. Load it into an optimizer "
-            "of the same model."
+            "of the same model, with the same layers frozen."
         )
     states = {}
     for name, entry in dumped.items():
