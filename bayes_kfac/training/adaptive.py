@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kfac.batches import output_tensor
+from bayes_kfac.curvature import Layer
 from bayes_kfac.distributed import mean_over_processes
 from bayes_kfac.errors import ArgumentError, UsageError, check_count, check_positive
 from bayes_kfac.likelihoods import Likelihood
@@ -134,6 +135,10 @@ class AdaptiveNaturalGradient(NaturalGradient):
                 if group["kind"] == "block":
                     group["extrinsic_damping"] = self._rule.damping
         self._batch = None  # of this step alone
+
+    def _take_up(self, layers: Mapping[str, Layer]) -> None:
+        super()._take_up(layers)
+        self._last = {}  # it was of other layers
 
     def _changes(
         self, states: States, gradients: Mapping[str, Tensor], directions: Mapping[str, Tensor]

@@ -9,12 +9,24 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from bayes_kfac.curvature import Layer, Rows, Statistics
 from bayes_kfac.structures import BlockSpec, JointGaussian, Structure, build, measure
-from bayes_kfac.training.state import BlockState
+from bayes_kfac.training.state import BlockState, dump_state, restore_block
 from bayes_kfac.training.states import States
+
+Parameters = tuple[nn.Parameter, ...]
+
+
+def restore_set_aside(dumped: Mapping[tuple[str, ...], Any], model: nn.Module) -> dict[Parameters, BlockState]:
+    """Rebuild what :meth:`Blocks.dump_set_aside` returned; older keys began with the layer's name."""
+    named = dict(model.named_parameters())
+    return {
+        tuple(named[name] for name in dict.fromkeys(key) if name in named): restore_block(entry, "cpu")
+        for key, entry in dumped.items()
+    }
 
 
 class Blocks:
@@ -31,7 +43,7 @@ class Blocks:
         layers: The layers by name.
         structures: The structure of each.
         states: The state of each.
-        set_aside: The states of layers that have gone, by the layer's name and parameters.
+        set_aside: The states of layers that have gone, by their parameters: those are what makes a layer the same one.
     """
 
     def __init__(
@@ -51,7 +63,8 @@ class Blocks:
         self.structures: dict[str, Structure] = {}
         self.states = States()
         self._options = options
-        self.set_aside: dict[tuple[str, ...], BlockState] = {}
+        self.set_aside: dict[Parameters, BlockState] = {}
+        self._held: dict[Parameters, str] = {}
 
     def take_up(self, layers: Mapping[str, Layer]) -> None:
         """Go on with these layers. One that has gone keeps its state for its return; a new one starts afresh.
@@ -59,19 +72,29 @@ class Blocks:
         Args:
             layers: The layers by name.
         """
-        for name, layer in self.layers.items():
-            self.set_aside[_key(layer)] = self.states[name]
+        for parameters, name in self._held.items():
+            self.set_aside[parameters] = self.states[name]
+        before, self._held = self._held, {tuple(layer.parameters.values()): name for name, layer in layers.items()}
         self.layers = dict(layers)
         self.structures = self.structure.for_layers(layers)
-        taken = {name: self.set_aside.pop(_key(layer), BlockState()) for name, layer in layers.items()}
-        self.states = self.states.of(
-            {
-                name: state
-                if state.statistics is None
-                else replace(state, statistics=self.structures[name].adapted(state.statistics))
-                for name, state in taken.items()
-            }
-        )
+        same = {name for parameters, name in self._held.items() if before.get(parameters) == name}
+        taken = {name: self.set_aside.pop(parameters, BlockState()) for parameters, name in self._held.items()}
+        self.states = self.states.of({name: self._adapted(name, own, same) for name, own in taken.items()}, same)
+
+    def _adapted(self, name: str, state: BlockState, same: Collection[str]) -> BlockState:
+        """The state of a layer whose neighbours may be others, given the names that mean the same layers as before."""
+        if state.statistics is None:
+            return state
+        own, statistics = self.structures[name], state.statistics
+        if own.linked_to is not None and own.linked_to not in same:
+            statistics = self.structure.adapted(statistics)  # which is linked to none
+        return replace(state, statistics=own.adapted(statistics))
+
+    def dump_set_aside(self, model: nn.Module) -> dict[tuple[str, ...], dict[str, Any]]:
+        """What was set aside of the model's layers, by the names of their parameters."""
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        present = {key: state for key, state in self.set_aside.items() if names.keys() >= set(key)}
+        return dump_state({tuple(names[parameter] for parameter in key): state for key, state in present.items()})
 
     def follow_devices(self) -> None:
         """Move states to where the model went since the last step, in its dtype or float32."""
@@ -184,6 +207,16 @@ class Blocks:
         found = {**states.posterior.solve(inner), **states.preconditioner.solve(damped)}
         return states, {name: found[name] for name in gradients}
 
+    def squared_length(self, states: States, directions: Mapping[str, Tensor]) -> Tensor:
+        """``lr² Σ dᵀ F̄ d``, damped, of what :meth:`directions` gave, without reading a number back from the device."""
+        lengths = []
+        for name, direction in directions.items():
+            momentum = states[name].momentum
+            assert momentum is not None
+            inner = torch.dot(momentum.flatten(), direction.flatten())
+            lengths.append(inner * (self._options(name)["lr"] ** 2 / states[name].momentum_weight))
+        return torch.stack(lengths).sum()
+
     def _with_gradient(self, name: str, state: BlockState, gradient: Tensor) -> BlockState:
         """The state with a gradient in its moving average."""
         decay = self._options(name)["momentum"]
@@ -205,8 +238,3 @@ class Blocks:
         """The statistics of a layer whose Fisher is the identity."""
         layer = self.layers[name]
         return self.structures[name].identity(layer.shape, layer.template, **layer.form)
-
-
-def _key(layer: Layer) -> tuple[str, ...]:
-    """What makes a layer the same one: a bias alone is another block than weight and bias."""
-    return (layer.name, *layer.parameters)

@@ -46,15 +46,17 @@ class PointEstimates:
         return [{"params": list(self.parameters.values()), "kind": "deterministic", "lr": self.lr}]
 
     def take_up(self, names: Collection[str], param_groups: list[dict[str, Any]]) -> None:
-        """Train parameters of the model or the likelihood, too.
+        """Train parameters of the model or the likelihood, and those of before that are still there.
 
         Args:
             names: Their names.
-            param_groups: The trainer's groups; the one of kind ``"deterministic"`` is extended.
+            param_groups: The trainer's groups; the one of kind ``"deterministic"`` holds them then.
         """
-        if not self.parameters.keys() >= set(names):
-            self._train(self.parameters.keys() | set(names))
-            _own(param_groups)["params"] = list(self.parameters.values())
+        known = set(self.parameters.values())
+        self._train({*names, *(name for name, parameter in self._named().items() if parameter in known)})
+        for group in param_groups:
+            if group["kind"] == "deterministic":
+                group["params"] = list(self.parameters.values())
 
     def _train(self, names: Collection[str]) -> None:
         """Train the parameters of these names; those that were trained before keep their moments."""
@@ -74,8 +76,7 @@ class PointEstimates:
 
     def lr_in(self, param_groups: list[dict[str, Any]]) -> float:
         """The step size as the trainer's groups have it by now, which a schedule may change."""
-        lr: float = _own(param_groups)["lr"] if self.parameters else self.lr
-        return lr
+        return next((group["lr"] for group in param_groups if group["kind"] == "deterministic"), self.lr)
 
     @property
     def gradients(self) -> dict[str, Tensor]:
@@ -157,10 +158,6 @@ class PointEstimates:
             self._moments.pop(parameter, None)
             if own := state.get(name):
                 self._moments[parameter] = _like(own, parameter)
-
-
-def _own(param_groups: list[dict[str, Any]]) -> dict[str, Any]:
-    return next(group for group in param_groups if group["kind"] == "deterministic")
 
 
 def _like(own: Mapping[str, Tensor], parameter: nn.Parameter) -> dict[str, Tensor]:

@@ -69,9 +69,14 @@ def block_groups(
     return [group for group in made if group["params"] or "is_default" in group]
 
 
-def default_group(param_groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The one of a trainer's groups that is for what no group of the user's claims."""
-    return next(group for group in param_groups if "is_default" in group)
+def follow_model(param_groups: Sequence[dict[str, Any]], model: nn.Module, layers: Mapping[str, Layer]) -> None:
+    """Let parameters that the model has no more out of a trainer's groups, and new ones of layers into the default."""
+    blocks, present = [group for group in param_groups if group["kind"] == "block"], set(model.parameters())
+    for group in blocks:
+        group["params"] = [parameter for parameter in group["params"] if parameter in present]
+    known = {parameter for group in blocks for parameter in group["params"]}
+    default = next(group for group in blocks if "is_default" in group)
+    default["params"] += [p for layer in layers.values() for p in layer.parameters.values() if p not in known]
 
 
 def layers_by_group(group_index: Mapping[str, int], param_groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -34,14 +34,14 @@ from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import Structure
-from bayes_kfac.training.blocks import Blocks
+from bayes_kfac.training.blocks import Blocks, restore_set_aside
 from bayes_kfac.training.checks import check_finite, check_made_by, check_outside, check_ready
 from bayes_kfac.training.deterministic import PointEstimates
-from bayes_kfac.training.groups import block_groups, default_group, layers_by_group, with_options
+from bayes_kfac.training.groups import block_groups, follow_model, layers_by_group, with_options
 from bayes_kfac.training.roster import Roster
 from bayes_kfac.training.sampler import Sampler
 from bayes_kfac.training.schedules import Schedule, as_schedule, dump_schedule, load_schedule
-from bayes_kfac.training.state import BlockState, dump_state, restore_block
+from bayes_kfac.training.state import BlockState
 from bayes_kfac.training.states import States
 
 _STATE_KEY = "bayes_kfac"
@@ -328,16 +328,10 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         return {name: direction * (-self._group(name)["lr"] * clip) for name, direction in directions.items()}
 
     def _clip(self, states: States, directions: Mapping[str, Tensor]) -> Tensor | float:
-        """``min(1, sqrt(κ / (lr² Σ dᵀ F̄ d)))``, without reading a number back from the device."""
+        """``min(1, sqrt(κ / (lr² Σ dᵀ F̄ d)))``."""
         if self.kl_clip is None:
             return 1.0
-        lengths = []
-        for name, direction in directions.items():
-            momentum = states[name].momentum
-            assert momentum is not None
-            inner = torch.dot(momentum.flatten(), direction.flatten())
-            lengths.append(inner * (self._group(name)["lr"] ** 2 / states[name].momentum_weight))
-        return (self.kl_clip / torch.stack(lengths).sum()).sqrt().clamp(max=1.0)
+        return (self.kl_clip / self._blocks.squared_length(states, directions)).sqrt().clamp(max=1.0)
 
     def posterior(self) -> Posterior:
         """The posterior: the current mean, and blocks from the current statistics, as a snapshot.
@@ -441,7 +435,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             "steps": self.steps,
             "schedules": [dump_schedule(schedule) for schedule in (self.statistics_schedule, self.inverse_schedule)],
             **self._blocks.states.state_dict(),
-            "set_aside": dump_state(self._blocks.set_aside),
+            "set_aside": self._blocks.dump_set_aside(self.model),
             "point_estimates": self._point_estimates.state_dict(),
             "generator": None if self.generator is None else self.generator.get_state(),
         }
@@ -463,7 +457,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         check_made_by(own.get("made_by", self._made_by), self._made_by)
         self._follow_model()
         states = States.restored(own, self.layers)
-        set_aside = {key: restore_block(entry, "cpu") for key, entry in own["set_aside"].items()}
+        set_aside = restore_set_aside(own["set_aside"], self.model)
         check_made_by({"groups": own.get("groups", self._groups)}, {"groups": self._groups})
         point_estimates = own["point_estimates"] or {}  # there were none, in checkpoints of before states had names
         self._point_estimates.check(point_estimates)
@@ -486,10 +480,6 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         structure = self.structure
         return {"method": self.method, "structure": structure.name, "sharing": structure.sharing, **structure.options}
 
-    @property
-    def _groups(self) -> list[list[str]]:
-        return layers_by_group(self._group_index, self.param_groups)
-
     def __getstate__(self) -> dict[str, Any]:
         """Everything, the model included: a copy trains a copy of the model."""
         # torch's own hooks and the wrapper that a learning rate schedule puts around step() stay behind, as in torch
@@ -500,7 +490,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
 
     @property
     def _full_precision(self) -> AbstractContextManager[None]:
-        return linalg.full_precision(self._roster.trainable[0].device)
+        return linalg.full_precision(next(iter(self._roster.trainable.values())).device)
 
     @property
     def _has_new_layers(self) -> bool:
@@ -514,15 +504,14 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
     def _take_up(self, layers: Mapping[str, Layer]) -> None:
         group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
         self._group_index = {name: group_of[layer.like] for name, layer in layers.items()}
+        self._groups = layers_by_group(self._group_index, self.param_groups)
         self._blocks.take_up(layers)
 
     def _follow_model(self) -> None:
-        """Take note of what was frozen, unfrozen or moved since the last step."""
+        """Take note of what was frozen, unfrozen, replaced or moved since the last step."""
         if self._roster.has_changed():
             layers = self._roster.sort()
-            known = {parameter for group in self.param_groups for parameter in group["params"]}
-            new = [p for layer in layers.values() for p in layer.parameters.values() if p not in known]
-            default_group(self.param_groups)["params"].extend(new)
+            follow_model(self.param_groups, self.model, layers)
             self._point_estimates.take_up(self.reasons, self.param_groups)
             self._take_up(layers)
             self._sampler.watch(layers, self._parameters())

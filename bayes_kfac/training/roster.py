@@ -10,7 +10,7 @@ from bayes_kfac.curvature import Layer, find_covered
 
 
 class Roster:
-    """The parameters of a model that are trained, which may be frozen and unfrozen on the way.
+    """The parameters of a model that are trained, which may be frozen, unfrozen and replaced on the way.
 
     Args:
         model: The model.
@@ -18,28 +18,28 @@ class Roster:
         others: What to do with parameters that no block covers.
 
     Attributes:
-        trainable: The parameters that are trained, as of the last :meth:`sort`.
+        trainable: The parameters that are trained, by name, as of the last :meth:`sort`.
         reasons: Why parameters have no block, by name.
     """
 
     def __init__(self, model: nn.Module, params: Iterable[nn.Parameter] | None, others: str) -> None:
         self._model = model
-        self._params = None if params is None else list(params)
+        self._params = None if params is None else set(params)
         self._others = others
-        self.trainable: list[nn.Parameter] = []
+        self.trainable: dict[str, nn.Parameter] = {}
         self.reasons: Mapping[str, str] = {}
 
     def has_changed(self) -> bool:
-        """Whether others are trainable by now than at the last :meth:`sort`."""
+        """Whether others are trainable by now than at the last :meth:`sort`, or under other names."""
         now = self._now()
-        return len(now) != len(self.trainable) or any(a is not b for a, b in zip(now, self.trainable, strict=True))
+        return now.keys() != self.trainable.keys() or any(now[name] is not own for name, own in self.trainable.items())
 
     def sort(self) -> dict[str, Layer]:
         """The layers of what is trainable now, by name."""
-        layers, reasons = find_covered(self._model, self._now(), self._others)
+        layers, reasons = find_covered(self._model, self._now().values(), self._others)
         self.trainable, self.reasons = self._now(), reasons
         return layers
 
-    def _now(self) -> list[nn.Parameter]:
-        candidates = self._model.parameters() if self._params is None else self._params
-        return [parameter for parameter in candidates if parameter.requires_grad]
+    def _now(self) -> dict[str, nn.Parameter]:
+        named, chosen = self._model.named_parameters(), self._params
+        return {name: p for name, p in named if p.requires_grad and (chosen is None or p in chosen)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,10 +52,10 @@ class States(Mapping[str, BlockState]):
         """The running averages of the layers that have been measured."""
         return {name: state.statistics for name, state in self.items() if state.statistics is not None}
 
-    def of(self, blocks: Mapping[str, BlockState]) -> States:
-        """The states of other blocks, with the links that are between them."""
+    def of(self, blocks: Mapping[str, BlockState], linked: Collection[str]) -> States:
+        """The states of other blocks, with the links that are between some of them."""
         links, preconditioner_links = (
-            {name: link for name, link in own.items() if name in blocks and link.to in blocks}
+            {name: link for name, link in own.items() if name in linked and link.to in linked}
             for own in (self.links, self.preconditioner_links)
         )
         return States(blocks, links, preconditioner_links)
