@@ -86,7 +86,7 @@ def layers_by_group(group_index: Mapping[str, int], param_groups: Sequence[Mappi
 
 def with_options(param_groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Groups with the options of saved ones, and the parameters that they hold by now: freezing changes those."""
-    return [{**options, "params": group["params"]} for group, options in zip(param_groups, saved, strict=True)]
+    return [{**group, **options, "params": group["params"]} for group, options in zip(param_groups, saved, strict=True)]
 
 
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -164,7 +164,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         self._point_estimates = PointEstimates(
             self.model, likelihood, self.reasons, deterministic_lr, may_grow=others == "deterministic"
         )
-        super().__init__(all_groups + self._point_estimates.group, {})
+        # schedulers that cycle the momentum look for it here
+        super().__init__(all_groups + self._point_estimates.group, {"momentum": momentum})
         self._take_up(layers)
         meter = Meter(
             self.model,

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.testing import assert_close
 
@@ -106,6 +107,35 @@ def test_two_optimizers_with_nested_contexts_are_one_with_two_layers(share_likel
     expected = train(make(Net(), kl_clip=None))
     assert_means(model, expected.model)
     assert_blocks({**body.blocks, **head.blocks}, expected.blocks)
+
+
+# Schedulers that cycle the momentum
+
+
+@pytest.mark.parametrize("kind", [bk.NoisyKFAC, bk.NaturalGradient])
+@pytest.mark.parametrize(
+    ("schedule", "momenta"),
+    [
+        (
+            partial(OneCycleLR, max_lr=1, total_steps=4, pct_start=0.5, anneal_strategy="linear"),
+            [0.95, 0.85, 0.9, 0.95],
+        ),
+        (partial(CyclicLR, base_lr=0.01, max_lr=0.1, step_size_up=2), [0.9, 0.85, 0.8, 0.85]),
+    ],
+    ids=["OneCycleLR", "CyclicLR"],
+)
+def test_schedulers_cycle_the_momentum(kind, schedule, momenta):
+    """It is that of the average of gradients; Adam's own betas stay."""
+    optimizer = kind(Net(), gaussian("learned"), num_data=64)
+    scheduler, weight, seen = schedule(optimizer), 0.0, []
+    for batch in BATCHES[:4]:
+        momentum = optimizer.param_groups[0]["momentum"]
+        seen.append(momentum)
+        weight = momentum * weight + 1 - momentum
+        train(optimizer, [batch])
+        assert optimizer.blocks["head"].momentum_weight == pytest.approx(weight)
+        scheduler.step()
+    assert seen == pytest.approx(momenta)
 
 
 # The loops of Lightning and Accelerate
