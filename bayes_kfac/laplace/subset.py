@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bayes_kfac.curvature import find_layers
 from bayes_kfac.errors import ArgumentError
@@ -36,7 +36,7 @@ def choose_parameters(model: nn.Module, subset: Subset) -> list[nn.Parameter]:
     elif subset == "last_layer":
         layers, _ = find_layers(model, named.values(), rest="diagonal")
         chosen = set(list(layers.values())[-1].parameters) if layers else set()
-    elif callable(subset):
+    elif callable(subset) and not isinstance(subset, nn.Module):
         chosen = {name for name, parameter in named.items() if subset(name, parameter)}
     else:
         chosen = _by_names(named, subset)
@@ -46,13 +46,19 @@ def choose_parameters(model: nn.Module, subset: Subset) -> list[nn.Parameter]:
 
 
 def _by_names(named: dict[str, nn.Parameter], subset: Any) -> set[str]:
-    if isinstance(subset, str) or not isinstance(subset, Collection):
+    if isinstance(subset, str | nn.Module | Tensor) or not isinstance(subset, Collection):
+        given = f"a {type(subset).__name__}" if isinstance(subset, nn.Module | Tensor) else repr(subset)
         raise ArgumentError(
-            f"subset={subset!r} is unknown. Allowed: 'all', 'requires_grad', 'last_layer', a list of names of "
+            f"subset={given} is unknown. Allowed: 'all', 'requires_grad', 'last_layer', a list of names of "
             "parameters or modules, or a function of name and parameter."
         )
     chosen = set()
     for wanted in subset:
+        if not isinstance(wanted, str):
+            raise ArgumentError(
+                f"subset holds a {type(wanted).__name__}. Allowed: names of parameters or modules, such as "
+                f"{next(iter(named))!r}; or pass a function of name and parameter."
+            )
         own = {name for name in named if name == wanted or name.startswith(f"{wanted}.")}
         if not own:
             raise ArgumentError(

@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayes_kfac import linalg
 from bayes_kfac.curvature import Layer, Statistics
 from bayes_kfac.errors import ArgumentError, NonFiniteError, UsageError
 from bayes_kfac.training.sampler import Sampler
+
+
+def check_params(model: nn.Module, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Refuse to train what are no parameters of the model.
+
+    Args:
+        model: The model.
+        params: What is to be trained.
+
+    Returns:
+        The parameters; a generator is used up by one look.
+
+    Raises:
+        ArgumentError: If it is no collection, empty, or holds anything else.
+    """
+    own = set(model.parameters())
+    chosen = list(params) if isinstance(params, Iterable) and not isinstance(params, Tensor | str) else None
+    allowed = "Allowed: a list of parameters of the model, such as list(model.parameters())."
+    if not chosen:
+        what = "is empty" if chosen is not None else f"is a {type(params).__name__}"
+        raise ArgumentError(f"params {what}. {allowed}")
+    for index, each in enumerate(chosen):
+        if not isinstance(each, nn.Parameter) or each not in own:
+            shape = f" of shape {tuple(each.shape)}" if isinstance(each, Tensor) else ""
+            raise ArgumentError(
+                f"params[{index}] is a {type(each).__name__}{shape} and no parameter of the model. {allowed}"
+            )
+    return chosen
 
 
 def check_outside(sampler: Sampler, call: str) -> None:

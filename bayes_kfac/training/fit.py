@@ -19,6 +19,7 @@ from bayes_kfac.posterior import Posterior
 from bayes_kfac.prediction.forward import training
 from bayes_kfac.progress import progress_bar
 from bayes_kfac.structures import Structure
+from bayes_kfac.training.checks import check_params
 from bayes_kfac.training.noisy import NoisyNaturalGradient
 from bayes_kfac.training.tuning import EXTRINSIC_DAMPING, TUNE_KINDS, tune_prior_precision
 
@@ -114,7 +115,7 @@ def fit(
         check_choice("tune", tune, TUNE_KINDS)
         check_types(model, likelihood)
         if options.get("params") is not None:
-            options["params"] = list(options["params"])  # a generator is used up by one look
+            options["params"] = check_params(model, options["params"])
         options.setdefault("groups", _one_for_each_layer(model, options))
         options.setdefault("extrinsic_damping", EXTRINSIC_DAMPING)
     optimizer = NoisyNaturalGradient(

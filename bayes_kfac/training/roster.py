@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from bayes_kfac.curvature import Layer, find_covered
+from bayes_kfac.training.checks import check_params
 
 
 class Roster:
@@ -24,7 +25,7 @@ class Roster:
 
     def __init__(self, model: nn.Module, params: Iterable[nn.Parameter] | None, others: str) -> None:
         self._model = model
-        self._params = None if params is None else set(params)
+        self._params = None if params is None else set(check_params(model, params))
         self._others = others
         self.trainable: dict[str, nn.Parameter] = {}
         self.reasons: Mapping[str, str] = {}

@@ -90,6 +90,9 @@ def test_frozen_parameters_are_covered_by_all_and_not_by_requires_grad() -> None
         (["tail"], r"names 'tail', which is no parameter and no module.*head\.weight"),
         (["head", "trunk.1"], r"names 'trunk\.1'"),
         (["hea"], "names 'hea'"),
+        (nn.Linear(4, 2), r"subset=a Linear is unknown\. Allowed: .*a list of names .*a function of name"),
+        (nn.Linear(4, 2).weight, "subset=a Parameter is unknown"),
+        (list(nn.Linear(4, 2).parameters()), r"holds a Parameter\. Allowed: names .*'trunk\.0\.weight'; or .*function"),
         (lambda name, parameter: False, "holds no parameter"),
     ],
 )

@@ -94,6 +94,32 @@ def test_a_model_without_supported_layers_is_refused():
         make(model=frozen)
 
 
+@pytest.mark.parametrize(
+    ("params", "match"),
+    [
+        (lambda model: ["0.weight"], r"\[0\] is a str and no parameter of the model\. Allowed: a list of parameters"),
+        (lambda model: model[0], "params is a Linear"),
+        (lambda model: model, r"params\[0\] is a Linear"),
+        (lambda model: "0.weight", "params is a str"),
+        (lambda model: model.named_parameters(), r"params\[0\] is a tuple"),
+        (lambda model: dict(model.named_parameters()), r"params\[0\] is a str"),
+        (lambda model: [{"params": model.parameters()}], r"params\[0\] is a dict"),
+        (lambda model: model[0].weight, "params is a Parameter"),
+        (lambda model: [*model.parameters(), nn.Parameter(torch.ones(2))], r"\[4\] is a Parameter of shape \(2,\)"),
+        (lambda model: net().parameters(), r"params\[0\] is a Parameter of shape \(5, 3\) and no parameter"),
+        (lambda model: [], "params is empty"),
+    ],
+)
+def test_what_are_no_parameters_of_the_model_is_refused(params, match):
+    model = net()
+    with pytest.raises(ArgumentError, match=match):
+        make(model=model, params=params(model))
+    batches = [(torch.ones(4, 3), torch.ones(4, 1))]
+    for tune in (None, "marginal_likelihood"):
+        with pytest.raises(ArgumentError, match=match):
+            bk.fit(model, bk.likelihoods.Gaussian(), batches, epochs=1, num_data=4, tune=tune, params=params(model))
+
+
 def test_parameters_outside_blocks_are_listed_with_reasons():
     model = nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 1))
     with pytest.raises(UnsupportedModelError, match=r"1\.weight: PReLU has no adapter") as caught:
