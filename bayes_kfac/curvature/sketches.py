@@ -5,7 +5,7 @@ A sketch has a limit on the number of its columns; how it gets back within is it
 
 * :class:`LeadingColumns`: the nearest matrix of that rank, by its leading eigenvectors; what is left out is lost;
 * :class:`FrequentDirections`: the same, shrunk, so that ``0 ⪯ F − F̂ ⪯ φ I`` whatever comes (Ghashami et al. 2016);
-* :class:`LatestColumns`: the last ones as they came, standing for all that were counted.
+* :class:`LatestColumns`: those of the latest batches as they came, standing for all that were counted.
 
 A column is shaped as what it is a column for: ``[*blocks, k, out, in]`` for a whole block, ``[*blocks, k, 1, n]`` for a
 Kronecker factor of size ``n``.
@@ -210,10 +210,11 @@ class FrequentDirections(Columns):
 
 @dataclass(frozen=True, eq=False)
 class LatestColumns(Columns):
-    """The latest columns as they came: a sliding window.
+    """The columns of the latest batches as they came: a sliding window.
 
     Each column knows how many terms it counts for; those in the window stand for all that were ever counted, so that
-    the average of the sum is the average over the window.
+    the average of the sum is the average over the window. A batch's columns are in an order without a pattern: those
+    that the window has no room for are of all examples, positions and outputs alike.
 
     Attributes:
         weights: How many terms each column counts for, ``[k]``.
@@ -227,10 +228,10 @@ class LatestColumns(Columns):
 
     @classmethod
     def of(cls, values: Tensor, limit: int, weight: float | None = None) -> Self:
-        """The window over a sum of outer products.
+        """The window over the sum of one batch's outer products.
 
         Args:
-            values: Any number of columns, the oldest first, ``[*blocks, k, out, in]``.
+            values: Any number of columns, in any order, ``[*blocks, k, out, in]``.
             limit: How many to keep at most.
             weight: How many terms all of them count for; by default as many as they are.
 
@@ -239,8 +240,9 @@ class LatestColumns(Columns):
         """
         count = values.shape[-3]
         each = 1.0 if weight is None else weight / max(count, 1)
-        weights = values.new_full((count,), each)
-        return cls(values, values.new_zeros(values.shape[:-3]), limit, weights, weights.sum())._reduced()
+        values = values.index_select(-3, _shuffled(count)[:limit].to(values.device))
+        weights = values.new_full((values.shape[-3],), each)
+        return cls(values, values.new_zeros(values.shape[:-3]), limit, weights, values.new_tensor(each * count))
 
     @classmethod
     def identity(cls, shape: tuple[int, ...], limit: int, like: Tensor) -> Self:  # noqa: D102
@@ -280,6 +282,11 @@ def columns_from_dump(entry: Mapping[str, Any]) -> Columns:
         The sketch.
     """
     return _KINDS[check_choice("kind", entry["kind"], tuple(_KINDS))](**entry["tensors"], limit=entry["limit"])
+
+
+def _shuffled(count: int) -> Tensor:
+    """The numbers below ``count`` in an order without a pattern, always the same, whatever else is random."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(count))
 
 
 def _total(tensors: Sequence[Tensor]) -> Tensor:

@@ -168,7 +168,7 @@ class SlangStructure(TongaStructure):
 
 
 class WindowStructure(LowRankStructure):
-    """The Fisher from the latest columns, as they came: averages are over the window.
+    """The Fisher from columns of the latest batches, as they came: averages are over the window.
 
     Args:
         window: How many columns are kept.

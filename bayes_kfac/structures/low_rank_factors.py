@@ -133,7 +133,7 @@ class SkfacStructure(LowRankFactorStructure):
     """K-FAC with factors that are the latest rows themselves, inverted through their Gram matrices.
 
     ``(aᵀ a / m + λ I)⁻¹ = (I − aᵀ (m λ I + a aᵀ)⁻¹ a) / λ`` takes the inverse of a matrix of the size of the batch.
-    Where a batch has more rows than the window, as with many positions, every so many of them are taken.
+    Where a batch has more rows than the window, as with many positions, a fixed random choice of them is taken.
 
     Args:
         window: How many rows of each side.
@@ -158,10 +158,7 @@ class SkfacStructure(LowRankFactorStructure):
         return {"window": self.limit}
 
     def _sketch(self, values: Tensor, count: float) -> LatestColumns:
-        stride = max(1, -(-values.shape[-3] // self.limit))
-        kept = values[..., ::stride, :, :]
-        scale = (values.shape[-3] / max(kept.shape[-3], 1)) ** 0.5
-        return LatestColumns.of(kept * scale, self.limit, count)
+        return LatestColumns.of(values, self.limit, count)
 
 
 @dataclass(frozen=True)

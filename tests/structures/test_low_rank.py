@@ -103,11 +103,25 @@ def test_of_all_examples_smw_is_the_whole_fisher(rows):
     assert_close(gaussian.marginal_variance(), expected.marginal_variance(), **TIGHT)
 
 
-def test_a_window_of_smw_is_the_fisher_of_its_examples():
+def test_a_window_of_smw_is_the_fisher_of_its_columns():
+    """Ten of eighteen Jacobians, which stand for all of them."""
     rows = ROWS["plain"]()
-    latest = Rows(rows.inputs[4:], rows.gradients[:, 4:])
-    F = fisher(latest)
+    kept = SmwStructure(10).measure(rows).columns["fisher"].values.flatten(-2)
+    distances = torch.cdist(kept, rows.jacobians().flatten(0, 1).flatten(-2))
+    assert_close(distances.amin(-1), torch.zeros(10, dtype=torch.float64), **TIGHT)
+    assert len(distances.argmin(-1).unique()) == 10
+    F = kept.mT @ kept * (18 / 10) / 9
     assert_close(built(SmwStructure(10), rows).to_dense(), SCALE * F + PRIOR * eye(F), **TIGHT)
+
+
+@pytest.mark.parametrize(("batch", "outputs"), [(1, 1000), (300, 4)])
+def test_a_window_of_smw_is_of_all_outputs_alike(batch, outputs):
+    """Of an example with more outputs than there is room for, and of many examples."""
+    gradients = torch.eye(outputs, dtype=torch.float64)[:, None, None].expand(-1, batch, 1, -1)
+    rows = Rows(torch.ones(batch, 1, 1, dtype=torch.float64), gradients)
+    variances = SmwStructure().measure(rows).mean_columns("fisher").diagonal().flatten()
+    halves = variances.unflatten(0, (2, -1)).mean(-1)
+    assert_close(halves, torch.ones(2, dtype=torch.float64), rtol=0.0, atol=0.15)
 
 
 def test_smw_solves_by_the_gram_matrix_of_inputs_and_gradients():

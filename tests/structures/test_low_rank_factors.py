@@ -98,16 +98,47 @@ def test_sketchy_is_never_below_kfac_and_at_most_its_floor_above(rank):
         assert (sketch.columns[name].floor > 0) == (rank < value.shape[-1])
 
 
-def test_skfac_takes_every_so_many_rows_where_there_are_more_than_the_window():
+def test_skfac_takes_some_of_the_rows_where_there_are_more_than_the_window():
     """Three rows in the place of nine, weighing threefold; of later batches the latest."""
     rows = dense_rows(1, (), 3, 3, in_=IN, out=OUT)
     A, G = factors(SkfacStructure(3), rows)
-    a, g = rows.inputs.flatten(0, 1)[::3], rows.gradients[0].flatten(0, 1)[::3]
+    a, g = rows.inputs.flatten(0, 1), rows.gradients[0].flatten(0, 1)
+    kept = SkfacStructure(3).measure(rows).columns["input"].values.squeeze(-2)
+    chosen = torch.cdist(kept, a).argmin(-1)  # the same on both sides, where they are as many
+    assert len(chosen.unique()) == 3
+    a, g = a[chosen], g[chosen]
     assert_close(A, a.mT @ a / 3, **TIGHT)
     assert_close(G, 3 * g.mT @ g / 3, **TIGHT)
     later = dense_rows(1, (), 3, 1, in_=IN, out=OUT, seed=5)
     total = SkfacStructure(3).measure(rows) + SkfacStructure(3).measure(later)
     assert_close(total.mean_columns("input").to_dense(), factors(SkfacStructure(3), later)[0], **TIGHT)
+
+
+@pytest.mark.parametrize(("batch", "shared", "columns"), [(256, 1, 2), (256, 1, 16), (16, 256, 1), (64, 16, 4)])
+def test_skfac_takes_rows_of_all_positions_and_columns_in_proportion(batch, shared, columns):
+    """Rows that say where they are: no factor of their number is the step at which they are taken."""
+    position = torch.arange(shared).expand(batch, shared)
+    inputs = torch.nn.functional.one_hot(position % 16, 16).double()
+    column = torch.arange(columns)[:, None, None].expand(columns, batch, shared)
+    gradients = torch.nn.functional.one_hot(column, columns).double()
+    A, G = factors(SkfacStructure(), Rows(inputs, gradients))
+    exact = kronecker_factors(Rows(inputs, gradients), "expand")
+    for own, name in ((A, "input"), (G, "gradient")):
+        expected = exact.mean(name).diagonal(dim1=-2, dim2=-1)
+        there = expected > 0
+        ratio = own.diagonal(dim1=-2, dim2=-1)[there] / expected[there]
+        # a class of sixteen has 16 rows of 256, with a standard deviation of less than 4
+        assert_close(ratio, torch.ones_like(ratio), rtol=0.0, atol=0.75)
+        assert_close(own.trace(), expected.sum(), **TIGHT)
+
+
+def test_skfac_takes_the_same_rows_whatever_else_is_random():
+    rows = dense_rows(2, (), 40, 9, in_=IN, out=OUT)
+    before = torch.get_rng_state()
+    first = factors(SkfacStructure(7), rows)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.randn(3)
+    assert all(map(torch.equal, first, factors(SkfacStructure(7), rows)))
 
 
 def test_skfac_inverts_by_the_gram_matrix_of_the_rows():
