@@ -14,7 +14,18 @@ from torch import Tensor, nn
 
 from bayes_kfac import linalg
 from bayes_kfac.batches import Batch, count_examples, unpack, widened
-from bayes_kfac.curvature import Frame, PullBack, Recorder, Statistics, added, no_rows, output_gradients, recursive_rows
+from bayes_kfac.curvature import (
+    Frame,
+    PullBack,
+    Recorder,
+    Rows,
+    Statistics,
+    added,
+    no_rows,
+    output_gradients,
+    recursive_rows,
+)
+from bayes_kfac.curvature.rows import of_all_columns
 from bayes_kfac.errors import ArgumentError, NonFiniteError, UsageError
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.prediction.forward import watched
@@ -164,18 +175,24 @@ class Surveyor:
             rows = recursive_rows(pull_back, columns, mask)
             self.used |= rows.keys()
             return measure(self.structures, rows, frames)
-        examples = float(len(pull_back.output)) if mask is None else count_examples(mask)
+        parts = columns.split(pull_back.columns_within(self.memory_budget))
+        found = (self._rows(pull_back, part, mask) for part in parts)
+        if not all(structure.takes_parts for structure in self.structures.values()):
+            together = list(found)
+            whole = {name: of_all_columns([rows[name] for rows in together]) for name in self.recorder.layers}
+            return measure(self.structures, whole, frames)
         total: dict[str, Statistics] = {}
-        for part in columns.split(pull_back.columns_within(self.memory_budget)):
-            found = pull_back.rows(part, mask)
-            self.used |= found.keys()
-            # a layer that these examples do not use has their zeros: its Fisher is a mean over all examples
-            whole = {
-                name: found.get(name) or no_rows(own, part, examples) for name, own in self.recorder.layers.items()
-            }
-            rows = {name: replace(own, share=len(part) / len(columns)) for name, own in whole.items()}
+        for part, own in zip(parts, found, strict=True):
+            rows = {name: replace(one, share=len(part) / len(columns)) for name, one in own.items()}
             total = added(total, measure(self.structures, rows, frames))
         return total
+
+    def _rows(self, pull_back: PullBack, columns: Tensor, mask: Tensor | None) -> dict[str, Rows]:
+        """The rows of all layers; a layer that these examples do not use has their zeros in its mean over examples."""
+        found = pull_back.rows(columns, mask)
+        self.used |= found.keys()
+        examples = float(len(pull_back.output)) if mask is None else count_examples(mask)
+        return {name: found.get(name) or no_rows(own, columns, examples) for name, own in self.recorder.layers.items()}
 
 
 def _check_finite(measured: Measurement) -> None:

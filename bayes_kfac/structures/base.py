@@ -134,6 +134,9 @@ class Structure(ABC):
     #: The kinds of Fisher that it can be measured with; ``"recursive"`` takes one that reads no more of the gradients
     #: than their second moment.
     fishers: ClassVar[tuple[str, ...]] = EXAMPLEWISE_KINDS
+    #: Whether statistics of a batch's output gradients in parts add up to those of all of them; single columns, which a
+    #: window keeps some of, do not.
+    takes_parts: ClassVar[bool] = True
     #: The layer that the block is linked to, where a structure correlates layers: see :meth:`for_layers`.
     linked_to: str | None = None
 

@@ -176,6 +176,8 @@ class WindowStructure(LowRankStructure):
         sharing: Makes no difference.
     """
 
+    takes_parts = False
+
     def __init__(self, window: int, *, damping: str = "exact", sharing: str = "expand") -> None:
         super().__init__(check_count("window", window), damping=damping, sharing=sharing)
 

@@ -149,6 +149,7 @@ class SkfacStructure(LowRankFactorStructure):
         source="Tang et al. 2021 (SKFAC).",
     )
     sketch = LatestColumns
+    takes_parts = False
 
     def __init__(self, window: int = 256, *, damping: str = "factored", sharing: str = "expand") -> None:
         super().__init__(check_count("window", window), damping=damping, sharing=sharing)

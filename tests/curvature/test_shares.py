@@ -136,3 +136,19 @@ def test_a_fit_in_parts_is_a_fit_at_once():
         variances.append({name: block.marginal_variance() for name, block in posterior.blocks.items()})
     for name, expected in variances[0].items():
         assert_close(variances[1][name], expected, **TIGHT)
+
+
+@pytest.mark.parametrize("structure", ["smw", "skfac", "mfac"])
+@pytest.mark.parametrize("sizes", [(60,), (7, 5, 9)], ids=str)
+def test_windows_are_of_batches_whatever_the_budget(structure, sizes):
+    """Where a batch has more columns than there is room for, and where the oldest batch leaves in part."""
+    kind = type(structures.get(structure, damping="exact", sharing="expand"))
+    batches = [(randn(size, 3, seed=size), torch.randint(4, (size,), generator=rng(size))) for size in sizes]
+    precisions = []
+    for budget in (1 << 30, 1):
+        laplace = bk.Laplace(
+            seeded(nn.Linear(3, 4)), bk.likelihoods.Categorical(), structure=kind(50), memory_budget=budget
+        )
+        (block,) = laplace.fit(batches, progress=False).posterior().blocks.values()
+        precisions.append(block.to_dense())
+    assert torch.equal(*precisions)
