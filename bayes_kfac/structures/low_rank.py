@@ -235,8 +235,8 @@ class MFacStructure(WindowStructure):
 
     A column is the sum of a batch's Jacobians with random signs, ``c = Σ_n ε_n J_n``: ``E[c cᵀ] = Σ_n J_n J_nᵀ``
     whatever the Jacobians are of. Gradients of targets that are sampled from the model have mean zero and need no
-    signs: that is the paper's. The signs are a hash of the Jacobians themselves, so that the same data give the same
-    column, whatever else is random.
+    signs: that is the paper's. The signs are a hash of the Jacobians and of their places in the batch, so that the same
+    data give the same column, whatever else is random, and examples that repeat have signs of their own.
 
     Args:
         window: How many batches.
@@ -265,11 +265,13 @@ def _identity(kind: type[Columns], shape: tuple[int, ...], limit: int, like: Ten
 
 
 def _signs(jacobians: Tensor) -> Tensor:
-    """Signs that depend on what Jacobians ``[..., out, in]`` are, to about a tenth, and on nothing else."""
+    """Signs that depend on what Jacobians ``[..., batch, columns, out, in]`` are, to about a tenth, and on where."""
+    # places make equal Jacobians of a batch independent, values those at the same place in other batches
     # by a hash of a few of their products with fixed directions, which rounding changes once in a million times
     values = jacobians.flatten(-2).float()
     angles = torch.arange(1, values.shape[-1] + 1, dtype=torch.float32, device=values.device)
-    bits = torch.zeros(values.shape[:-1], dtype=torch.int64, device=values.device)
+    places = values.shape[-3:-1]
+    bits = torch.arange(places.numel(), device=values.device).view(places)
     for frequency in (1.0, 1.7, 2.3, 2.9):
         products = values @ (frequency * angles).sin()
         coarse = products.view(torch.int32).long() >> 21  # the sign, the exponent, and two bits more

@@ -163,6 +163,21 @@ def test_mfac_is_without_bias_whatever_the_gradients_are_of(columns):
     assert (plain.mT @ plain / (20000 * 6))[0, 0] > 2 * expected[0, 0]
 
 
+@pytest.mark.parametrize("kind", ["equal", "of a few kinds", "of equal columns"])
+def test_mfac_is_without_bias_where_examples_repeat(kind):
+    """On the average over 400 batches; columns of equal signs would make it as many times too large as they are."""
+    total, exact, columns = 0.0, 0.0, 3 if kind == "of equal columns" else 1
+    for seed in range(400):
+        inputs = randn(1, 1, IN, seed=seed).expand(24, 1, IN)
+        if kind == "of a few kinds":
+            inputs = torch.eye(IN, dtype=torch.float64)[torch.randint(IN, (24, 1), generator=rng(seed))]
+        rows = Rows(inputs, randn(1, 1, 1, 1, seed=1000 + seed).expand(columns, 24, 1, 1))
+        total = total + MFacStructure().measure(rows).columns["fisher"].trace()
+        exact = exact + SmwStructure().measure(rows).columns["fisher"].trace()
+    # the square of a sum of signs has a standard deviation of √2 of its mean, and that of what it multiplies as much
+    assert total / exact == pytest.approx(1.0, abs=0.3)
+
+
 def test_mfac_is_the_same_for_the_same_data():
     rows = ROWS["plain"]()
     first = MFacStructure().measure(rows).columns["fisher"].values
