@@ -215,7 +215,11 @@ class Laplace:
         return max((structure.passes for structure in self.structures.values()), default=1)
 
     def update(self, loader: Iterable[Any], *, progress: bool = True) -> Self:
-        """Add more data to the fit: the result is that of one fit to all of them.
+        """Add more data to the fit: the result is that of one fit to all of them, where a fit takes one pass.
+
+        Structures that take several (:attr:`passes` above 1: ``"ekfac"``, ``"tekfac"`` and the sums of Kronecker
+        products) measure the new data in coordinates that the old data gave, which one fit to all would choose anew:
+        close to it where the new data are like the old.
 
         Args:
             loader: The new data, as for :meth:`fit`.
