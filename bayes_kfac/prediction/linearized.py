@@ -167,7 +167,7 @@ class LinearizedModel:
             Means and whitened Jacobians.
         """
         with self._forward(inputs) as (output, pull_back):
-            columns, mean = _unit_vectors(output), output.flatten(1)
+            columns, mean = _unit_vectors(output), output.reshape(len(output), -1)
             if outputs is not None:
                 columns, mean = columns[list(outputs)], mean[:, list(outputs)]
             return Features(mean, self._whitened(pull_back, columns))

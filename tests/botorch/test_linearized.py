@@ -77,6 +77,17 @@ def test_each_batch_has_the_joint_gaussian_of_its_points(outputs, shape, structu
     assert_close(found.variance, diagonal.reshape(*shape, outputs))
 
 
+def test_a_network_may_give_one_number_for_each_input():
+    """Outputs ``[batch]`` are those of one outcome."""
+    net, X = seeded(nn.Linear(D, 1)), randn(3, 4, D, seed=1)
+    found, expected = (
+        LinearizedSurrogate(random_posterior(nn.Sequential(net, *last), Gaussian(0.5)), num_outputs=1).posterior(X)
+        for last in ([nn.Flatten(0)], [])
+    )
+    assert_close(found.mean, expected.mean, **CLOSE)
+    assert_close(covariance(found), covariance(expected), **CLOSE)
+
+
 def test_covariances_between_batches_are_not_computed(monkeypatch):
     """Five batches of two points: five blocks, and not one of ten."""
     groups = []

@@ -231,3 +231,15 @@ def test_features_have_the_covariances_within_groups(name, structure, damping):
     assert_close(mine.covariance(theirs), expected.unsqueeze(0), **CLOSE)
     within = mine.covariance(theirs, groups=2)
     assert_close(within, torch.stack([expected[:2, :1], expected[2:, 1:]]), **CLOSE)
+
+
+def test_features_of_one_number_for_each_example():
+    """Outputs ``[batch]`` are those of one output, ``[batch, 1]``."""
+    net, inputs = seeded(nn.Linear(3, 1)), randn(4, 3, seed=1)
+    flat, expected = (
+        random_posterior(nn.Sequential(net, *last), Gaussian(0.5)).linearized.features(inputs)
+        for last in ([nn.Flatten(0)], [])
+    )
+    assert flat.mean.shape == (4, 1)
+    assert_close(flat.mean, expected.mean, **CLOSE)
+    assert_close(flat.covariance(flat), expected.covariance(expected), **CLOSE)
