@@ -421,8 +421,17 @@ class Posterior:
             name: value.to(target) if value.is_floating_point() or not isinstance(target, torch.dtype) else value
             for name, value in self.mean.items()
         }
-        likelihood = copy.deepcopy(self.likelihood).to(target)
-        return self._with(model=self.model.to(target), likelihood=likelihood, blocks=self.blocks.to(target), mean=mean)
+        prior_precision = {
+            name: value.to(target) if isinstance(value, Tensor) else value
+            for name, value in self.prior_precision.items()
+        }
+        return self._with(
+            model=self.model.to(target),
+            likelihood=copy.deepcopy(self.likelihood).to(target),
+            blocks=self.blocks.to(target),
+            prior_precision=prior_precision,
+            mean=mean,
+        )
 
     def with_likelihood(self, likelihood: Likelihood) -> Posterior:
         """The same Gaussian over the weights, whose predictions have another likelihood: a noise chosen afterwards.

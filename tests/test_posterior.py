@@ -443,6 +443,24 @@ def test_to_a_device(target: str | torch.device) -> None:
     assert torch.equal(moved.predict(x, generator=rng(0)).logits, posterior.predict(x, generator=rng(0)).logits)
 
 
+@pytest.mark.parametrize("target", [torch.float64, torch.device("meta")], ids=str)
+def test_to_takes_the_priors_precisions_along(target: torch.dtype | torch.device) -> None:
+    """Those of single weights, without which there is no divergence from the prior."""
+    model = seeded(nn.Linear(3, 2)).float()
+    given = random_posterior(model, Gaussian(0.5), structure="diagonal")
+    precision = 0.5 + randn(2, 4, seed=1).float().square()
+    posterior = bk.Posterior(
+        model, Gaussian(0.5), given.blocks, prior_precision={"(root)": precision}, provenance=given.provenance
+    )
+    before = posterior.kl()
+    moved = posterior.to(target)
+    assert moved.prior_precision["(root)"].dtype == moved.kl().dtype == moved.mean["weight"].dtype
+    assert moved.prior_precision["(root)"].device == moved.kl().device == moved.device
+    if isinstance(target, torch.dtype):
+        assert_close(moved.kl(), before.to(target), rtol=1e-5, atol=1e-5)
+    assert posterior.prior_precision["(root)"] is precision
+
+
 # A posterior over some of the layers
 
 
