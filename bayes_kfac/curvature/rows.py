@@ -219,3 +219,15 @@ def side_by_side(calls: Sequence[Rows]) -> Rows:
         gradients=torch.cat([call.gradients for call in calls], dim=-2),
         mask=torch.cat(masks, dim=-1) if masks else None,
     )
+
+
+def of_all_columns(parts: Sequence[Rows]) -> Rows:
+    """The rows of several parts of a batch's columns as one."""
+    if len(parts) == 1:
+        return parts[0]
+    transposed = [part.transposed for part in parts if part.transposed is not None]
+    return replace(
+        parts[0],
+        gradients=torch.cat([part.gradients for part in parts]),
+        transposed=of_all_columns(transposed) if transposed else None,
+    )

@@ -70,8 +70,8 @@ class Laplace:
         num_data: The number of training examples; by default those that the loader yields.
         generator: The source of randomness for ``fisher="mc"``.
         memory_budget: Bytes that output gradients may take up while they are pulled back. The structures that keep a
-            window of columns, ``"smw"``, ``"skfac"`` and ``"mfac"``, take all of a batch at once: for many outputs
-            choose small batches, or ``fisher="mc"``.
+            window of columns, ``"smw"``, ``"skfac"`` and ``"mfac"``, then need those of a whole batch together: for
+            many outputs choose small batches, or ``fisher="mc"``.
 
     Raises:
         ArgumentError: If an argument is out of range.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from bayes_kfac.curvature import Rows, SparseRows
-from bayes_kfac.curvature.rows import side_by_side
+from bayes_kfac.curvature.rows import of_all_columns, side_by_side
 from tests.helpers import TIGHT, randn, rng
 from tests.random_rows import SEEDS, dense_rows, sparse_rows, tied_rows, words, written_out
 
@@ -255,6 +255,19 @@ def test_side_by_side_of_sparse_rows_fills_up_with_weights_of_zero():
     assert_close(joined.jacobians(), sum((call.jacobians() for call in calls[1:]), calls[0].jacobians()), **TIGHT)
     moments = torch.stack([call.inputs.second_moment() for call in calls]).sum(0)
     assert_close(joined.inputs.second_moment(), moments, **TIGHT)
+
+
+def test_parts_of_the_columns_are_put_together_with_their_transposed_uses():
+    whole = tied_rows()
+    parts = [
+        replace(
+            whole,
+            gradients=whole.gradients[[column]],
+            transposed=replace(whole.transposed, gradients=whole.transposed.gradients[[column]]),
+        )
+        for column in range(len(whole.gradients))
+    ]
+    assert torch.equal(of_all_columns(parts).jacobians(), whole.jacobians())
 
 
 def test_to_another_dtype_takes_transposed_uses_along():
