@@ -25,7 +25,6 @@ from bayes_kfac.curvature import (
     output_gradients,
     recursive_rows,
 )
-
 from bayes_kfac.curvature.rows import of_all_columns
 from bayes_kfac.errors import ArgumentError, NonFiniteError, UsageError
 from bayes_kfac.likelihoods import Likelihood
