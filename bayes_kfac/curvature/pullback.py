@@ -19,7 +19,15 @@ from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 
 from bayes_kfac.batches import count_examples, widened
-from bayes_kfac.curvature.alignment import WAYS, Way, batch_first, both_ways, in_every_example, joined
+from bayes_kfac.curvature.alignment import (
+    WAYS,
+    Way,
+    batch_first,
+    both_ways,
+    in_every_example,
+    joined,
+    positions_first,
+)
 from bayes_kfac.curvature.layers import Layer, Use
 from bayes_kfac.curvature.rows import Rows
 from bayes_kfac.errors import UnsupportedModelError, UsageError
@@ -167,27 +175,34 @@ class PullBack:
         return self.probe() if self.ways is None else self.ways
 
     @torch.no_grad()
-    def probe(self) -> dict[str, Set[Way]]:
+    def probe(self, split: int | None = None) -> dict[str, Set[Way]]:
         """Find how the rows of layers lie.
 
         Any two examples differ in a binary digit of their place. So all pairs are told apart by the gradients of the
         outputs whose places have a digit set: they must be those of all outputs in rows there, and none elsewhere.
         Where rows do not even fit there is no way: in a batch of another size they might.
 
+        Args:
+            split: The number of a random split in two halves, for a look at these alone: it tells half of all pairs
+                apart, with a cost that does not depend on the batch.
+
         Returns:
             The ways that hold in all calls, by layer; nothing of layers whose gradients are all zero, which tell
             nothing.
         """
         size, device = len(self.output), self.output.device
-        generator = torch.Generator(device).manual_seed(0)
+        generator = torch.Generator(device).manual_seed(split or 0)
         probe = torch.rand(self.output.shape, generator=generator, device=device).to(self.output.dtype)
-        digits = torch.arange((size - 1).bit_length(), device=device)
-        is_set = (torch.arange(size, device=device) >> digits[:, None]) % 2 == 1
+        if split is None:
+            digits = torch.arange((size - 1).bit_length(), device=device)
+            is_set = (torch.arange(size, device=device) >> digits[:, None]) % 2 == 1
+        else:
+            is_set = torch.randperm(size, generator=generator, device=device).unsqueeze(0) % 2 == 1
         members = torch.cat([is_set.new_ones(1, size), is_set])
         found: dict[str, Set[Way]] = {}
         for call, rows in self._rows_as_they_lie(probe * widened(members, probe.unsqueeze(0))):
             if bool(rows.gradients.any()):
-                own = {way for way in WAYS if _is_apart(way(rows, size), members)}
+                own = _ways(rows, members)
                 found[call.layer] = found.get(call.layer, own) & own
         return found
 
@@ -296,8 +311,17 @@ def gradients_at(
     return [gradients if edge == source else next(pulled) for edge in edges]
 
 
+def _ways(rows: Rows, members: Tensor) -> Set[Way]:
+    """How rows can lie, by gradients of some examples' outputs, ``[sets, batch]`` with all first."""
+    size = members.shape[1]
+    if _is_apart(batch_first(rows, size), members):
+        is_one_each = rows.gradients.shape[-3] * rows.gradients.shape[-2] == size  # which is every way
+        return set(WAYS) if is_one_each else {batch_first}
+    return {positions_first} if _is_apart(positions_first(rows, size), members) else set()
+
+
 def _is_apart(rows: Rows | None, members: Tensor) -> bool:
-    """Whether gradients of some examples' outputs, ``[sets, batch]`` with all first, are in the rows of these alone."""
+    """Whether the gradients of each set's outputs are in the rows of its members alone."""
     if rows is None:
         return False
     every, *some = rows.gradients

@@ -93,7 +93,8 @@ class Recorder:
         """What pulls gradients with respect to the model's output back to every block; the graph is kept.
 
         How rows lie, and whether examples meet, is probed for each shape of an example's output: on the first batch of
-        several whose output is finite, and on the second, fourth, eighth and so on, since a graph may have no edges.
+        several whose output is finite, and with a look at the second, fourth, eighth and so on: a graph may have no
+        edges.
 
         Args:
             output: The model's output, ``[batch, ...]``, of the forward pass that was recorded.
@@ -116,10 +117,11 @@ class Recorder:
         known = self._ways.setdefault(shape, {})
         tells = len(output) > 1 and bool(torch.isfinite(output).all())
         self._passes[shape] += tells
-        is_due = tells and self._passes[shape].bit_count() == 1
-        if not is_due and all(call.layer in known for call in pull_back.calls):
+        is_known = all(call.layer in known for call in pull_back.calls)
+        if is_known and not (tells and self._passes[shape].bit_count() == 1):
             return known
-        found = {name: own & known.get(name, own) for name, own in pull_back.probe().items()}
+        probed = pull_back.probe(split=self._passes[shape] if is_known else None)
+        found = {name: own & known.get(name, own) for name, own in probed.items()}
         if tells:
             known.update(found)
         return {**known, **found}

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from bayes_kfac import linalg
 from bayes_kfac.curvature import NO_FRAME, Layer, Statistics
 from bayes_kfac.curvature.sketches import columns_from_dump
 from bayes_kfac.errors import ArgumentError, UsageError
@@ -40,13 +41,14 @@ class BlockState:
     age: int = 0
 
     def like(self, tensor: Tensor) -> BlockState:
-        """The same state on a tensor's device, in its dtype; itself if it is already."""
+        """The same state on a parameter's device, in the dtype of its algebra; itself if it is already."""
         held = self.posterior.like if self.posterior else self.statistics.tensors[0] if self.statistics else None
-        if held is None or (held.dtype == tensor.dtype and held.device == tensor.device):
+        dtype = linalg.algebra_dtype(tensor.dtype)
+        if held is None or (held.dtype == dtype and held.device == tensor.device):
             return self
 
         def move(value: Tensor) -> Tensor:
-            return value.to(tensor)
+            return value.to(tensor.device, dtype)
 
         return replace(
             self,

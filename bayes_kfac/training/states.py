@@ -76,7 +76,7 @@ class States(Mapping[str, BlockState]):
 
     def like(self, layers: Mapping[str, Layer]) -> States:
         """The same where the layers are, in their dtype or float32 if that is wider; itself if it is already."""
-        moved = {name: state.like(layers[name].template) for name, state in self.items()}
+        moved = {name: state.like(layers[name].like) for name, state in self.items()}
         if all(moved[name] is state for name, state in self.items()):
             return self
         links, preconditioner_links = (

@@ -79,9 +79,9 @@ def count_probes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The batch sizes of all probes from now on."""
     probe, sizes = PullBack.probe, []
 
-    def counted(self: PullBack) -> Any:
+    def counted(self: PullBack, **options: Any) -> Any:
         sizes.append(len(self.output))
-        return probe(self)
+        return probe(self, **options)
 
     monkeypatch.setattr(PullBack, "probe", counted)
     return sizes
