@@ -178,9 +178,9 @@ By r alone Laplace of the last layer is the best, but its standard deviations ar
 of all layers is 1.5 to 3 times too wide, with low rank more, and sampled far more. Noisy training has the smallest
 distances, and sampled with exact or optimal damping the widths of NUTS in the mean over sets: too wide on energy, too
 narrow on wine_red. Where training diverged the posterior is of low rank, so that it is the prior in most directions,
-and the recipe here does not clip steps; with the clip that is the library's default it does not. The chains of concrete
-are the longest and have mixed least. On Snelson's data noisy training with Kronecker and diagonal blocks smooths the
-second wave away, as far as 2000 steps take it; dense blocks do not.
+and the recipe here does not clip steps; with the clip that is the library's default, tried on yacht, it does not. The
+chains of concrete are the longest and have mixed least. On Snelson's data noisy training with Kronecker and diagonal
+blocks smooths the second wave away, as far as 2000 steps take it; dense blocks do not.
 """
 
 

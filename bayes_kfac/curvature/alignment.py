@@ -91,9 +91,9 @@ def _positions(mask: Tensor, shared: int) -> Tensor:
     return mask if mask.shape[1] == shared else weighing_examples(mask).unsqueeze(1).expand(len(mask), shared)
 
 
-def both_ways(layer: Layer, joined: Mapping[tuple[str, bool], Rows]) -> Rows:
+def both_ways(layer: Layer, whole: Mapping[tuple[str, bool], Rows]) -> Rows:
     """The rows of a layer as it is with those transposed; no rows where one of the two did not happen."""
-    plain, transposed = joined.get((layer.name, False)), joined.get((layer.name, True))
+    plain, transposed = whole.get((layer.name, False)), whole.get((layer.name, True))
     if not layer.is_tied_to_transpose:
         assert plain is not None
         return plain

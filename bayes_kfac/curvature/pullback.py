@@ -187,8 +187,8 @@ class PullBack:
                 apart, with a cost that does not depend on the batch.
 
         Returns:
-            The ways that hold in all calls, by layer; nothing of layers whose gradients are all zero, which tell
-            nothing.
+            The ways that hold in all calls, by layer: every way where gradients are zero, or where the output does not
+            depend on the call, which tells nothing.
         """
         size, device = len(self.output), self.output.device
         generator = torch.Generator(device).manual_seed(split or 0)
@@ -199,11 +199,10 @@ class PullBack:
         else:
             is_set = torch.randperm(size, generator=generator, device=device).unsqueeze(0) % 2 == 1
         members = torch.cat([is_set.new_ones(1, size), is_set])
-        found: dict[str, Set[Way]] = {}
+        found: dict[str, Set[Way]] = {call.layer: set(WAYS) for call in self.calls}
         for call, rows in self._rows_as_they_lie(probe * widened(members, probe.unsqueeze(0))):
             if bool(rows.gradients.any()):
-                own = _ways(rows, members)
-                found[call.layer] = found.get(call.layer, own) & own
+                found[call.layer] = found[call.layer] & _ways(rows, members)
         return found
 
     def _rows_apart(self, names: set[str], output_gradients: Tensor) -> Iterable[tuple[Call, Rows]]:

@@ -115,6 +115,37 @@ def test_a_model_is_not_probed_where_it_does_not_matter(monkeypatch):
     assert sizes == [4]
 
 
+def test_a_layer_that_the_output_does_not_depend_on_is_no_reason_to_probe_again(monkeypatch):
+    """As the head for another task; where it is in the output, the next look finds how its rows lie."""
+
+    class Pooled(MeetsLater):
+        def forward(self, x: Tensor, *, pooled: bool = False) -> Tensor:
+            hidden = self.before(x).tanh()
+            aside = self.between(hidden + hidden.mean(0))
+            return self.after(aside if pooled else hidden)
+
+    sizes = count_probes(monkeypatch)
+    model, x = seeded(Pooled()), randn(4, 3, seed=1)
+    recorder = attached(model)
+    for _ in range(7):
+        rows_of(recorder, model, x)
+    assert len(sizes) == 3
+    inputs = {"x": x, "pooled": True}
+    assert_are_jacobians(rows_of(recorder, model, inputs), model, inputs)
+
+
+def test_passes_between_two_looks_read_nothing_back(monkeypatch):
+    """Whether the output is finite is asked where a probe is due; on a GPU each answer waits for all that runs."""
+    asked = []
+    isfinite = torch.isfinite
+    monkeypatch.setattr(torch, "isfinite", lambda tensor: asked.append(tensor) or isfinite(tensor))
+    model = seeded(MeetsLater())
+    recorder = attached(model)
+    for _ in range(7):
+        rows_of(recorder, model, randn(4, 3, seed=1))
+    assert len(asked) == 3
+
+
 def test_an_output_without_a_graph_is_not_probed(monkeypatch):
     sizes = count_probes(monkeypatch)
     model = seeded(MeetsLater())

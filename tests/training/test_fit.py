@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -201,39 +202,38 @@ def test_batches_without_examples_are_skipped(fisher):
     assert [state.elbo for state in states[:2]] == [state.elbo for state in states[2:]]
 
 
-def test_another_schedule_can_be_given():
-    x, y = diabetes()
-    rates = []
-    bk.fit(
-        regression_net(),
-        bk.likelihoods.Gaussian(1.0),
-        loader(x, y),
-        epochs=3,
-        lr=0.04,
-        progress=False,
-        scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5),
-        callbacks=[lambda state: rates.append(state.optimizer.param_groups[0]["lr"])],
-    )
-    assert rates == pytest.approx([0.02, 0.01, 0.005])
-
-
-def test_a_schedule_may_wait_for_a_plateau_of_the_loss():
-    """By ``nll``: with a threshold that no epoch reaches, every one after the first is a plateau."""
-    x, y = diabetes()
-    rates = []
-    bk.fit(
-        regression_net(),
-        bk.likelihoods.Gaussian(1.0),
-        loader(x, y),
-        epochs=3,
-        lr=0.04,
-        progress=False,
-        scheduler=lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer, factor=0.5, patience=0, threshold=1e3, threshold_mode="abs"
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        (partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5), [0.02, 0.01, 0.005]),
+        # by ``nll``: with a threshold that no epoch reaches, every one after the first is a plateau
+        (
+            partial(
+                torch.optim.lr_scheduler.ReduceLROnPlateau,
+                factor=0.5,
+                patience=0,
+                threshold=1e3,
+                threshold_mode="abs",
+            ),
+            [0.04, 0.02, 0.01],
         ),
+    ],
+    ids=["by epochs", "on a plateau"],
+)
+def test_another_schedule_can_be_given(scheduler, expected):
+    x, y = diabetes()
+    rates = []
+    bk.fit(
+        regression_net(),
+        bk.likelihoods.Gaussian(1.0),
+        loader(x, y),
+        epochs=3,
+        lr=0.04,
+        progress=False,
+        scheduler=scheduler,
         callbacks=[lambda state: rates.append(state.optimizer.param_groups[0]["lr"])],
     )
-    assert rates == pytest.approx([0.04, 0.02, 0.01])
+    assert rates == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("callbacks", [print, [print, None], (state for state in [print]), None])
