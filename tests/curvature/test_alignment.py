@@ -288,6 +288,19 @@ class Siamese(nn.Module):
         return self.after(first * second)
 
 
+def test_gradients_of_zero_do_not_rule_out_that_time_is_first():
+    model = seeded(TimeFirst(flat=True))
+    recorder = attached(model)
+    weight = model.after.weight.detach().clone()
+    x = randn(3, 6, 3, seed=1)  # three and six steps fit either way
+    for value in (torch.zeros_like(weight), weight):
+        with torch.no_grad():
+            model.after.weight.copy_(value)
+        rows = rows_of(recorder, model, x)
+    assert rows["before"].inputs.shape == (3, 6, 4)
+    assert_close(rows["before"].inputs[..., :3], x, **TIGHT)
+
+
 @pytest.mark.parametrize(
     ("make", "time"),
     [(lambda: TimeFirst(flat=False), 4), (lambda: TimeFirst(flat=True), 4), (Siamese, 2)],
