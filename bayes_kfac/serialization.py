@@ -93,7 +93,11 @@ def _packed(posterior: Posterior) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _write(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     check_file("path", path)
     save_file(
-        {name: value.detach().contiguous().clone() for name, value in tensors.items()},
+        # copies, since the format takes no tensor that shares memory; on the CPU, where there is room for them
+        {
+            name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, value in tensors.items()
+        },
         path,
         metadata={"bayes_kfac": json.dumps(header)},
     )

@@ -190,6 +190,14 @@ class Blocks:
             updated[name] = replace(states[name], statistics=average, identity_weight=weight, age=0)
         return states.updated(updated)
 
+    def admitted(self, states: States, gradients: Mapping[str, Tensor], finite: Tensor) -> dict[str, Tensor]:
+        """The gradients if ``finite``, and else those that leave the average of gradients where it is."""
+        admitted = {}
+        for name, gradient in gradients.items():
+            average = states[name].momentum
+            admitted[name] = torch.where(finite, gradient, torch.zeros_like(gradient) if average is None else average)
+        return admitted
+
     def directions(self, states: States, gradients: Mapping[str, Tensor]) -> tuple[States, dict[str, Tensor]]:
         """Average gradients over steps and precondition them: ``(F̄ + γ I)⁻¹ m``, of the layers that have one."""
         states = states.updated({name: self._with_gradient(name, states[name], own) for name, own in gradients.items()})

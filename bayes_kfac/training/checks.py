@@ -1,4 +1,4 @@
-"""What a trainer refuses: wrong kinds of arguments, calls in the wrong order, and numbers that are not finite."""
+"""What a trainer refuses: wrong kinds of arguments, and calls in the wrong order."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bayes_kfac import linalg
-from bayes_kfac.curvature import Layer, Statistics
-from bayes_kfac.errors import ArgumentError, NonFiniteError, UsageError
+from bayes_kfac.curvature import Layer
+from bayes_kfac.errors import ArgumentError, UsageError
+from bayes_kfac.training.finite import check_finite
 from bayes_kfac.training.sampler import Sampler
 
 
@@ -112,28 +112,3 @@ def check_made_by(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             f"state_dict is of an optimizer with {theirs}, but this one has {ours}. Load it into one that is made as "
             "that was."
         )
-
-
-def check_finite(
-    statistics: Mapping[str, Statistics], gradients: Mapping[str, Tensor], deterministic: Mapping[str, Tensor]
-) -> None:
-    """Refuse NaN and infinity before anything is changed.
-
-    Args:
-        statistics: The batch's statistics by layer.
-        gradients: The gradients by layer.
-        deterministic: The gradients of parameters without a posterior, by name.
-
-    Raises:
-        NonFiniteError: If any of them holds NaN or infinity; the message names the layer and the statistic.
-    """
-    advice = "Nothing was updated. Check the batch's data; if it is clean, lower lr or raise extrinsic_damping."
-    for name, batch in statistics.items():
-        for statistic in batch.non_finite():
-            raise NonFiniteError(f"Layer {name!r}: the batch's {statistic!r} statistic holds NaN or infinity. {advice}")
-    if linalg.all_finite([*gradients.values(), *deterministic.values()]):
-        return
-    for kind, tensors in (("Layer", gradients), ("Parameter", deterministic)):
-        for name, gradient in tensors.items():
-            if not linalg.all_finite([gradient]):
-                raise NonFiniteError(f"{kind} {name!r}: the gradient holds NaN or infinity. {advice}")

@@ -88,6 +88,11 @@ class PointEstimates:
         for name, gradient in mean_over_processes(self.gradients).items():
             self.parameters[name].grad = gradient
 
+    def admit(self, finite: Tensor) -> None:
+        """Take gradients for zeros unless ``finite``."""
+        for name, gradient in self.gradients.items():
+            self.parameters[name].grad = torch.where(finite, gradient, torch.zeros_like(gradient))
+
     def follow_model(self) -> None:
         """Drop what gradients frozen parameters still have, and bring Adam's state to where the others went."""
         for parameter in self.parameters.values():

@@ -35,8 +35,9 @@ from bayes_kfac.posterior import Posterior
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import Structure
 from bayes_kfac.training.blocks import Blocks, restore_set_aside
-from bayes_kfac.training.checks import check_finite, check_made_by, check_outside, check_ready
+from bayes_kfac.training.checks import check_made_by, check_outside, check_ready
 from bayes_kfac.training.deterministic import PointEstimates
+from bayes_kfac.training.finite import Watch, check_finite
 from bayes_kfac.training.groups import block_groups, follow_model, layers_by_group, with_options
 from bayes_kfac.training.roster import Roster
 from bayes_kfac.training.sampler import Sampler
@@ -179,6 +180,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         self.fisher = meter.fisher
         self._sampler = Sampler(meter, num_samples=num_samples, antithetic=antithetic, generator=generator)
         self._sampler.watch(layers, self._parameters())
+        self._watch = Watch()
 
     def _check_structure(self) -> None:
         self.structure.check_posterior()
@@ -271,7 +273,9 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
 
         Raises:
             UsageError: If no gradient, or no statistics, came from inside :meth:`sampled_params`.
-            NonFiniteError: If gradients or statistics hold NaN or infinity; the state stays as it was.
+            NonFiniteError: If gradients or statistics hold NaN or infinity; the state stays as it was. On an
+                accelerator steps that measure no curvature do not wait for the device to say so: they leave the mean
+                and its momentum where they were, and the next step that measures raises the error.
         """
         check_outside(self._sampler, "step()")
         losses = []
@@ -293,12 +297,15 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             # each process has its own noise, and there are no averages of gradients taken under no_sync() yet
             gradients = mean_over_processes(gradients)
             self._point_estimates.share_gradients()
-        check_finite(statistics, gradients, self._point_estimates.gradients)
+        finite = self._check_finite(statistics, gradients)
         statistics = {name: batch for name, batch in statistics.items() if any(batch.counts.values())}
         states = self._blocks.averaged(self._blocks.states, statistics)
         due = self._due(self.inverse_schedule, states)
         if due:
             states = self._blocks.refreshed(states, due)
+        if finite is not None:
+            gradients = self._blocks.admitted(states, gradients, finite)
+            self._point_estimates.admit(finite)
         states, directions = self._blocks.directions(states, gradients)
         changes = self._changes(states, gradients, directions)
         self._blocks.states = states
@@ -306,9 +313,20 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             schedule.done(self.steps, {name: own for name, own in states.averages.items() if name in names})
         self.steps += 1
         moves = dict(pair for name, change in changes.items() for pair in self.layers[name].by_parameter(change))
+        if finite is not None:
+            torch._foreach_mul_(tuple(moves.values()), finite)
         torch._foreach_add_(tuple(moves), tuple(moves.values()))
         self._point_estimates.step(self._point_estimates.lr_in(self.param_groups), self.temperature / self.num_data)
         torch.clear_autocast_cache()  # it holds casts of the weights as they were
+
+    def _check_finite(self, statistics: Mapping[str, Statistics], gradients: Mapping[str, Tensor]) -> Tensor | None:
+        """Refuse NaN and infinity; or say on the device whether there is none, where the host would wait for it."""
+        deterministic = self._point_estimates.gradients
+        if self._watch.is_needed(gradients) and not self.is_measuring:
+            return self._watch.take(gradients, deterministic)
+        self._watch.report()
+        check_finite(statistics, gradients, deterministic)
+        return None
 
     def _gradients(self) -> dict[str, Tensor]:
         """``∇ + γ_in W``: the gradient of the mean objective at the samples, for layers that took part."""
