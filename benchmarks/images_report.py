@@ -27,8 +27,8 @@ processor time on a CPU.
 
 TUNING = """Settings: `python benchmarks/images_tuning.py`, by the loss on the last 10 000 training images, which
 training did not see: the grid's after 3 epochs of the MLP and 2 of the CNN; then, as so short a training needs less
-regularisation, the best of each weight decay or temperature after as many epochs as the problem has. On the CNN
-noisy EK-FAC has what noisy K-FAC chose, and MNIST what Fashion-MNIST chose.
+regularisation, the best of each weight decay or temperature after as many epochs as the problem has. MNIST has what
+Fashion-MNIST chose.
 
 """
 
