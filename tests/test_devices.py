@@ -13,15 +13,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pyro
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, TensorDataset
 
 import bayes_kfac as bk
 from bayes_kfac import active
 from bayes_kfac.errors import NonFiniteError
+from bayes_kfac.pyro import generative_model
+from bayes_kfac.sklearn import BayesianMLPRegressor
 from tests import other_device
 from tests.posteriors import STRUCTURES
 
@@ -152,6 +156,47 @@ def save(device: str) -> Any:
     return loaded.predict(x).covariance, posterior.to("cpu").predict(x).covariance
 
 
+def loaders(device: str) -> Any:
+    """Loaders on the CPU serve training, fits, updates and predictions on the device."""
+    loader = DataLoader(TensorDataset(*data("gaussian")), batch_size=6)
+    model, noise, _ = on(device, "gaussian")
+    options = {"generator": generator(device), "progress": False}
+    posterior = bk.fit(model, noise, loader, epochs=3, tune="marginal_likelihood", **options)
+    laplace = bk.Laplace(model, noise, prior=posterior.nearest_matrix_normal()).fit(loader, progress=False)
+    laplace.update(loader, progress=False)
+    return laplace.log_marginal_likelihood(), laplace.posterior().predict(loader, progress=False).variance
+
+
+def mix(device: str) -> Any:
+    x, y = (part.to(device) for part in data("categorical"))
+    mixture = bk.Mixture([fitted(device, "categorical").posterior(), fitted(device, "categorical").posterior()])
+    return said(mixture.predict(x), y)
+
+
+def link(device: str, name: str) -> Any:
+    x = data("categorical")[0].to(device)
+    posterior = fitted(device, "categorical").posterior()
+    return posterior.predict(x, link=name, generator=generator(device)).probs
+
+
+def draw(device: str) -> Any:
+    posterior, x = fitted(device).posterior(), data("gaussian")[0].to(device)
+    functions = posterior.function_samples(x, 4, generator=generator(device))
+    return functions, posterior.sample(3, generator=generator(device)).values
+
+
+def guide(device: str) -> Any:
+    posterior = fitted(device).posterior()
+    pyro.set_rng_seed(0)
+    return posterior.to_pyro_guide(generative_model(posterior))(data("gaussian")[0].to(device))
+
+
+def estimate(device: str) -> Any:
+    x, y = (part.flatten(1).numpy() for part in data("gaussian"))
+    estimator = BayesianMLPRegressor(device=device, max_iter=3, random_state=0).fit(x, y)
+    return estimator.predict(x, return_std=True)
+
+
 def select(device: str) -> Any:
     posterior, pool = fitted(device).posterior(), data("gaussian")[0].to(device)
     predictive = active.GaussianPredictiveGains(posterior, pool, pool[:5])
@@ -192,10 +237,8 @@ SCENARIOS: list[tuple[Any, ...]] = [
     *((fit, *pair) for pair in dict(STRUCTURES).items()),
     *((train_and_predict, name) for name in LIKELIHOODS),
     *((fit_and_predict, name) for name in LIKELIHOODS),
-    (tune,),
-    (resume,),
-    (save,),
-    (select,),
+    *((link, name) for name in ("mc", "probit", "extended_probit", "laplace_bridge", "laplace_bridge_norm")),
+    *((scenario,) for scenario in (tune, resume, save, loaders, mix, draw, guide, estimate, select)),
 ]
 
 
