@@ -27,33 +27,42 @@ from bayes_kfac.prediction import Features, LinearizedModel
 class Observations:
     """Observations of a linearised model, and what is needed of them at every prediction.
 
+    An observation is of one output at one point. Which outputs were seen may differ between points.
+
     Attributes:
         linearized: The model.
-        X: Where, ``batch_shape x n x d``.
-        Y: What was seen, ``batch_shape' x n x m``, of the network's outputs.
+        X: The points, ``batch_shape x n x d``.
+        Y: What was seen, ``batch_shape' x N x 1``, of the network's outputs.
         noise: Its variance, likewise.
-        outputs: Which elements of the network's output were seen.
-        features: The model at these inputs.
+        points: At which of the points each was seen, ``[N]``.
+        outputs: Of which element of the network's output it was, ``[N]``.
+        features: The model at these points, of the outputs that were seen anywhere.
+        rows: Where each observation is among these, ``[N]``.
         root: The Cholesky factor of ``C``.
-        weights: ``C⁻¹ (y − f(x_n; M))``, ``... x n·m x 1``.
+        weights: ``C⁻¹ (y − f(x_n; M))``, ``... x N x 1``.
     """
 
     linearized: LinearizedModel
     X: Tensor
     Y: Tensor
     noise: Tensor
-    outputs: Sequence[int]
+    points: Tensor
+    outputs: Tensor
     features: Features = field(init=False)
+    rows: Tensor = field(init=False)
     root: Tensor = field(init=False)
     weights: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        batch, size = self.X.shape[:-2], self.Y.shape[-2:].numel()
-        features = self.linearized.features(self.X.flatten(0, -2), self.outputs)
+        batch, (distinct, column) = self.X.shape[:-2], self.outputs.unique(return_inverse=True)
+        features = self.linearized.features(self.X.flatten(0, -2), distinct.tolist())
+        rows, size = self.points * len(distinct) + column, self.X.shape[-2] * len(distinct)
         covariance = as_matrix(features.covariance(features, batch.numel())).reshape(*batch, size, size)
-        root = linalg.cholesky(covariance + torch.diag_embed(self.noise.flatten(-2)), ["the observations"])
-        residual = (self.Y - features.mean.reshape(*self.X.shape[:-1], -1)).flatten(-2).unsqueeze(-1)
+        covariance = covariance.index_select(-2, rows).index_select(-1, rows)
+        root = linalg.cholesky(covariance + torch.diag_embed(self.noise.squeeze(-1)), ["the observations"])
+        residual = self.Y - features.mean.reshape(*batch, size, 1).index_select(-2, rows)
         object.__setattr__(self, "features", features)
+        object.__setattr__(self, "rows", rows)
         object.__setattr__(self, "root", root)
         object.__setattr__(self, "weights", torch.cholesky_solve(residual, root))
 
@@ -62,11 +71,35 @@ class Observations:
         """The batch shape of all of it."""
         return self.weights.shape[:-2]
 
-    def and_more(self, X: Tensor, Y: Tensor, noise: Tensor) -> Observations:
-        """These observations and others, of the same outputs."""
-        return Observations(
-            self.linearized, _joined(self.X, X), _joined(self.Y, Y), _joined(self.noise, noise), self.outputs
-        )
+
+def observed(
+    linearized: LinearizedModel,
+    X: Tensor,
+    Y: Tensor,
+    noise: Tensor,
+    outputs: Sequence[int],
+    given: Observations | None = None,
+) -> Observations:
+    """Observations of some outputs at each of some points, and those that there are already.
+
+    Args:
+        linearized: The model.
+        X: The points, ``batch_shape x n x d``.
+        Y: What was seen, ``batch_shape' x n x m``, of the network's outputs.
+        noise: Its variance, likewise.
+        outputs: Which elements of the network's output these are.
+        given: What was observed before, maybe of other outputs.
+
+    Returns:
+        All of them.
+    """
+    points, columns = torch.arange(X.shape[-2], device=X.device), torch.as_tensor(outputs, device=X.device)
+    points, columns = points.repeat_interleave(len(outputs)), columns.repeat(len(points))
+    Y, noise = (value.flatten(-2).unsqueeze(-1) for value in (Y, noise))
+    if given is not None:
+        points, columns = torch.cat([given.points, points + given.X.shape[-2]]), torch.cat([given.outputs, columns])
+        X, Y, noise = _joined(given.X, X), _joined(given.Y, Y), _joined(given.noise, noise)
+    return Observations(linearized, X, Y, noise, points, columns)
 
 
 def moments(
@@ -103,7 +136,8 @@ def moments(
     mean, covariance = mean.permute(*back, -2, -1), covariance.permute(*back, -2, -1)
     if given is None:
         return mean, covariance
-    cross = as_matrix(features.covariance(given.features, groups)).reshape(*batch, size, -1).permute(*back, -2, -1)
+    cross = as_matrix(features.covariance(given.features, groups)).index_select(-1, given.rows)
+    cross = cross.reshape(*batch, size, -1).permute(*back, -2, -1)
     mean = mean + (cross @ given.weights).reshape(*_broadcast(cross, given.weights), *mean.shape[-2:])
     explained = _solved(given.root, cross)
     covariance = covariance - explained @ explained.mT

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bayes_kfac.botorch.base import Surrogate, check_finite, check_tensor
-from bayes_kfac.botorch.conditioning import Observations, moments
+from bayes_kfac.botorch.conditioning import Observations, moments, observed
 from bayes_kfac.botorch.fitting import BATCH_SIZE, check_network, default_network, fit_prior
 from bayes_kfac.errors import ArgumentError, check_count, check_positive
 from bayes_kfac.laplace import Laplace
@@ -142,7 +142,7 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
         with torch.no_grad():
             fitted = surrogate.weight_posterior.linearized.features(X).mean
         variance = surrogate._noise(True, fitted, surrogate._chosen(None)).expand_as(fitted)
-        surrogate._given = Observations(surrogate.weight_posterior.linearized, X, fitted, variance, surrogate._outputs)
+        surrogate._given = observed(surrogate.weight_posterior.linearized, X, fitted, variance, surrogate._outputs)
         return surrogate
 
     @property
@@ -196,7 +196,8 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
 
         Args:
             X: Inputs, ``batch_shape x n x d``.
-            Y: Observed outcomes, ``batch_shape' x n x m``, where ``batch_shape'`` may have further dimensions first.
+            Y: Observed outcomes, ``batch_shape' x n x m``, where ``batch_shape'`` may have further dimensions first; in
+                the order of the outputs, which of a :meth:`subset_output` are those that were chosen.
             noise: The variances of transformed outcomes, which broadcast to ``Y``; by default the likelihood's.
 
         Returns:
@@ -226,10 +227,9 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
             *torch.broadcast_shapes(Y.shape, () if noise is None else noise.shape)
         )
         conditioned = self._copy()
-        if self._given is None:
-            conditioned._given = Observations(self.weight_posterior.linearized, X, Y, variance, self._outputs)
-        else:
-            conditioned._given = self._given.and_more(X, Y, variance)
+        conditioned._given = observed(
+            self.weight_posterior.linearized, X, Y, variance, self._outputs, given=self._given
+        )
         return conditioned
 
     def _copy(self) -> Self:

@@ -89,6 +89,35 @@ def test_some_outputs_learn_from_the_others():
     assert_close(alone.posterior(at).mean, mean[:, 1:], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("outputs", [[0], [1], [1, 0], [1, 1]], ids=str)
+def test_what_was_seen_of_some_outputs_adds_to_what_was_seen_of_all(outputs):
+    """Observations of a subset are of its outputs, in its order; those of the whole surrogate stay."""
+    weights, X, Y, at = posterior_of(), randn(7, D, seed=1), randn(7, M, seed=2), randn(3, D, seed=3)
+    noise = 0.1 + randn(7, M, seed=4).square()
+    some, rest = slice(0, 3), slice(3, 7)
+    surrogate = LinearizedSurrogate(weights, num_outputs=M)
+    times = torch.tensor([outputs.count(0), outputs.count(1)])  # what was seen twice has half the noise
+    expected = torch.cat([(noise[some] / times).clamp(max=1e14), noise[rest]])
+    mean, joint = updated(weights, X, Y, expected, at)
+    seen = {"X": X[some], "Y": Y[some][:, outputs], "noise": noise[some][:, outputs]}
+    all_first = surrogate.condition_on_observations(X[rest], Y[rest], noise=noise[rest])
+    found = all_first.subset_output(outputs).condition_on_observations(**seen).posterior(at)
+    assert_close(found.mean, mean[:, outputs], rtol=1e-6, atol=1e-6)
+    assert_close(found.variance, joint.diagonal().reshape(-1, M)[:, outputs], rtol=1e-6, atol=1e-6)
+
+
+def test_a_subset_of_a_trained_surrogate_learns_from_its_own_output():
+    """Training data, of all outputs, are observations where ``structure=None``."""
+    X, Y, at = randn(6, D, seed=1).sigmoid(), randn(6, M, seed=2), randn(3, D, seed=3).sigmoid()
+    surrogate = LinearizedSurrogate.fit(X, Y, steps=5)
+    noise = torch.tensor([1e12, 0.3], dtype=torch.float64)
+    blind = surrogate.condition_on_observations(at, randn(3, M, seed=4), noise=noise)
+    alone = surrogate.subset_output([1]).condition_on_observations(at, randn(3, M, seed=4)[:, 1:], noise=noise[1:])
+    assert_close(alone.posterior(at).mean, blind.posterior(at).mean[:, 1:], rtol=1e-6, atol=1e-6)
+    fantasies = surrogate.subset_output([1]).fantasize(at, IIDNormalSampler(torch.Size([4]), seed=0))
+    assert fantasies.posterior(at).mean.shape == (4, 3, 1)
+
+
 @given(shape=st.tuples(st.sampled_from([1, 2]), st.sampled_from([1, 3])), data=st.data())
 def test_batches_of_inputs_observations_and_noise_broadcast(shape, data):
     """Any of the dimensions may be 1 or missing in any of them; each batch is what it would be alone."""
