@@ -150,7 +150,8 @@ def highest(scores: Tensor, count: int) -> Tensor:
         ArgumentError: If there are fewer candidates.
         NonFiniteError: If a score is not a number.
     """
-    check_enough(count, len(check_scores(scores)))
+    scores = check_scores(scores)
+    check_enough(count, len(scores))
     return check_numbers(scores).topk(count).indices.cpu()
 
 
@@ -173,7 +174,7 @@ def greedy(gains: Gains, count: int) -> Tensor:
     """
     picked: list[int] = []
     for _ in range(check_count("count", count)):
-        scores = check_numbers(gains.scores).clone()
+        scores = check_numbers(check_scores(gains.scores)).clone()
         check_enough(count, len(scores))
         scores[picked] = -torch.inf
         picked.append(int(scores.argmax()))
@@ -203,7 +204,7 @@ def check_scores(scores: Tensor, candidates: int | None = None) -> Tensor:
         candidates: How many candidates there are, where that is known.
 
     Returns:
-        The scores.
+        The scores, in a floating-point dtype.
 
     Raises:
         ArgumentError: If they are not.
@@ -215,7 +216,7 @@ def check_scores(scores: Tensor, candidates: int | None = None) -> Tensor:
     if scores.ndim != 1 or candidates not in (None, len(scores)):
         many = "n" if candidates is None else candidates
         raise ArgumentError(f"scores have the shape {tuple(scores.shape)}. Allowed: ({many},), one for each candidate.")
-    return scores
+    return scores if scores.is_floating_point() else scores.double()
 
 
 def check_selection(chosen: Tensor, count: int, candidates: int) -> Tensor:

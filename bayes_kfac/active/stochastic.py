@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayes_kfac.active.base import Acquisition, get, highest, register
+from bayes_kfac.active.base import Acquisition, check_numbers, check_scores, get, highest, register
 from bayes_kfac.active.pointwise import BALD
 from bayes_kfac.errors import ArgumentError, check_generator, check_positive
 
@@ -57,8 +57,12 @@ class Stochastic(Acquisition):
 
         Returns:
             Their indices, ``[count]``, in the order in which they were drawn.
+
+        Raises:
+            ArgumentError: If there are fewer candidates.
+            NonFiniteError: If a score is not a number.
         """
-        scores = self.scores(view).double().cpu()
+        scores = check_numbers(check_scores(self.scores(view))).double().cpu()  # a rank would hide a NaN
         uniform = torch.rand(len(scores), generator=check_generator(generator), dtype=torch.float64)
         gumbel = -(-uniform.log()).log()
         return highest(self.coldness * self.potential(scores) + gumbel, count)

@@ -32,7 +32,7 @@ class Coverage(Gains):
 
     @property
     def scores(self) -> Tensor:
-        return torch.tensor([float(len(own - self.covered)) for own in self.sets])
+        return torch.tensor([len(own - self.covered) for own in self.sets])
 
     def add(self, index: int) -> None:
         self.covered |= self.sets[index]
@@ -40,6 +40,11 @@ class Coverage(Gains):
 
 def test_the_highest_scores_are_selected_best_first():
     assert Given().select(torch.tensor([0.1, 3.0, -1.0, 2.0]), 3).tolist() == [1, 3, 0]
+
+
+@pytest.mark.parametrize("scores", [torch.tensor([1, 2**53, 2**53 - 1]), torch.tensor([False, True, False])], ids=str)
+def test_scores_may_be_counts_or_marks(scores):
+    assert Given().select(scores, 1).tolist() == [1]
 
 
 def test_greedy_takes_what_is_new_and_nothing_twice():

@@ -371,6 +371,13 @@ def test_no_candidate_is_chosen_twice_whatever_an_acquisition_of_a_user_selects(
         run(POOL, VALUES, Own(scores, chosen), ridge_of_column(), batch_size=2, rounds=1)
 
 
+def test_scores_of_a_users_acquisition_may_be_counts():
+    """Of candidates that were not looked at there is none, and so they are not integers in a state."""
+    _, state = run(POOL, VALUES, Own(torch.arange(30), torch.arange(1)), ridge_of_column(), initial=10, rounds=1)
+    assert state.scores.isnan().sum() == 10
+    assert state.scores[~state.scores.isnan()].tolist() == list(range(30))
+
+
 def test_another_loop_is_not_gone_on_with(tmp_path):
     path = tmp_path / "state.safetensors"
     state = run(POOL, VALUES, "variance", ridge_of_column(), rounds=0)[0]

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from bayes_kfac.active import BALD, EPIG, Entropy, Power, PowerBALD, Softmax, Softrank, get
-from bayes_kfac.errors import ArgumentError
+from bayes_kfac.errors import ArgumentError, NonFiniteError
 from tests.active.pools import certain, classes, pool, posterior
 from tests.active.test_base import Given
 from tests.helpers import rng
@@ -52,6 +52,12 @@ def test_zero_power_is_drawn_last_and_in_any_order():
 def test_power_needs_scores_that_are_not_negative():
     with pytest.raises(ArgumentError, match=r"A score of -1.0 has no power.*Softmax or Softrank"):
         Power(Given()).select(torch.tensor([1.0, -1.0]), 1)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_what_is_no_number_has_no_rank(kind):
+    with pytest.raises(NonFiniteError, match="1 of 3 scores are NaN, the first that of candidate 1"):
+        kind(Given()).select(torch.tensor([1.0, torch.nan, 2.0]), 1)
 
 
 def test_names_and_wrong_options():
