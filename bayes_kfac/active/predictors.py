@@ -71,7 +71,7 @@ def predict(
             f"or any object with one of the two.{advice}"
         )
     inputs = _as_estimator_takes(predictor, inputs)
-    prediction = _with_stddev(predictor, inputs) or predictor.predict(inputs)
+    prediction = _with_stddev(predictor, inputs)
     if isinstance(prediction, tuple):
         mean, stddev = map(_tensor, prediction)
         return Moments(mean, stddev.square())
@@ -353,14 +353,12 @@ class Committee:
         return SampledProbabilities(torch.stack(probs))
 
 
-def _with_stddev(predictor: Any, inputs: Any) -> tuple[Any, Any] | None:
-    """Means and standard deviations, where ``predict`` gives them; a pipeline only tells when it is asked."""
+def _with_stddev(predictor: Any, inputs: Any) -> Any:
+    """What ``predict`` gives, with standard deviations where it has them; a pipeline only tells when it is asked."""
     try:
         return predictor.predict(inputs, return_std=True)
-    except TypeError as error:
-        if "return_std" in str(error):
-            return None
-        raise
+    except (TypeError, AttributeError):  # it does not take this, or wraps what does and cannot use the pair
+        return predictor.predict(inputs)
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.compose import TransformedTargetRegressor
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.linear_model import BayesianRidge, LinearRegression, LogisticRegression
@@ -153,6 +154,35 @@ def test_any_object_whose_prediction_has_the_attribute():
             return Known(inputs[:, 0] ** 2)
 
     assert_close(scores(BALD(), Predictor()), pool()[:, 0] ** 2)
+
+
+def test_any_object_whose_predict_takes_every_keyword():
+    """And so ``return_std=True``, of which it makes nothing."""
+
+    @dataclass
+    class Known:
+        epistemic_variance: Tensor
+
+    class Predictor:
+        def __init__(self, kind) -> None:
+            self.kind = kind
+
+        def predict(self, inputs: Tensor, **options):
+            return self.kind(inputs[:, 0] ** 2)
+
+    assert_close(scores(Variance(), Predictor(Known)), pool()[:, 0] ** 2)
+    for kind in (torch.as_tensor, np.asarray):
+        assert scores(Random(), Predictor(kind)).shape == (12,)
+        with pytest.raises(UsageError, match="Variance needs epistemic_variance, which predict alone"):
+            scores(Variance(), Predictor(kind))
+
+
+def test_a_wrapper_that_does_not_pass_standard_deviations_on():
+    """It takes ``return_std=True`` for the regressor inside, and breaks on the pair that comes back."""
+    regressor = TransformedTargetRegressor(GaussianProcessRegressor(optimizer=None)).fit(X, VALUES)
+    assert scores(Random(), regressor).shape == (12,)
+    with pytest.raises(UsageError, match="Variance needs epistemic_variance, which predict alone"):
+        scores(Variance(), regressor)
 
 
 def test_an_estimator_that_gives_distributions_knows_everything_about_each_example_and_nothing_joint():
