@@ -137,8 +137,8 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
 
         Returns:
             With ``mean``, ``stddev``, ``epistemic_variance``, ``aleatoric_variance``, ``interval(0.9)``,
-            ``log_prob(target)`` and more, as tensors of ``[examples, outputs]``; ``log_prob`` takes targets of that
-            shape.
+            ``log_prob(target)`` and more, as tensors of ``[examples, outputs]``, in float64 on the CPU whatever
+            ``dtype`` and ``device`` are; ``log_prob`` takes targets of that shape.
         """
         return self._prediction(self._inputs(X), output_covariance="full")
 
@@ -170,19 +170,20 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
         return self._as_given(drawn.transpose(1, 0, 2)) if self._is_flat else drawn.transpose(1, 2, 0)
 
     def _prediction(self, inputs: Tensor, *, output_covariance: str) -> RegressionPrediction:
-        """The members' predictions together, brought from standard units to those of the targets."""
-        scale, location = (
-            torch.as_tensor(values).to(inputs) for values in (self.target_scaling_.scale, self.target_scaling_.location)
-        )
+        """The members' predictions together, brought from standard units to those of the targets as these are kept."""
+        scale, location = map(torch.as_tensor, (self.target_scaling_.scale, self.target_scaling_.location))
         predictions = []
         for posterior in self.posteriors_:
             with torch.no_grad():
                 output = posterior.output(inputs, output_covariance=output_covariance)
-            spread = output.spread * (scale**2 if output.is_diagonal else torch.outer(scale, scale))
-            noise_variance = (_noise_scale(posterior) * scale) ** 2
+            # float32 could not hold variances of very small or large targets, nor what is small beside their location
+            mean, spread, noise_scale = (
+                own.cpu().double() for own in (output.mean, output.spread, _noise_scale(posterior))
+            )
+            spread = spread * (scale**2 if output.is_diagonal else torch.outer(scale, scale))
             source = Source("linearized", None, posterior.provenance)
-            own = GaussianOutput(output.mean * scale + location, spread)
-            predictions.append(GaussianPrediction(own, noise_variance, source))
+            own = GaussianOutput(mean * scale + location, spread)
+            predictions.append(GaussianPrediction(own, (noise_scale * scale) ** 2, source))
         return cast(RegressionPrediction, pool(predictions))
 
     def _as_given(self, values: Array) -> Array:

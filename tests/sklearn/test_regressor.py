@@ -121,6 +121,25 @@ def test_units_do_not_matter(method):
     np.testing.assert_allclose(other[1], 1e4 * std, rtol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1e-24, 1e25])
+@pytest.mark.parametrize("n_members", [1, 2])
+def test_units_are_no_matter_of_the_precision_that_it_computes_in(n_members, scale):
+    """Variances of these targets are not in float32's range."""
+    model = quick(n_members=n_members, dtype="float32")
+    mean, std = model.fit(X, Y).predict(NEW, return_std=True)
+    other = model.fit(X, scale * Y)
+    np.testing.assert_allclose(other.predict(NEW, return_std=True), (scale * mean, scale * std), rtol=1e-4)
+    prediction = other.predict_distribution(NEW)
+    np.testing.assert_allclose(prediction.stddev[:, 0], scale * std, rtol=1e-4)
+    assert prediction.log_prob(prediction.mean).isfinite().all()
+
+
+def test_a_mean_far_from_zero_is_the_same_with_standard_deviations_and_without():
+    model = quick(dtype="float32").fit(X, 1e9 + Y)
+    mean, std = model.predict(NEW, return_std=True)
+    np.testing.assert_allclose(mean, model.predict(NEW), rtol=0, atol=1e-3 * std.min())
+
+
 @pytest.mark.parametrize("columns", [None, 2])
 def test_std_covariance_distribution_and_samples_are_of_one_posterior(columns):
     y = Y if columns is None else np.column_stack([Y, X[:, 1] * 50])
