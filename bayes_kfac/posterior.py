@@ -233,12 +233,15 @@ class Posterior:
         """The Gaussian of the linearised model's output: of logits, where classes are predicted.
 
         Args:
-            inputs: The model's input, as in :meth:`predict`.
+            inputs: The model's input, as in :meth:`predict`, but no ``DataLoader``.
             output_covariance: As in :meth:`predict`.
             memory_budget: As in :meth:`predict`.
 
         Returns:
             Its mean, and its covariance or variances; noise of the targets is not in it.
+
+        Raises:
+            ArgumentError: If the inputs are a ``DataLoader``.
         """
         check_choice("output_covariance", output_covariance, OUTPUT_COVARIANCES)
         memory_budget = check_count("memory_budget", memory_budget)
@@ -248,13 +251,16 @@ class Posterior:
         """The covariance of the linearised model's outputs between all pairs of examples.
 
         Args:
-            inputs: The model's input, as in :meth:`predict`.
+            inputs: The model's input, as in :meth:`predict`, but no ``DataLoader``.
             others: The input to take the pairs' second examples from; by default the same.
             memory_budget: As in :meth:`predict`.
 
         Returns:
             ``[batch, other batch, outputs, outputs]``; noise of the targets is not in it. At ``[n, m, c, d]`` is the
             covariance of output ``c`` of example ``n`` with output ``d`` of example ``m``.
+
+        Raises:
+            ArgumentError: If the inputs are a ``DataLoader``.
 
         Example:
             >>> import bayes_kfac as bk, torch
@@ -282,9 +288,10 @@ class Posterior:
         Their covariance over examples is :meth:`function_covariance`.
 
         Args:
-            inputs: The model's input, as in :meth:`predict`.
+            inputs: The model's input, as in :meth:`predict`, but no ``DataLoader``.
             num_samples: How many functions.
-            draws: Draws from :meth:`sample`, instead of new ones: the same functions at every call.
+            draws: Draws from :meth:`sample`, instead of new ones: the same functions at every call, such as for one
+                batch after another.
             generator: The source of randomness.
             memory_budget: As in :meth:`predict`.
 
@@ -292,7 +299,7 @@ class Posterior:
             ``[num_samples, batch, ...]``, without noise of the targets.
 
         Raises:
-            ArgumentError: If draws are of another posterior.
+            ArgumentError: If draws are of another posterior, or the inputs are a ``DataLoader``.
         """
         draws = self.sample(num_samples, generator=generator) if draws is None else draws
         check_draws(draws, self.layers)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader
 
 from bayes_kfac import batches, linalg
 from bayes_kfac.batches import expect_output_tensor
@@ -85,17 +86,23 @@ def parts_of(loader: Iterable[Any], device: torch.device, progress: bool) -> Ite
         raise ArgumentError(f"inputs=<{type(loader).__name__}> yielded no example. Pass at least one.")
 
 
-def check_not_empty(inputs: Any) -> None:
-    """Refuse inputs without examples, of which no model shows the shape of its output.
+def check_batch(inputs: Any, name: str = "inputs") -> None:
+    """Refuse what a model cannot be called with: a loader, and no examples, of which no output has a shape.
 
     Args:
         inputs: What a model is to be called with.
+        name: The argument's name, for the message.
 
     Raises:
-        ArgumentError: If they hold none.
+        ArgumentError: If it is such.
     """
+    if isinstance(inputs, DataLoader):
+        raise ArgumentError(
+            f"{name}=<{type(inputs).__name__}> is for predict() alone. Allowed: what the model is called with. Pass "
+            "one batch after another, or the inputs of all batches together."
+        )
     if batches.batch_size(inputs) == 0:
-        raise ArgumentError("inputs hold no example: their first dimension is 0. Pass at least one.")
+        raise ArgumentError(f"{name} hold no example: their first dimension is 0. Pass at least one.")
 
 
 def call(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Tensor:

@@ -21,7 +21,7 @@ from bayes_kfac import linalg
 from bayes_kfac.batches import batch_size
 from bayes_kfac.curvature import COPIES, Layer, PullBack, Recorder, Rows
 from bayes_kfac.errors import UsageError
-from bayes_kfac.prediction.forward import at_least_float32, check_not_empty, watched
+from bayes_kfac.prediction.forward import at_least_float32, check_batch, watched
 from bayes_kfac.prediction.output import GaussianOutput
 from bayes_kfac.structures import BlockGaussian, JointGaussian, Whitened
 
@@ -152,7 +152,7 @@ class LinearizedModel:
                 theirs = mine if others is inputs and part is inputs else whitened(part)
                 return _total([mine[name].between(theirs[name]) for name in mine if name in theirs])
 
-            return torch.cat(list(self._in_parts(products, others, memory_budget)), dim=1)
+            return torch.cat(list(self._in_parts(products, others, memory_budget, name="others")), dim=1)
 
         return torch.cat(list(self._in_parts(lambda part: against(whitened(part)), inputs, memory_budget)))
 
@@ -223,10 +223,16 @@ class LinearizedModel:
     # -- memory -------------------------------------------------------------------------------------------------------
 
     def _in_parts(
-        self, function: Callable[[Any], Any], inputs: Any, budget: int, *, diagonal: bool = False
+        self,
+        function: Callable[[Any], Any],
+        inputs: Any,
+        budget: int,
+        *,
+        diagonal: bool = False,
+        name: str = "inputs",
     ) -> Iterator[Any]:
         """A function's results for parts of the batch whose rows fit into the budget."""
-        check_not_empty(inputs)
+        check_batch(inputs, name)
         batch = batch_size(inputs)
         sizes = self._sizes_of(inputs)
         columns = min(sizes.outputs, sizes.columns(budget)) if diagonal else sizes.outputs

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from bayes_kfac.curvature import Layer
 from bayes_kfac.errors import ArgumentError
-from bayes_kfac.prediction.forward import at_least_float32, call, check_not_empty, evaluating
+from bayes_kfac.prediction.forward import at_least_float32, call, check_batch, evaluating
 
 #: Bytes of weights and activations that are run at once: on a CPU what pays off by measurement, since they have to stay
 #: in the caches; on accelerators, where starting an operation costs more, a bound of the memory.
@@ -87,7 +87,7 @@ def sampled_outputs(model: nn.Module, state: Mapping[str, Tensor], draws: Draws,
     Raises:
         ArgumentError: If the inputs hold no example.
     """
-    check_not_empty(inputs)
+    check_batch(inputs)
     keeps_graph = torch.is_grad_enabled() and any(
         leaf.requires_grad for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)
     )

@@ -131,6 +131,21 @@ def test_batches_without_examples_are_skipped_and_alone_refused(method):
             whose.predict(DataLoader(TensorDataset(X[:0])), method, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("inputs", lambda posterior, loader: posterior.output(loader)),
+        ("inputs", lambda posterior, loader: posterior.function_samples(loader, 2)),
+        ("inputs", lambda posterior, loader: posterior.function_covariance(loader)),
+        ("others", lambda posterior, loader: posterior.function_covariance(X, loader)),
+    ],
+    ids=["output", "function_samples", "function_covariance", "others"],
+)
+def test_where_a_batch_is_wanted_a_loader_is_refused(name, call):
+    with pytest.raises(ArgumentError, match=rf"{name}=<DataLoader> is for predict\(\) alone.*one batch after another"):
+        call(random_posterior(net(), Gaussian(0.5)), DataLoader(TensorDataset(X, Y), batch_size=3))
+
+
 def test_parts_of_a_loaders_batches():
     posterior = random_posterior(net(), Gaussian(0.5))
     loader = DataLoader(TensorDataset(X, Y), batch_size=4)
