@@ -44,7 +44,13 @@ class Gaussian(Likelihood):
 
     def check(self, output: Tensor, target: Tensor) -> None:  # noqa: D102
         check_same_shape(output, target)
-        self._precision(output)
+        precision = self._precision(output)
+        # a number on the CPU goes with tensors of any device
+        if precision.device != output.device and (precision.ndim or precision.device.type != "cpu"):
+            raise TargetError(
+                f"likelihood=Gaussian({self.noise!r}) is on {precision.device}, and the model's output on "
+                f"{output.device}. Move the likelihood with the model: likelihood.to({str(output.device)!r})."
+            )
 
     def sample_gradient(self, output: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:  # noqa: D102
         # a target sampled at scale σ gives the gradient (f − y) / σ² = −ε / σ

@@ -217,6 +217,18 @@ def test_noise_never_broadcasts_the_output(
         likelihood.fisher_root(output)
 
 
+@pytest.mark.parametrize("noise", [FixedNoise, LearnedNoise, lambda scale: GammaNoise(6.0, 6.0, tuple(scale.shape))])
+def test_noise_on_another_device_is_named(noise: type[FixedNoise]) -> None:
+    """A model was moved, and its likelihood was not; a number on the CPU need not be."""
+    output = torch.zeros(4, 3, device="meta")
+    with pytest.raises(TargetError, match=r"=Gaussian\(.*is on cpu, and the model's output on meta.*\.to\('meta'\)"):
+        Gaussian(noise(torch.ones(3)))(output, output)
+    assert Gaussian(noise(torch.ones(3))).to("meta")(output, output).is_meta
+    assert Gaussian(noise(torch.ones(())))(output, output).is_meta
+    with pytest.raises(TargetError, match="is on meta, and the model's output on cpu"):
+        Gaussian(noise(torch.ones(()))).to("meta")(torch.zeros(4, 3), torch.zeros(4, 3))
+
+
 @pytest.mark.parametrize(("shape", "noise_shape"), [((4,), (1,)), ((4, 3), (1, 3)), ((4, 3), (1, 1)), ((4, 1), (1,))])
 def test_noise_may_have_a_batch_dimension_of_one(shape: tuple[int, ...], noise_shape: tuple[int, ...]) -> None:
     """A scale written ``[0.5]`` for outputs ``(n,)`` changes nothing."""
