@@ -15,6 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from bayes_kfac.errors import NotPositiveDefiniteError
 BatchedFunction = Callable[..., tuple[Tensor, ...]]
 
 
+@cache
 def algebra_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that curvature and its algebra are in beside weights of a dtype: float32 for those of 16 bits."""
     return torch.promote_types(dtype, torch.float32)

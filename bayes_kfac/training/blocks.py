@@ -5,7 +5,7 @@ A step computes new states and puts them in the place of the old ones only when 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -200,36 +200,40 @@ class Blocks:
 
     def directions(self, states: States, gradients: Mapping[str, Tensor]) -> tuple[States, dict[str, Tensor]]:
         """Average gradients over steps and precondition them: ``(F̄ + γ I)⁻¹ m``, of the layers that have one."""
-        states = states.updated({name: self._with_gradient(name, states[name], own) for name, own in gradients.items()})
-        inner: dict[str, Tensor] = {}
-        damped: dict[str, Tensor] = {}
+        states = self._with_gradients(states, gradients)
         scale = self.num_data / self.temperature
-        for name in gradients:
-            state = states[name]
-            assert state.momentum is not None
-            if state.preconditioner is not None and self.is_preconditioned(name):
-                damped[name] = state.momentum / state.momentum_weight
-            else:
-                inner[name] = state.momentum * (scale / state.momentum_weight)
+        damped = {n for n in gradients if states[n].preconditioner is not None and self.is_preconditioned(n)}
+        scales = [(1.0 if name in damped else scale) / states[name].momentum_weight for name in gradients]
+        scaled = dict(zip(gradients, torch._foreach_mul(_momenta(states, gradients), scales), strict=True))
         # linked layers without a gradient have a direction too, and stay where they are
-        found = {**states.posterior.solve(inner), **states.preconditioner.solve(damped)}
+        found = {
+            **states.posterior.solve({name: own for name, own in scaled.items() if name not in damped}),
+            **states.preconditioner.solve({name: own for name, own in scaled.items() if name in damped}),
+        }
         return states, {name: found[name] for name in gradients}
 
     def squared_length(self, states: States, directions: Mapping[str, Tensor]) -> Tensor:
         """``lr² Σ dᵀ F̄ d``, damped, of what :meth:`directions` gave, without reading a number back from the device."""
-        lengths = []
-        for name, direction in directions.items():
-            momentum = states[name].momentum
-            assert momentum is not None
-            inner = torch.dot(momentum.flatten(), direction.flatten())
-            lengths.append(inner * (self._options(name)["lr"] ** 2 / states[name].momentum_weight))
-        return torch.stack(lengths).sum()
+        pairs = zip(_momenta(states, directions), directions.values(), strict=True)
+        products = [torch.dot(momentum.flatten(), direction.flatten()) for momentum, direction in pairs]
+        weights = [self._options(name)["lr"] ** 2 / states[name].momentum_weight for name in directions]
+        return torch.stack(torch._foreach_mul(products, weights)).sum()
 
-    def _with_gradient(self, name: str, state: BlockState, gradient: Tensor) -> BlockState:
-        """The state with a gradient in its moving average."""
-        decay = self._options(name)["momentum"]
-        average = (1 - decay) * gradient if state.momentum is None else gradient.lerp(state.momentum, decay)
-        return replace(state, momentum=average, momentum_weight=decay * state.momentum_weight + (1 - decay))
+    def _with_gradients(self, states: States, gradients: Mapping[str, Tensor]) -> States:
+        """The states with gradients in their moving averages."""
+        decays = [self._options(name)["momentum"] for name in gradients]
+        # of all layers at once: on a GPU a launch for each, here and in what follows, would take longer than the work
+        first = [name for name in gradients if states[name].momentum is None]
+        if first:
+            states = states.updated({n: replace(states[n], momentum=torch.zeros_like(gradients[n])) for n in first})
+        averages = torch._foreach_lerp(tuple(gradients.values()), _momenta(states, gradients), decays)
+        changed = {
+            name: replace(
+                states[name], momentum=average, momentum_weight=decay * states[name].momentum_weight + (1 - decay)
+            )
+            for name, average, decay in zip(gradients, averages, decays, strict=True)
+        }
+        return states.updated(changed)
 
     def describe(self) -> dict[str, str]:
         """The structure of each layer in words, for the summary."""
@@ -246,3 +250,8 @@ class Blocks:
         """The statistics of a layer whose Fisher is the identity."""
         layer = self.layers[name]
         return self.structures[name].identity(layer.shape, layer.template, **layer.form)
+
+
+def _momenta(states: States, names: Iterable[str]) -> list[Tensor]:
+    """The averages of gradients of layers that have had one."""
+    return [states[name].momentum for name in names]  # type: ignore[misc]

@@ -330,27 +330,22 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
 
     def _gradients(self) -> dict[str, Tensor]:
         """``∇ + γ_in W``: the gradient of the mean objective at the samples, for layers that took part."""
-        gradients = {}
-        for name, layer in self.layers.items():
-            gradient = layer.gradient()
-            if gradient is not None:
-                dtype = linalg.algebra_dtype(gradient.dtype)
-                decay = self._blocks.intrinsic_damping(name)
-                gradients[name] = self._sampler.with_decay(name, gradient.to(dtype), decay)
-        return gradients
+        gradients = {name: layer.gradient() for name, layer in self.layers.items()}
+        present = {n: own.to(linalg.algebra_dtype(own.dtype)) for n, own in gradients.items() if own is not None}
+        return self._sampler.with_decay(present, {name: self._blocks.intrinsic_damping(name) for name in present})
 
     def _changes(
         self, states: States, gradients: Mapping[str, Tensor], directions: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """What a step adds to the mean of each layer."""
-        clip = self._clip(states, directions)
-        return {name: direction * (-self._group(name)["lr"] * clip) for name, direction in directions.items()}
+        changes = torch._foreach_mul(tuple(directions.values()), [-self._group(name)["lr"] for name in directions])
+        if self.kl_clip is not None:
+            torch._foreach_mul_(changes, self._clip(states, directions, self.kl_clip))
+        return dict(zip(directions, changes, strict=True))
 
-    def _clip(self, states: States, directions: Mapping[str, Tensor]) -> Tensor | float:
+    def _clip(self, states: States, directions: Mapping[str, Tensor], largest: float) -> Tensor:
         """``min(1, sqrt(κ / (lr² Σ dᵀ F̄ d)))``."""
-        if self.kl_clip is None:
-            return 1.0
-        return (self.kl_clip / self._blocks.squared_length(states, directions)).sqrt().clamp(max=1.0)
+        return (largest / self._blocks.squared_length(states, directions)).sqrt().clamp(max=1.0)
 
     def posterior(self) -> Posterior:
         """The posterior: the current mean, and blocks from the current statistics, as a snapshot.

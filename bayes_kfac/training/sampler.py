@@ -70,11 +70,17 @@ class Sampler:
         self.statistics: dict[str, Statistics] = {}
         self.noise_sum: dict[str, Tensor] = {}
 
-    def with_decay(self, name: str, gradient: Tensor, decay: float) -> Tensor:
-        """``gradient + decay · W`` with the mean ``W`` over this step's samples of a layer, ``[*blocks, out, in]``."""
-        layer = self._layers[name]
-        total = torch.add(gradient, layer.matrix(layer.parameters), alpha=decay)
-        return total.add_(self.noise_sum[name], alpha=decay / self.contexts) if name in self.noise_sum else total
+    def with_decay(self, gradients: Mapping[str, Tensor], decays: Mapping[str, float]) -> dict[str, Tensor]:
+        """``gradient + decay · W``, ``W`` the mean over this step's samples, ``[*blocks, out, in]`` of each layer."""
+        # of all layers at once: on a GPU a launch for each would take longer than the work
+        weights = [self._layers[n].matrix(self._layers[n].parameters).to(own.dtype) for n, own in gradients.items()]
+        totals = torch._foreach_mul(weights, [decays[name] for name in gradients])
+        torch._foreach_add_(totals, tuple(gradients.values()))
+        named = dict(zip(gradients, totals, strict=True))
+        if sampled := [name for name in named if name in self.noise_sum]:
+            noise, shares = [self.noise_sum[n] for n in sampled], [decays[n] / self.contexts for n in sampled]
+            torch._foreach_add_([named[name] for name in sampled], torch._foreach_mul(noise, shares))
+        return named
 
     @contextmanager
     def sample(self, gaussian: JointGaussian, *, measure: bool) -> Iterator[None]:
