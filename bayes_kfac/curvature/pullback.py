@@ -8,14 +8,15 @@ example's gradient is pulled back by itself, or that of a few groups of examples
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 from torch.utils._pytree import tree_leaves
 
 from bayes_kfac.batches import count_examples, widened
@@ -39,8 +40,13 @@ COPIES = 3
 #: Groups of examples whose gradients are summed where that is enough; more of them cost time and save variance.
 GROUPS = 8
 
+#: Bits of a digit of an example's place, of which a probe makes a factor. More of them leave half precision's range.
+DIGIT_BITS = 3
+
 #: What torch 2.13 gets wrong, without a word, in a backward pass that is both batched and to be differentiated again.
 GROUP_NORM = "NativeGroupNormBackward"
+#: What all kinds of batch normalisation are called by in a graph.
+BATCH_NORM = "BatchNorm"
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Call:
         use: The module that used it.
         captured: What its adapter keeps of the call.
         edge: The call's output in the autograd graph.
-        size: How many elements the output has.
+        like: A zero in the shape of the output.
         versions: How often each captured tensor had been changed in place.
     """
 
@@ -60,14 +66,20 @@ class Call:
     use: Use
     captured: Any
     edge: GradientEdge
-    size: int
+    like: Tensor
     versions: tuple[int, ...]
 
     @classmethod
     def of(cls, layer: str, use: Use, captured: Any, output: Tensor) -> Call:
         """The call that gave ``output``."""
         edge = torch.autograd.graph.get_gradient_edge(output)
-        return cls(layer, use, captured, edge, output.numel(), _versions(captured))
+        like = output.detach().new_zeros(()).expand(output.shape)
+        return cls(layer, use, captured, edge, like, _versions(captured))
+
+    @property
+    def batch(self) -> int:
+        """The batch of its rows."""
+        return self.use.adapter.gradient_rows(self.like).shape[-3]
 
     def check(self) -> None:
         """Check that what was captured is still what it was.
@@ -94,8 +106,8 @@ class PullBack:
         independent: Whether the gradients of different examples are independent and have mean zero. Gradients of
             groups of examples then serve where each example's would be needed: the expectation of a square is the sum
             of the examples' squares (Liu et al. 2023, "Sophia").
-        coupled: Whether all examples depend on each other, as by batch normalisation in training. Rows then belong to
-            the examples in whose place they are.
+        coupled: Whether all examples depend on each other by batch normalisation in training. Rows then belong to the
+            examples that they would belong to without it.
         ways: How the rows of layers lie, where it is known; otherwise :meth:`probe` finds out.
         create_graph: Whether rows are to be differentiable with respect to the model's inputs.
     """
@@ -118,7 +130,7 @@ class PullBack:
         Returns:
             At least 1.
         """
-        elements = sum(call.size for call in self.calls)
+        elements = sum(call.like.numel() for call in self.calls)
         return max(1, budget // max(1, COPIES * elements * self.output.element_size()))
 
     def rows(self, output_gradients: Tensor, mask: Tensor | None = None) -> dict[str, Rows]:
@@ -165,7 +177,7 @@ class PullBack:
 
     def _by_example(self, call: Call, rows: Rows) -> Rows | None:
         """The rows of a call by the examples that they belong to; ``None`` where they may belong to several."""
-        ways = {batch_first} if self.coupled else self.known_ways.get(call.layer, {batch_first})
+        ways = self.known_ways.get(call.layer, {batch_first})
         placed = (way(rows, len(self.output)) for way in WAYS if way in ways)
         return next((own for own in placed if own is not None), None)
 
@@ -178,13 +190,13 @@ class PullBack:
     def probe(self, split: int | None = None) -> dict[str, Set[Way]]:
         """Find how the rows of layers lie.
 
-        Any two examples differ in a binary digit of their place. So all pairs are told apart by the gradients of the
-        outputs whose places have a digit set: they must be those of all outputs in rows there, and none elsewhere.
+        Any two examples differ in a digit of their place. So all pairs are told apart by gradients of the outputs times
+        a factor for the digit: they must be those of the outputs as they are times the factors of the rows' examples.
         Where rows do not even fit there is no way: in a batch of another size they might.
 
         Args:
-            split: The number of a random split in two halves, for a look at these alone: it tells half of all pairs
-                apart, with a cost that does not depend on the batch.
+            split: The number of a random order of the examples, for a look at its first digit alone: it tells most
+                pairs apart, with a cost that does not depend on the batch.
 
         Returns:
             The ways that hold in all calls, by layer: every way where gradients are zero, or where the output does not
@@ -193,17 +205,23 @@ class PullBack:
         size, device = len(self.output), self.output.device
         generator = torch.Generator(device).manual_seed(split or 0)
         probe = torch.rand(self.output.shape, generator=generator, device=device).to(self.output.dtype)
-        if split is None:
-            digits = torch.arange((size - 1).bit_length(), device=device)
-            is_set = (torch.arange(size, device=device) >> digits[:, None]) % 2 == 1
-        else:
-            is_set = torch.randperm(size, generator=generator, device=device).unsqueeze(0) % 2 == 1
-        members = torch.cat([is_set.new_ones(1, size), is_set])
+        members = torch.cat([probe.new_ones(1, size), self._factors(split, generator).to(probe)])
         found: dict[str, Set[Way]] = {call.layer: set(WAYS) for call in self.calls}
-        for call, rows in self._rows_as_they_lie(probe * widened(members, probe.unsqueeze(0))):
+        with _uncoupled(self.output) if self.coupled else nullcontext():
+            lying = self._rows_as_they_lie(probe * widened(members, probe.unsqueeze(0)))
+        for call, rows in lying:
             if bool(rows.gradients.any()):
                 found[call.layer] = found[call.layer] & _ways(rows, members)
         return found
+
+    def _factors(self, split: int | None, generator: torch.Generator) -> Tensor:
+        """Factors of examples for the digits of their places, ``[digits, batch]``: 0, 1, 2, 4, ..., all exact."""
+        size, device, base = len(self.output), self.output.device, 1 << DIGIT_BITS
+        places, digits = torch.arange(size, device=device), -(-(size - 1).bit_length() // DIGIT_BITS)
+        if split is not None:
+            places, digits = torch.randperm(size, generator=generator, device=device), 1
+        digit = places // base ** torch.arange(digits, device=device).unsqueeze(1) % base
+        return 2**digit // 2
 
     def _rows_apart(self, names: set[str], output_gradients: Tensor) -> Iterable[tuple[Call, Rows]]:
         """The rows of some layers' calls, each of them in every example."""
@@ -311,7 +329,7 @@ def gradients_at(
 
 
 def _ways(rows: Rows, members: Tensor) -> Set[Way]:
-    """How rows can lie, by gradients of some examples' outputs, ``[sets, batch]`` with all first."""
+    """How rows can lie, by gradients of outputs times factors of examples, ``[factors, batch]`` with ones first."""
     size = members.shape[1]
     if _is_apart(batch_first(rows, size), members):
         is_one_each = rows.gradients.shape[-3] * rows.gradients.shape[-2] == size  # which is every way
@@ -320,12 +338,15 @@ def _ways(rows: Rows, members: Tensor) -> Set[Way]:
 
 
 def _is_apart(rows: Rows | None, members: Tensor) -> bool:
-    """Whether the gradients of each set's outputs are in the rows of its members alone."""
+    """Whether the gradients of outputs times factors are those of the rows' examples times theirs."""
     if rows is None:
         return False
     every, *some = rows.gradients
-    parts = zip(some, members[1:, :, None, None], strict=True)
-    return all(torch.allclose(part, every * here, rtol=1e-3, atol=0) for part, here in parts)
+    # a product of what half precision rounds to its smallest numbers is not what it rounds the product to
+    number = torch.finfo(every.dtype)
+    atol = number.smallest_normal * number.eps * 2 ** (1 << DIGIT_BITS)
+    parts = zip(some, members[1:, :, None, None].to(every), strict=True)
+    return all(torch.allclose(part, every * here, rtol=1e-3, atol=atol) for part, here in parts)
 
 
 def _versions(captured: Any) -> tuple[int, ...]:
@@ -341,7 +362,9 @@ def _pull_back(
         return []
     options = {"retain_graph": True, "allow_unused": True, "create_graph": create_graph}
     try:
-        if gradients.shape[0] > 1 and not (create_graph and _has_node(source, GROUP_NORM)):
+        if gradients.shape[0] > 1 and not (
+            create_graph and any(node.name().startswith(GROUP_NORM) for node in _nodes(source))
+        ):
             try:
                 return torch.autograd.grad(source, edges, gradients, is_grads_batched=True, **options)
             except RuntimeError:
@@ -361,18 +384,31 @@ def _pull_back(
     return [None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True)]
 
 
-def _has_node(source: GradientEdge, name: str) -> bool:
-    """Whether the graph behind an edge has a node whose name starts like this."""
-    seen: set[Any] = set()
-    waiting: list[Any] = [source.node]
+def _nodes(source: GradientEdge) -> Iterator[Node]:
+    """The nodes of the graph behind an edge."""
+    seen: set[Node] = set()
+    waiting: list[Node | None] = [source.node]
     while waiting:
         node = waiting.pop()
         if node is not None and node not in seen:
-            if node.name().startswith(name):
-                return True
+            yield node
             seen.add(node)
             waiting += [following for following, _ in node.next_functions]
-    return False
+
+
+@contextmanager
+def _uncoupled(output: Tensor) -> Iterator[None]:
+    """Pull gradients back through batch normalisation as if it were the identity, so that each example has its own."""
+    handles = [
+        node.register_hook(lambda inputs, outputs: (None if inputs[0] is None else outputs[0], *inputs[1:]))
+        for node in _nodes(torch.autograd.graph.get_gradient_edge(output))
+        if BATCH_NORM in node.name()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _whole_batches(found: list[tuple[Call, Rows]], num_examples: int) -> list[tuple[Call, Rows]]:

@@ -10,10 +10,9 @@ or compiled at any other time carries none. Compiled modules run uncompiled in b
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -48,8 +47,7 @@ class Recorder:
         self.keeps_graph = False
         self.calls: list[Call] = []
         self._attached: ExitStack | None = None
-        self._ways: dict[tuple[int, ...], dict[str, Set[Way]]] = {}
-        self._passes: Counter[tuple[int, ...]] = Counter()
+        self._known: dict[tuple[int, ...], _Known] = {}
 
     def attach(self) -> None:
         """Put a forward hook on every module that uses a block.
@@ -94,7 +92,8 @@ class Recorder:
 
         How rows lie, and whether examples meet, is probed for each shape of an example's output: on the first batch of
         several whose output is finite, and with a look at the second, fourth, eighth and so on: a graph may have no
-        edges.
+        edges. Layers whose rows have not always had the output's batch are probed on every batch: nodes of graphs, the
+        images that take another way, and time that comes first lie differently from one to the next.
 
         Args:
             output: The model's output, ``[batch, ...]``, of the forward pass that was recorded.
@@ -106,28 +105,28 @@ class Recorder:
         """
         calls = self.calls if calls is None else calls
         pull_back = PullBack(self.layers, calls, output, create_graph=self.keeps_graph, **options)
-        if pull_back.coupled or not output.requires_grad:
-            return pull_back
+        if len(output) == 1 or not output.requires_grad:  # all rows are the one example's
+            return replace(pull_back, ways={})
         return replace(pull_back, ways=self._probed(pull_back))
 
     def _probed(self, pull_back: PullBack) -> Mapping[str, Set[Way]]:
         """How rows lie by all probes so far, and by one of this pass where it is due."""
         output = pull_back.output
-        shape = tuple(output.shape[1:])  # tokens meet where sequences do not
-        known = self._ways.setdefault(shape, {})
-        self._passes[shape] += len(output) > 1
-        is_known = all(call.layer in known for call in pull_back.calls)
-        is_due = len(output) > 1 and self._passes[shape].bit_count() == 1
-        if is_known and not is_due:  # most passes: nothing is read back from the device
-            return known
-        tells = len(output) > 1 and bool(torch.isfinite(output).all())
+        known = self._known.setdefault(tuple(output.shape[1:]), _Known())  # tokens meet where sequences do not
+        known.passes += 1
+        known.forget({call.layer for call in pull_back.calls if call.batch != len(output)})
+        is_known = all(call.layer in known.ways for call in pull_back.calls)
+        is_due = known.passes.bit_count() == 1
+        # most passes know: nothing is read back from the device
+        tells = not (is_known and not is_due) and bool(torch.isfinite(output).all())
         if is_known and not tells:
-            return known
-        probed = pull_back.probe(split=self._passes[shape] if is_known else None)
-        found = {name: own & known.get(name, own) for name, own in probed.items()}
+            return dict(known.ways)
+        probed = pull_back.probe(split=known.passes if is_known else None)
+        found = {name: own & known.ways.get(name, own) for name, own in probed.items()}
+        ways = {**known.ways, **found}
         if tells:
-            known.update(found)
-        return {**known, **found}
+            known.learn(found)
+        return ways
 
     def rows(
         self, output: Tensor, output_gradients: Tensor, *, mask: Tensor | None = None, **options: Any
@@ -161,6 +160,33 @@ class Recorder:
             captured = tree_map_only(Tensor, Tensor.detach, captured)
         self.calls += [Call.of(name, use, captured, output) for name, use in uses]
         return output
+
+
+@dataclass
+class _Known:
+    """What is known of how rows lie.
+
+    Attributes:
+        ways: The ways of layers, by name: of those whose rows have had the batch of the output in every pass, and of
+            those in which examples have met, which have none.
+        passes: How many passes there were.
+        varying: The layers whose rows had another batch in some pass; what holds in one says nothing of the next.
+    """
+
+    ways: dict[str, Set[Way]] = field(default_factory=dict)
+    passes: int = 0
+    varying: set[str] = field(default_factory=set)
+
+    def forget(self, names: Set[str]) -> None:
+        """Let go of how the rows of layers lie, which vary."""
+        self.varying |= names
+        for name in names:
+            if self.ways.get(name):
+                del self.ways[name]
+
+    def learn(self, found: Mapping[str, Set[Way]]) -> None:
+        """Keep what holds for other passes too."""
+        self.ways.update({name: ways for name, ways in found.items() if not (ways and name in self.varying)})
 
 
 def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:

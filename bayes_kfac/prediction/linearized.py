@@ -259,7 +259,7 @@ class LinearizedModel:
 
     def _measure(self, inputs: Any) -> _Sizes:
         with torch.no_grad(), self._forward(_some(inputs, slice(0, 1))) as (alone, pull_back):
-            made = sum(made.size for made in pull_back.calls)
+            made = sum(made.like.numel() for made in pull_back.calls)
         with torch.no_grad(), self._forward(_some(inputs, slice(0, 2))) as (both, _):
             splits = len(both) == 2 and torch.allclose(alone[0], both[0], rtol=1e-3, atol=1e-4)
         return _Sizes(max(made, 1) * alone.element_size(), alone[0].numel(), splits=splits)

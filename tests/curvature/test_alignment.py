@@ -91,28 +91,14 @@ def count_probes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_model_is_probed_on_its_first_batches_of_several(monkeypatch):
-    """A batch of one tells nothing, and its answer is not kept; the first, second, fourth, ... of others are asked."""
+    """A batch of one is not asked, as all rows are its own; the first, second, fourth, ... of others are."""
     sizes = count_probes(monkeypatch)
     model = seeded(MeetsLater())
     recorder = attached(model)
     for batch in (1, 2, 5, 1, 3, 4, 6, 7, 2, 8, 9):
         inputs = randn(batch, 3, seed=batch)
         assert_are_jacobians(rows_of(recorder, model, inputs), model, inputs)
-    assert sizes == [1, 2, 5, 4, 8]
-
-
-def test_a_model_is_not_probed_where_it_does_not_matter(monkeypatch):
-    sizes = count_probes(monkeypatch)
-    model, inputs = seeded(MeetsLater()), randn(4, 3, seed=1)
-    recorder = attached(model)
-    recorder.attach()
-    output = model(inputs)
-    rows = recorder.rows(output, unit_gradients(output), coupled=True)
-    recorder.detach()
-    assert sizes == []
-    assert rows["before"].inputs.shape == (4, 1, 4)
-    assert_are_jacobians(rows_of(recorder, model, inputs), model, inputs)
-    assert sizes == [4]
+    assert sizes == [2, 5, 4, 8]
 
 
 def test_a_layer_that_the_output_does_not_depend_on_is_no_reason_to_probe_again(monkeypatch):
@@ -168,7 +154,7 @@ def test_outputs_of_different_kinds_are_probed_apart(monkeypatch, first):
     for tokens in order * 3:
         inputs = {"x": x, "tokens": tokens}
         assert_are_jacobians(rows_of(recorder, model, inputs), model, inputs)
-    assert len(sizes) == 4
+    assert sorted(sizes) == [4, 4, 20, 20, 20]  # rows that are several examples' are looked at every time
 
 
 def test_recorders_do_not_share_what_they_found(monkeypatch):
@@ -202,7 +188,7 @@ def test_what_was_found_on_one_batch_holds_for_batches_of_other_sizes(first, uns
         assert_are_jacobians(rows_of(recorder, model, words), model, words)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4, 7, 8])
+@pytest.mark.parametrize("size", [2, 3, 4, 7, 8, 9, 66])
 @pytest.mark.parametrize("one", [0, 1, 3])
 def test_any_two_examples_that_meet_are_found(size, one):
     """Whatever their places: the last with each of the others, and with itself alone where it is that one."""
@@ -258,6 +244,76 @@ def test_gradients_of_zero_tell_nothing():
     for _ in range(3):
         rows = rows_of(recorder, model, randn(4, 3, seed=1))
         assert_are_jacobians(rows, model, randn(4, 3, seed=1))
+
+
+# Another way in every batch
+
+
+class EarlyExit(nn.Module):
+    """Easy examples leave after the first layer; hard ones, in which the first element is positive, go through another.
+
+    They do so all together or, with ``split``, in the same layer as the easy ones, one kind after the other.
+    """
+
+    def __init__(self, *, split: bool) -> None:
+        super().__init__()
+        self.stem, self.deep, self.head, self.split = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2), split
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, hard = self.stem(x).tanh(), x[:, 0, 0] > 0
+        out = hidden.clone()
+        for chosen in (hard, ~hard) if self.split else (hard,):
+            if chosen.any():
+                out[chosen] = self.deep(hidden[chosen]).tanh()
+        return self.head(out).mean(1)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_part_of_the_batch_is_not_taken_for_the_whole_of_those_before(split):
+    """Two of four examples with two positions each: the rows would fit four."""
+    model = seeded(EarlyExit(split=split))
+    recorder = attached(model)
+    inputs = randn(4, 2, 3, seed=1)
+    for hard in ([1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 1], [0, 1, 1, 0]):
+        inputs[:, 0, 0] = inputs[:, 0, 0].abs() * (2 * torch.tensor(hard) - 1)
+        assert_are_jacobians(rows_of(recorder, model, inputs), model, inputs)
+
+
+class Stack(nn.Module):
+    """The nodes of several graphs in one batch, each graph with a mean of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, nodes: Tensor, owner: Tensor, sizes: Tensor) -> Tensor:
+        total = nodes.new_zeros(len(sizes), 4).index_add(0, owner, self.before(nodes).tanh())
+        return self.after(total / sizes.unsqueeze(1))
+
+
+def stack(sizes: list[int], seed: int) -> dict[str, Tensor]:
+    owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return {"nodes": randn(sum(sizes), 3, seed=seed), "owner": owner, "sizes": torch.tensor(sizes)}
+
+
+def test_graphs_are_told_apart_in_every_batch():
+    """As many nodes each time, and in the first batches as many in each graph; in the last one node is elsewhere."""
+    model = seeded(Stack())
+    recorder = attached(model)
+    for seed, sizes in enumerate([[2] * 9, [2] * 9, [1, 4, 1] * 3, [2] * 9, [2] * 9, [2, 3, 1] + [2] * 6]):
+        inputs = stack(sizes, seed)
+        assert_are_jacobians(rows_of(recorder, model, inputs), model, inputs)
+
+
+def test_half_precision_tells_examples_apart_although_it_rounds_small_numbers():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).half()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.linspace(-1, 1, 8).reshape(2, 4) * 1e-6)
+    recorder = attached(model)
+    recorder.attach()
+    pull_back = recorder.pull_back(model(randn(30, 3, seed=1).half()))
+    recorder.detach()
+    assert all(pull_back.known_ways.values())
 
 
 # Batch second
@@ -318,6 +374,66 @@ def test_rows_with_the_batch_behind_are_brought_to_their_examples(make, time):
         for example in range(batch):
             positions = inputs[example]
             assert_close(rows["before"].inputs[example, :, :3], positions, **TIGHT)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("times", [(1, 1, 2, 4, 3), (2, 1, 4, 1, 2, 2, 6)])
+def test_time_is_first_whatever_lengths_came_before(flat, times):
+    """One step of each example lies either way, and as many steps as examples have the output's batch."""
+    model = seeded(TimeFirst(flat=flat))
+    recorder = attached(model)
+    for seed, time in enumerate(times):
+        inputs = randn(2, time, 3, seed=seed)
+        rows = rows_of(recorder, model, inputs)
+        assert_are_jacobians(rows, model, inputs)
+        assert_close(rows["before"].inputs[..., :3], inputs, **TIGHT)
+
+
+class Normalized(nn.Module):
+    """Another model's output, normalised over the batch, and beside it other features that are."""
+
+    def __init__(self, model: nn.Module, *, behind: bool) -> None:
+        super().__init__()
+        self.model, self.aside, self.norm, self.behind = model, nn.Linear(2, 2), nn.BatchNorm1d(2), behind
+
+    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+        output, aside = self.model(x), self.aside(features)
+        return self.norm(output + aside) if self.behind else output + self.norm(aside)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("make", [lambda: TimeFirst(flat=False), lambda: TimeFirst(flat=True), Siamese])
+def test_batch_normalisation_leaves_rows_with_their_examples(make, behind):
+    model = seeded(Normalized(make(), behind=behind))
+    recorder = attached(model)
+    for time in (2, 2, 2) if isinstance(model.model, Siamese) else (5, 10, 3, 4):
+        x = randn(5, time, 3, seed=time)
+        recorder.attach()
+        output = model(x, randn(5, 2, seed=2))
+        rows = recorder.rows(output, unit_gradients(output), coupled=True)
+        recorder.detach()
+        assert_close(rows["model.before"].inputs[..., :3], x, **TIGHT)
+        assert rows["model.after"].inputs.shape[:-1] == (5, 1)
+
+
+def test_positions_are_not_examples_beside_batch_normalisation():
+    """Five positions, looked up once for all of five examples."""
+
+    class Beside(Positions):
+        def __init__(self) -> None:
+            super().__init__(unsqueezed=False)
+            self.norm = nn.BatchNorm1d(2, track_running_stats=False)
+
+        def forward(self, words: Tensor) -> Tensor:
+            return super().forward(words) + self.norm(words[:, :2].double())
+
+    model, words = seeded(Beside()), torch.randint(6, (5, 5), generator=rng(1))
+    recorder = attached(model)
+    recorder.attach()
+    output = model(words)
+    rows = recorder.rows(output, unit_gradients(output), coupled=True)
+    recorder.detach()
+    assert_are_jacobians(rows, model, words)
 
 
 def test_padding_of_a_layer_that_is_used_again_weighs_nothing():

@@ -183,6 +183,30 @@ def test_examples_do_not_see_each_other() -> None:
     assert_close(together.mean[1:2], alone.mean, **CLOSE)
 
 
+class EarlyExit(nn.Module):
+    """Examples whose first element is positive go through one more layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, hard = torch.tanh(self.stem(x)), x[:, 0, 0] > 0
+        out = hidden.clone()
+        out[hard] = torch.tanh(self.deep(hidden[hard]))
+        return self.head(out).mean(1)
+
+
+def test_predictions_do_not_depend_on_those_before() -> None:
+    """All examples, and then some: two with two positions each, of four."""
+    x = randn(4, 2, 3, seed=1)
+    x[:, 0, 0] = torch.tensor([-1.0, 1.0, -1.0, 1.0])
+    posterior = random_posterior(seeded(EarlyExit()), Gaussian(0.5))
+    posterior.predict(x.abs())
+    _, expected = dense_output_covariance(posterior, x)
+    assert_close(posterior.predict(x).epistemic_covariance, expected, **CLOSE)
+
+
 def test_frozen_weights_are_constants() -> None:
     """A layer without a block contributes no variance, and its neighbours lose none."""
     model, x = build("mlp")
