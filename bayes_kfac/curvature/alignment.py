@@ -2,13 +2,14 @@
 
 Rows lie in a layer as ``[*blocks, batch, shared, size]``, where its batch may be the output's, coarser or finer, as
 models flatten ``[batch, time]`` before a layer or at the end. Or they lie as ``[time, batch]``, flattened or not: in
-layers that see time first, and in those that see several batches one after another.
+layers that see time first, and in those that see several batches one after another. Or each is of one example and they
+lie in any order, a few of one and many of the next: nodes of several graphs, tokens that are sent to an expert.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +42,37 @@ def positions_first(rows: Rows, num_examples: int) -> Rows | None:
 #: How the rows of a layer lie: functions of rows and the number of examples, the likeliest first.
 Way = Callable[[Rows, int], Rows | None]
 WAYS: tuple[Way, ...] = (batch_first, positions_first)
+
+
+@dataclass(frozen=True, eq=False)
+class Owned:
+    """The way of rows that lie in any order in one forward pass; examples with fewer of them are filled up with zeros.
+
+    Attributes:
+        owner: The example of each row, ``[batch·shared]``.
+    """
+
+    owner: Tensor
+
+    def __call__(self, rows: Rows, num_examples: int) -> Rows:
+        """Rows with the batch dimension of the output, and a mask of those that are there where some are not."""
+        counts = self.owner.bincount(minlength=num_examples)
+        order = self.owner.argsort(stable=True)
+        first = counts.cumsum(0) - counts
+        place = torch.arange(len(order), device=order.device) - first.repeat_interleave(counts)
+        source = order.new_full((num_examples, int(counts.max())), -1)
+        source[self.owner[order], place] = order
+        is_row = source >= 0
+        moved = _moved(
+            rows, lambda tensor: tensor.flatten(-3, -2)[..., source, :].masked_fill(~is_row.unsqueeze(-1), 0)
+        )
+        return replace(moved, mask=None if bool(is_row.all()) else is_row)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Owned) and torch.equal(self.owner, other.owner)
+
+    def __hash__(self) -> int:
+        return hash(self.owner.shape)
 
 
 def in_every_example(rows: Rows, columns: int, examples: int) -> Rows:
@@ -81,14 +113,17 @@ def joined(calls: Sequence[Rows], mask: Tensor | None, examples: float) -> Rows:
     if mask is not None and whole.inputs.shape[-3] == len(mask):
         flat = mask.reshape(len(mask), -1)
         parts = [whole] if whole.inputs.shape[-2] == flat.shape[1] else calls
-        weighs = [_positions(flat, part.inputs.shape[-2]) for part in parts]
-        whole = replace(whole, mask=torch.cat(weighs, dim=1))
+        weighs = torch.cat([_positions(flat, part) for part in parts], dim=1)
+        whole = replace(whole, mask=weighs if whole.mask is None else whole.mask & weighs)
     return replace(whole, examples=examples)
 
 
-def _positions(mask: Tensor, shared: int) -> Tensor:
-    """Which positions of a call weigh, ``[batch, shared]``, of a flat mask."""
-    return mask if mask.shape[1] == shared else weighing_examples(mask).unsqueeze(1).expand(len(mask), shared)
+def _positions(mask: Tensor, rows: Rows) -> Tensor:
+    """Which positions of a call weigh, ``[batch, shared]``, of a flat mask; its own are those of the examples' rows."""
+    shared = rows.inputs.shape[-2]
+    if mask.shape[1] == shared and rows.mask is None:
+        return mask
+    return weighing_examples(mask).unsqueeze(1).expand(len(mask), shared)
 
 
 def both_ways(layer: Layer, whole: Mapping[tuple[str, bool], Rows]) -> Rows:

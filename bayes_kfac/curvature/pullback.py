@@ -1,9 +1,10 @@
 """The pull-back: from the uses of blocks in a forward pass, and gradients at its output, to rows.
 
 A row belongs to an example where the layer's batch is the output's: ``[batch, ...]``, or flattened with further
-dimensions before or behind it. Elsewhere (positions looked up once for all examples, nodes of a graph that see each
-other, parameters that no module multiplies with an input) every row may be in every example's Jacobian. Then each
-example's gradient is pulled back by itself, or that of a few groups of examples where this is enough.
+dimensions before or behind it; or where its gradient is of one example's output alone. Elsewhere (positions looked up
+once for all examples, nodes of a graph that see each other, parameters that no module multiplies with an input) every
+row may be in every example's Jacobian. Then each example's gradient is pulled back by itself, or that of a few groups
+of examples where this is enough.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from bayes_kfac.batches import count_examples, widened
 from bayes_kfac.curvature.alignment import (
     WAYS,
+    Owned,
     Way,
     batch_first,
     both_ways,
@@ -178,7 +180,7 @@ class PullBack:
     def _by_example(self, call: Call, rows: Rows) -> Rows | None:
         """The rows of a call by the examples that they belong to; ``None`` where they may belong to several."""
         ways = self.known_ways.get(call.layer, {batch_first})
-        placed = (way(rows, len(self.output)) for way in WAYS if way in ways)
+        placed = (way(rows, len(self.output)) for way in (*WAYS, *ways) if way in ways)
         return next((own for own in placed if own is not None), None)
 
     @cached_property
@@ -206,21 +208,22 @@ class PullBack:
         generator = torch.Generator(device).manual_seed(split or 0)
         probe = torch.rand(self.output.shape, generator=generator, device=device).to(self.output.dtype)
         members = torch.cat([probe.new_ones(1, size), self._factors(split, generator).to(probe)])
-        found: dict[str, Set[Way]] = {call.layer: set(WAYS) for call in self.calls}
         with _uncoupled(self.output) if self.coupled else nullcontext():
             lying = self._rows_as_they_lie(probe * widened(members, probe.unsqueeze(0)))
+        found: dict[str, Set[Way]] = {}
         for call, rows in lying:
             if bool(rows.gradients.any()):
-                found[call.layer] = found[call.layer] & _ways(rows, members)
-        return found
+                ways = _ways(rows, members, tells_all=split is None)
+                found[call.layer] = found.get(call.layer, ways) & ways
+        return {call.layer: set(WAYS) for call in self.calls} | found
 
     def _factors(self, split: int | None, generator: torch.Generator) -> Tensor:
         """Factors of examples for the digits of their places, ``[digits, batch]``: 0, 1, 2, 4, ..., all exact."""
-        size, device, base = len(self.output), self.output.device, 1 << DIGIT_BITS
+        size, device = len(self.output), self.output.device
         places, digits = torch.arange(size, device=device), -(-(size - 1).bit_length() // DIGIT_BITS)
         if split is not None:
             places, digits = torch.randperm(size, generator=generator, device=device), 1
-        digit = places // base ** torch.arange(digits, device=device).unsqueeze(1) % base
+        digit = places >> DIGIT_BITS * torch.arange(digits, device=device).unsqueeze(1) & (1 << DIGIT_BITS) - 1
         return 2**digit // 2
 
     def _rows_apart(self, names: set[str], output_gradients: Tensor) -> Iterable[tuple[Call, Rows]]:
@@ -328,13 +331,27 @@ def gradients_at(
     return [gradients if edge == source else next(pulled) for edge in edges]
 
 
-def _ways(rows: Rows, members: Tensor) -> Set[Way]:
+def _ways(rows: Rows, members: Tensor, *, tells_all: bool) -> Set[Way]:
     """How rows can lie, by gradients of outputs times factors of examples, ``[factors, batch]`` with ones first."""
     size = members.shape[1]
     if _is_apart(batch_first(rows, size), members):
         is_one_each = rows.gradients.shape[-3] * rows.gradients.shape[-2] == size  # which is every way
         return set(WAYS) if is_one_each else {batch_first}
-    return {positions_first} if _is_apart(positions_first(rows, size), members) else set()
+    if _is_apart(positions_first(rows, size), members):
+        return {positions_first}
+    owned = Owned(_owner(rows, size))
+    return {owned} if tells_all and _is_apart(owned(rows, size), members) else set()
+
+
+def _owner(rows: Rows, size: int) -> Tensor:
+    """The example that a row's gradients are of, ``[batch·shared]``; where they are zero, that of the row before."""
+    every, *some = rows.gradients.movedim((-3, -2), (1, 2)).flatten(1, 2).flatten(2)
+    largest = every.abs().argmax(-1, keepdim=True)
+    factors = torch.cat([part.gather(-1, largest) for part in some], dim=-1) / every.gather(-1, largest)
+    digits = factors.nan_to_num().clamp(min=0.5).log2().round().long() + 1
+    owner = (digits << DIGIT_BITS * torch.arange(len(some), device=digits.device)).sum(-1).clamp(max=size - 1)
+    place = torch.arange(len(owner), device=owner.device)
+    return owner[torch.where(every.any(-1), place, 0).cummax(0).values]
 
 
 def _is_apart(rows: Rows | None, members: Tensor) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from bayes_kfac.curvature.alignment import Way
+from bayes_kfac.curvature.alignment import WAYS, Way
 from bayes_kfac.curvature.layers import Layer, Use
 from bayes_kfac.curvature.modules import CompositeAdapter
 from bayes_kfac.curvature.pullback import Call, PullBack
@@ -122,6 +122,7 @@ class Recorder:
         if is_known and not tells:
             return dict(known.ways)
         probed = pull_back.probe(split=known.passes if is_known else None)
+        known.forget({name for name, own in probed.items() if not own <= set(WAYS)})
         found = {name: own & known.ways.get(name, own) for name, own in probed.items()}
         ways = {**known.ways, **found}
         if tells:
@@ -149,8 +150,9 @@ class Recorder:
 
     def _take(self, uses: list[tuple[str, Use]], capture: Callable[[], Any], output: Tensor) -> Tensor:
         """Take a call down; returns the output that the model goes on with."""
-        # outputs of no_grad forwards have no place in a graph, and nothing can be pulled back to them
-        if not self.is_recording or not output.requires_grad or not uses:
+        # outputs of no_grad forwards have no place in a graph, so that nothing can be pulled back to them; empty ones
+        # have no rows
+        if not self.is_recording or not output.requires_grad or not output.numel() or not uses:
             return output
         if output._is_view():  # an operation in place on a view would take its edge out of the graph
             output = output.clone()
@@ -170,7 +172,8 @@ class _Known:
         ways: The ways of layers, by name: of those whose rows have had the batch of the output in every pass, and of
             those in which examples have met, which have none.
         passes: How many passes there were.
-        varying: The layers whose rows had another batch in some pass; what holds in one says nothing of the next.
+        varying: The layers whose rows had another batch in some pass, or lay in no order; what holds in one pass says
+            nothing of the next.
     """
 
     ways: dict[str, Set[Way]] = field(default_factory=dict)

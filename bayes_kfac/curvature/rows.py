@@ -139,12 +139,11 @@ class Rows:
         """One position for each example: the mean of its inputs and the sum of its gradients."""
         gradients = self.gradients.sum(-2, keepdim=True)
         batch, shared = self.inputs.shape[-3:-1]
-        if self.mask is None:
-            weights = self.gradients.new_ones(()).expand(batch, shared) / max(shared, 1)
-        else:
-            weighs = self.mask.to(self.gradients.dtype)
-            weights = weighs / weighs.sum(-1, keepdim=True).clamp(min=1)
-        mask = None if self.mask is None else self.mask.any(-1, keepdim=True)
+        every = self.gradients.new_ones((), dtype=torch.bool).expand(batch, shared)
+        weighs = every if self.mask is None else self.mask
+        weights = weighs.to(self.gradients.dtype) / weighs.sum(-1, keepdim=True).clamp(min=1)
+        # an example that does not use the layer has no mean
+        mask = None if self.mask is None and shared else weighs.any(-1, keepdim=True)
         if isinstance(self.inputs, Tensor):
             weights = weights.to(self.inputs.dtype)
             inputs: Tensor | SparseRows = (self.inputs * weights.unsqueeze(-1)).sum(-2, keepdim=True)
@@ -212,12 +211,15 @@ def side_by_side(calls: Sequence[Rows]) -> Rows:
         )
     else:
         inputs = torch.cat([call.inputs for call in calls if isinstance(call.inputs, Tensor)], dim=-2)
-    masks = [call.mask for call in calls if call.mask is not None]
+    masks = None
+    if any(call.mask is not None for call in calls):
+        every = calls[0].gradients.new_ones((), dtype=torch.bool)
+        masks = [every.expand(call.inputs.shape[-3:-1]) if call.mask is None else call.mask for call in calls]
     return replace(
         calls[0],
         inputs=inputs,
         gradients=torch.cat([call.gradients for call in calls], dim=-2),
-        mask=torch.cat(masks, dim=-1) if masks else None,
+        mask=None if masks is None else torch.cat(masks, dim=-1),
     )
 
 

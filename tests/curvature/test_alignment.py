@@ -305,6 +305,54 @@ def test_graphs_are_told_apart_in_every_batch():
         assert_are_jacobians(rows_of(recorder, model, inputs), model, inputs)
 
 
+def test_rows_of_a_stack_are_brought_to_their_examples():
+    """In their order, filled up with zeros that a mask leaves out; nodes without gradient go with those before."""
+    model, inputs = seeded(Stack()), stack([1, 3, 2], seed=1)
+    with torch.no_grad():
+        model.before.weight.copy_(randn(4, 3, seed=2))
+        inputs["nodes"][2] *= 1e4  # where the tangent has no slope in double precision
+    rows = rows_of(attached(model), model, inputs)["before"]
+    assert torch.equal(rows.mask, torch.arange(3) < torch.tensor([[1], [3], [2]]))
+    assert not rows.gradients[:, 1, 1].any()
+    assert_close(rows.inputs[rows.mask][:, :3], inputs["nodes"], **TIGHT)
+    assert not rows.inputs[~rows.mask].any()
+    assert rows.num_rows == 6
+
+
+def test_rows_of_a_stack_weigh_with_their_examples():
+    """Three nodes of the largest graph are not the three targets of a mask."""
+    model, inputs = seeded(Stack()), stack([1, 3, 2], seed=1)
+    model.after = nn.Linear(4, 3).double()
+    mask = torch.tensor([[True, False, False], [False, False, False], [True, True, True]])
+    recorder = attached(model)
+    recorder.attach()
+    output = model(**inputs)
+    rows = recorder.rows(output, unit_gradients(output) * mask, mask=mask)["before"]
+    recorder.detach()
+    assert torch.equal(rows.mask, torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 0]]).bool())
+
+
+def test_examples_in_another_order_are_brought_into_that_of_the_output():
+    """As sequences that are sorted by length; the rows have the output's batch, in an order that changes."""
+
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.after = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            order = x[:, 0, 0].argsort()
+            return self.after(self.before(x[order]).tanh()[order.argsort()]).mean(1)
+
+    model = seeded(Sorted())
+    recorder = attached(model)
+    for seed in range(7):
+        x = randn(5, 4, 3, seed=seed)
+        rows = rows_of(recorder, model, x)
+        assert_are_jacobians(rows, model, x)
+        assert_close(rows["before"].inputs[..., :3], x, **TIGHT)
+
+
 def test_half_precision_tells_examples_apart_although_it_rounds_small_numbers():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).half()
     with torch.no_grad():

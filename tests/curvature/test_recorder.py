@@ -335,6 +335,22 @@ def test_nothing_is_recorded_under_no_grad():
     recorder.detach()
 
 
+def test_a_call_on_nothing_is_none():
+    """As of an expert to which no example is sent."""
+
+    class Expert(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.all, self.some = nn.Linear(3, 2), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.all(x)
+            return hidden + self.some(hidden[:0]).sum()
+
+    model, inputs = seeded(Expert()), randn(4, 3, seed=0)
+    assert list(record(model, inputs)) == ["all"]
+
+
 def test_rows_without_calls_are_empty():
     recorder = Recorder(find_layers(seeded(mlp()))[0])
     assert recorder.rows(randn(4, 2, seed=0), randn(1, 4, 2, seed=1)) == {}

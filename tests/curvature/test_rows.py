@@ -207,6 +207,19 @@ def test_pooled_leaves_masked_positions_out(blocks):
     assert (pooled.num_examples, pooled.num_rows) == (2, 2)
 
 
+def test_examples_without_positions_have_no_pooled_row():
+    """They count as examples, but no input of theirs is in a mean."""
+    rows = dense_rows()
+    none = replace(rows, inputs=rows.inputs[:, :0], gradients=rows.gradients[..., :0, :]).pooled()
+    assert not none.gradients.any()
+    assert (none.num_examples, none.num_rows) == (3, 0)
+
+
+def test_calls_with_and_without_a_mask_are_side_by_side():
+    masked, whole = replace(dense_rows(), mask=torch.zeros(3, 4, dtype=torch.bool)), dense_rows()
+    assert torch.equal(side_by_side([masked, whole]).mask, torch.arange(8).expand(3, 8) >= 4)
+
+
 @given(rows=sparse_rows(), seed=SEEDS, has_mask=st.booleans())
 def test_sparse_rows_are_pooled_as_dense_ones(rows, seed, has_mask):
     batch, shared = rows.indices.shape[:2]

@@ -500,6 +500,41 @@ def test_a_layer_that_only_some_batches_use_has_their_examples_alone(structure: 
         assert_close(fits[0].posterior().blocks["heads.0"].to_dense(), torch.block_diag(moment, moment), **TIGHT)
 
 
+class Graphs(nn.Module):
+    """Nodes of several graphs in one batch; those whose first element is positive go through one more layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.some, self.after = nn.Linear(2, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, nodes: Tensor, owner: Tensor, sizes: Tensor) -> Tensor:
+        hidden, chosen = self.before(nodes).tanh(), nodes[:, 0] > 0
+        hidden = hidden.index_add(0, chosen.nonzero()[:, 0], self.some(hidden[chosen]).tanh())
+        return self.after(hidden.new_zeros(len(sizes), 3).index_add(0, owner, hidden) / sizes.unsqueeze(1))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("structure", ["kron", "ekfac", "diagonal"])
+def test_the_split_of_graphs_into_batches_does_not_matter(structure: str, sharing: str) -> None:
+    """Nor that nodes are not equally many, and that some graphs have none in a layer."""
+    nodes, y, sizes = randn(20, 2, seed=0), randn(8, 2, seed=1), torch.tensor([1, 2, 3, 4, 2, 4, 1, 3])
+    nodes[0, 0], nodes[1, 0] = -1.0, 1.0
+    model, fits = seeded(Graphs()), []
+    for size in (1, 2, 4, 8):
+        parts = zip(nodes.split([int(part.sum()) for part in sizes.split(size)]), sizes.split(size), strict=True)
+        inputs = [
+            {"nodes": own, "owner": torch.arange(len(part)).repeat_interleave(part), "sizes": part}
+            for own, part in parts
+        ]
+        data = list(zip(inputs, y.split(size), strict=True))
+        laplace = bk.Laplace(model, bk.likelihoods.Gaussian(0.5), structure=structure, sharing=sharing)
+        fits.append(laplace.fit(data, progress=False))
+    for fit in fits[1:]:
+        assert_close(fit.log_marginal_likelihood(), fits[0].log_marginal_likelihood(), **TIGHT)
+        if structure != "ekfac":  # its basis is that of each fit
+            assert_same_measurement(fit, fits[0], **TIGHT)
+
+
 def test_weights_used_without_their_module_are_refused() -> None:
     """The rows that hooks see would be a part of the gradient only."""
 
