@@ -9,29 +9,21 @@ of examples where this is enough.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 
 from bayes_kfac.batches import count_examples, widened
-from bayes_kfac.curvature.alignment import (
-    WAYS,
-    Owned,
-    Way,
-    batch_first,
-    both_ways,
-    in_every_example,
-    joined,
-    positions_first,
-)
+from bayes_kfac.curvature.alignment import WAYS, Way, batch_first, both_ways, in_every_example, joined
 from bayes_kfac.curvature.layers import Layer, Use
+from bayes_kfac.curvature.probing import factors, nodes_behind, uncoupled, ways_of
 from bayes_kfac.curvature.rows import Rows
 from bayes_kfac.errors import UnsupportedModelError, UsageError
 
@@ -42,13 +34,8 @@ COPIES = 3
 #: Groups of examples whose gradients are summed where that is enough; more of them cost time and save variance.
 GROUPS = 8
 
-#: Bits of a digit of an example's place, of which a probe makes a factor. More of them leave half precision's range.
-DIGIT_BITS = 3
-
 #: What torch 2.13 gets wrong, without a word, in a backward pass that is both batched and to be differentiated again.
 GROUP_NORM = "NativeGroupNormBackward"
-#: What all kinds of batch normalisation are called by in a graph.
-BATCH_NORM = "BatchNorm"
 
 
 @dataclass(frozen=True)
@@ -192,8 +179,6 @@ class PullBack:
     def probe(self, split: int | None = None) -> dict[str, Set[Way]]:
         """Find how the rows of layers lie.
 
-        Any two examples differ in a digit of their place. So all pairs are told apart by gradients of the outputs times
-        a factor for the digit: they must be those of the outputs as they are times the factors of the rows' examples.
         Where rows do not even fit there is no way: in a batch of another size they might.
 
         Args:
@@ -207,24 +192,15 @@ class PullBack:
         size, device = len(self.output), self.output.device
         generator = torch.Generator(device).manual_seed(split or 0)
         probe = torch.rand(self.output.shape, generator=generator, device=device).to(self.output.dtype)
-        members = torch.cat([probe.new_ones(1, size), self._factors(split, generator).to(probe)])
-        with _uncoupled(self.output) if self.coupled else nullcontext():
+        members = factors(size, split, generator).to(probe)
+        with uncoupled(self.output) if self.coupled else nullcontext():
             lying = self._rows_as_they_lie(probe * widened(members, probe.unsqueeze(0)))
         found: dict[str, Set[Way]] = {}
         for call, rows in lying:
             if bool(rows.gradients.any()):
-                ways = _ways(rows, members, tells_all=split is None)
+                ways = ways_of(rows, members, tells_all=split is None)
                 found[call.layer] = found.get(call.layer, ways) & ways
         return {call.layer: set(WAYS) for call in self.calls} | found
-
-    def _factors(self, split: int | None, generator: torch.Generator) -> Tensor:
-        """Factors of examples for the digits of their places, ``[digits, batch]``: 0, 1, 2, 4, ..., all exact."""
-        size, device = len(self.output), self.output.device
-        places, digits = torch.arange(size, device=device), -(-(size - 1).bit_length() // DIGIT_BITS)
-        if split is not None:
-            places, digits = torch.randperm(size, generator=generator, device=device), 1
-        digit = places >> DIGIT_BITS * torch.arange(digits, device=device).unsqueeze(1) & (1 << DIGIT_BITS) - 1
-        return 2**digit // 2
 
     def _rows_apart(self, names: set[str], output_gradients: Tensor) -> Iterable[tuple[Call, Rows]]:
         """The rows of some layers' calls, each of them in every example."""
@@ -331,41 +307,6 @@ def gradients_at(
     return [gradients if edge == source else next(pulled) for edge in edges]
 
 
-def _ways(rows: Rows, members: Tensor, *, tells_all: bool) -> Set[Way]:
-    """How rows can lie, by gradients of outputs times factors of examples, ``[factors, batch]`` with ones first."""
-    size = members.shape[1]
-    if _is_apart(batch_first(rows, size), members):
-        is_one_each = rows.gradients.shape[-3] * rows.gradients.shape[-2] == size  # which is every way
-        return set(WAYS) if is_one_each else {batch_first}
-    if _is_apart(positions_first(rows, size), members):
-        return {positions_first}
-    owned = Owned(_owner(rows, size))
-    return {owned} if tells_all and _is_apart(owned(rows, size), members) else set()
-
-
-def _owner(rows: Rows, size: int) -> Tensor:
-    """The example that a row's gradients are of, ``[batch·shared]``; where they are zero, that of the row before."""
-    every, *some = rows.gradients.movedim((-3, -2), (1, 2)).flatten(1, 2).flatten(2)
-    largest = every.abs().argmax(-1, keepdim=True)
-    factors = torch.cat([part.gather(-1, largest) for part in some], dim=-1) / every.gather(-1, largest)
-    digits = factors.nan_to_num().clamp(min=0.5).log2().round().long() + 1
-    owner = (digits << DIGIT_BITS * torch.arange(len(some), device=digits.device)).sum(-1).clamp(max=size - 1)
-    place = torch.arange(len(owner), device=owner.device)
-    return owner[torch.where(every.any(-1), place, 0).cummax(0).values]
-
-
-def _is_apart(rows: Rows | None, members: Tensor) -> bool:
-    """Whether the gradients of outputs times factors are those of the rows' examples times theirs."""
-    if rows is None:
-        return False
-    every, *some = rows.gradients
-    # a product of what half precision rounds to its smallest numbers is not what it rounds the product to
-    number = torch.finfo(every.dtype)
-    atol = number.smallest_normal * number.eps * 2 ** (1 << DIGIT_BITS)
-    parts = zip(some, members[1:, :, None, None].to(every), strict=True)
-    return all(torch.allclose(part, every * here, rtol=1e-3, atol=atol) for part, here in parts)
-
-
 def _versions(captured: Any) -> tuple[int, ...]:
     tensors = [leaf for leaf in tree_leaves(captured) if isinstance(leaf, Tensor)]
     return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
@@ -380,7 +321,7 @@ def _pull_back(
     options = {"retain_graph": True, "allow_unused": True, "create_graph": create_graph}
     try:
         if gradients.shape[0] > 1 and not (
-            create_graph and any(node.name().startswith(GROUP_NORM) for node in _nodes(source))
+            create_graph and any(node.name().startswith(GROUP_NORM) for node in nodes_behind(source))
         ):
             try:
                 return torch.autograd.grad(source, edges, gradients, is_grads_batched=True, **options)
@@ -399,33 +340,6 @@ def _pull_back(
     if len(each) == 1:
         return [None if gradient is None else gradient.unsqueeze(0) for gradient in each[0]]
     return [None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True)]
-
-
-def _nodes(source: GradientEdge) -> Iterator[Node]:
-    """The nodes of the graph behind an edge."""
-    seen: set[Node] = set()
-    waiting: list[Node | None] = [source.node]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            yield node
-            seen.add(node)
-            waiting += [following for following, _ in node.next_functions]
-
-
-@contextmanager
-def _uncoupled(output: Tensor) -> Iterator[None]:
-    """Pull gradients back through batch normalisation as if it were the identity, so that each example has its own."""
-    handles = [
-        node.register_hook(lambda inputs, outputs: (None if inputs[0] is None else outputs[0], *inputs[1:]))
-        for node in _nodes(torch.autograd.graph.get_gradient_edge(output))
-        if BATCH_NORM in node.name()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _whole_batches(found: list[tuple[Call, Rows]], num_examples: int) -> list[tuple[Call, Rows]]:
