@@ -15,6 +15,7 @@ import active_protocol_labels
 import cost
 import hmc_report
 import images_report
+import launches
 import numpy as np
 import peers
 import regression
@@ -311,5 +312,6 @@ def page() -> str:
         images_report.section(),
         cost.section(),
         step_time.section(),
+        launches.section(),
     ]
     return HEAD + "\n".join(part.rstrip() + "\n" for part in parts if part)
