@@ -234,8 +234,8 @@ class Meter:
     def _before_likelihood(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(("output", "target", "mask"), args, strict=False)) | kwargs
         output, target, mask = given["output"], given.get("target"), given.get("mask")
-        passed, origin = _find(self._passes, output)
-        if passed is None:  # a detached output is being logged, or it is another model's
+        passes, origin = _find(self._passes, output)
+        if not passes:  # a detached output is being logged, or it is another model's
             return
         if mask is not None and target is not None:
             check_mask(mask, target)
@@ -245,11 +245,19 @@ class Meter:
                 f"num_data={self.num_data} is smaller than a batch of {examples:.0f} examples. It is the number of "
                 "examples in the whole training set: pass num_data=len(train_set)."
             )
+        if mask is None and _are_rows(output, passes):  # some examples, and all are measured
+            return
+        if len(passes) > 1:
+            raise UnsupportedModelError(
+                f"The likelihood was called with an output of shape {tuple(output.shape)} that {len(passes)} calls of "
+                "the model went into, as in model(a) - model(b): the curvature would be that of one of them. Put the "
+                "calls into one module, and train that. Outputs of calls may be concatenated, but neither with a mask "
+                "nor with fisher='empirical'."
+            )
+        (passed,) = passes
         shape, is_known = () if passed.output is None else tuple(passed.output.shape), passed.is_of(output, origin)
         # the root's output flattened over time has tokens for examples: their statistics are others
         is_measured = bool(passed.statistics) and mask is None and output.shape[1:] == shape[1:]
-        if is_measured and not passed.is_partial and len(output) != shape[0]:  # some examples, and all are measured
-            return
         if passed.has_loss and not is_known:
             raise UsageError(
                 f"The likelihood was called with outputs of shapes {shape} and {tuple(output.shape)} of one forward "
@@ -258,28 +266,52 @@ class Meter:
         if not (is_measured and is_known):
             if shape and len(output) != shape[0] and output.numel() != math.prod(shape):
                 raise UnsupportedModelError(
-                    f"The likelihood was called with an output of shape {tuple(output.shape)}, which is a selection of "
-                    f"one of shape {shape}: which examples it belongs to cannot be known. Pass the whole output and a "
-                    "mask to the likelihood rather than a selection."
+                    f"The likelihood was called with an output of shape {tuple(output.shape)} that was made of one of "
+                    f"shape {shape}: which examples it belongs to cannot be known. Pass the whole output and a mask to "
+                    "the likelihood rather than a selection; what joins examples, as a mean over bags, put into the "
+                    "model."
                 )
             self._measure_pass(passed, output, target, mask)
         passed.is_partial |= not is_known
         passed.output, passed.origin, passed.has_loss = output, origin, True
 
 
-def _find(passes: Sequence[_Pass], output: Tensor) -> tuple[_Pass | None, Node | None]:
-    """The forward pass that an output came from, by the graph behind it, and the nearest use of a block there."""
+def _find(passes: Sequence[_Pass], output: Tensor) -> tuple[list[_Pass], Node | None]:
+    """The forward passes that an output came from, by the graph behind it, and the nearest use of a block there."""
     if not output.requires_grad or not passes:
-        return None, None
-    if not any(passed.calls for passed in passes):  # parameters alone: their uses leave no trace
-        return passes[-1], None
+        return [], None
     owner = {call.edge.node: passed for passed in passes for call in passed.calls}
+    fallback: list[_Pass] = []
+    if not owner:  # parameters alone: their uses leave no trace, and outputs only where they are known
+        owner = {torch.autograd.graph.get_gradient_edge(p.output).node: p for p in passes if p.output is not None}
+        fallback = [passes[-1]]
     waiting = [torch.autograd.graph.get_gradient_edge(output).node]
     seen = set(waiting)
+    found: list[_Pass] = []
+    origin = None
     for node in waiting:  # which grows by what is one step further
-        if node in owner:
-            return owner[node], node
+        if node in owner and owner[node] not in found:
+            found.append(owner[node])
+            origin = origin or node
+            if len(found) == len(passes):
+                break
         following = [node for node, _ in node.next_functions if node is not None and node not in seen]
         seen.update(following)
         waiting += following
-    return None, None
+    return found or fallback, None if fallback else origin
+
+
+def _are_rows(output: Tensor, passes: Sequence[_Pass]) -> bool:
+    """Whether an output is some examples of one forward pass, or of several side by side, that were all measured."""
+    wholes = [
+        passed.output for passed in passes if passed.output is not None and passed.statistics and not passed.is_partial
+    ]
+    if len(wholes) < len(passes) or any(whole.shape[1:] != output.shape[1:] for whole in wholes):
+        return False
+    if len(passes) == 1 and len(output) == len(wholes[0]):
+        return False
+    if len(passes) > 1 and any(len(_find(passes, whole)[0]) > 1 for whole in wholes):  # one of them feeds another
+        return False
+    known = torch.cat([whole.detach() for whole in wholes]).nan_to_num()
+    both = torch.cat([known, output.detach().to(known.dtype).nan_to_num()])
+    return len(both.unique(dim=0)) == len(known.unique(dim=0))

@@ -68,6 +68,17 @@ class Partly(Plain):
         self.idle = nn.Linear(2, 2)
 
 
+class Bare(nn.Module):
+    """A model that calls no module at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.zeros(CLASSES, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix.mT
+
+
 def logits(output: Tensor | dict[str, Tensor]) -> Tensor:
     return output["logits"] if isinstance(output, dict) else output
 
@@ -351,18 +362,71 @@ def test_an_output_without_a_name_is_found_by_the_likelihoods_call(make):
     assert_same(meter.statistics, expected("exact"))
 
 
+# What the loop makes of outputs before the likelihood sees them
+
+
+@pytest.mark.parametrize("kind", [Plain, Bare])
+@pytest.mark.parametrize("fisher", FISHER_KINDS[:2])
+def test_outputs_of_several_calls_may_be_concatenated_in_any_order(make, kind, fisher):
+    meter = make(kind(), fisher)
+    for x, y in zip(INPUTS.split(4), TARGETS.split(4), strict=True):
+        likelihood(meter.model(x), y).backward()
+    apart = meter.take()
+    meter.generator.manual_seed(0)
+    order = torch.tensor([6, 2, 3, 0, 1, 4, 5, 7])
+    likelihood(torch.cat([meter.model(x) for x in INPUTS.split(4)])[order], TARGETS[order]).backward()
+    assert_same(meter.statistics, apart)
+
+
+@pytest.mark.parametrize(
+    "select",
+    [lambda output: output[:3], lambda output: output[MASK], lambda output: output[[5, 1, 1]]],
+    ids=["slice", "mask", "index"],
+)
+def test_some_examples_of_an_output_are_measured_with_the_others(make, select):
+    meter = make(Plain(), "exact")
+    likelihood(select(meter.model(INPUTS)), select(TARGETS)).backward()
+    assert_same(meter.statistics, expected("exact"))
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [
+        lambda model: model(INPUTS) - model(INPUTS + 1),
+        lambda model: model(INPUTS + model(INPUTS).mean()),
+        lambda model: torch.cat([model(INPUTS), 2 * model(INPUTS + 1)]),
+        lambda model: torch.cat([model(INPUTS), model(INPUTS + 1)]).unflatten(0, (2, 8)).mean(0),
+    ],
+    ids=["difference", "one after another", "another scale", "mean"],
+)
+@pytest.mark.parametrize("kind", [Plain, InDictionary, Bare])
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_a_function_of_several_calls_is_refused(make, kind, fisher, combine):
+    """Each of them was measured by itself, and the likelihood's output is none of theirs."""
+    meter = make(kind(), fisher)
+    output = combine(lambda inputs: logits(meter.model(inputs)))
+    with pytest.raises(UnsupportedModelError, match=r"2 calls of the model went into.*into one module"):
+        likelihood(output, TARGETS.repeat(len(output) // 8))
+
+
+@pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])
+@pytest.mark.parametrize(
+    "combine",
+    [
+        lambda output: output.unflatten(0, (4, 2)).mean(1),
+        lambda output: output[:4] - output[4:],
+        lambda output: 2 * output[:4],
+    ],
+    ids=["bags", "pairs", "weighted"],
+)
+def test_an_output_that_is_made_of_other_examples_is_refused(make, fisher, combine):
+    meter = make(Plain(), fisher)
+    output = combine(meter.model(INPUTS))
+    with pytest.raises(UnsupportedModelError, match=r"shape \(4, 3\) that was made of one of shape \(8, 3\)"):
+        likelihood(output, TARGETS[:4])
+
+
 # Parameters and modules of other kinds
-
-
-class Bare(nn.Module):
-    """A model that calls no module at all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.matrix = nn.Parameter(torch.zeros(CLASSES, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.matrix.mT
 
 
 @pytest.mark.parametrize("fisher", EXAMPLEWISE_KINDS)
