@@ -84,7 +84,7 @@ class Meter:
         layers: The layers to measure, by name.
         measure: Turns the rows of the layers that a forward pass used into statistics of each.
         fisher: ``"mc"``, ``"exact"``, ``"empirical"`` or ``"recursive"``.
-        num_data: The size of the data set, for checking.
+        num_data: Tells the size of the data set, for checking.
         generator: The source of randomness for ``"mc"``.
     """
 
@@ -96,13 +96,13 @@ class Meter:
         measure: Measure,
         *,
         fisher: str,
-        num_data: int,
+        num_data: Callable[[], int],
         generator: torch.Generator | None = None,
     ) -> None:
         self.fisher = check_choice("fisher", fisher, FISHER_KINDS)
         self.model = model
         self.likelihood = likelihood
-        self.num_data = num_data
+        self._num_data = num_data
         self.generator = generator
         self._measure = measure
         self._settled: dict[str, Statistics] = {}
@@ -240,9 +240,10 @@ class Meter:
         if mask is not None and target is not None:
             check_mask(mask, target)
         examples = len(output) if mask is None else count_examples(mask)
-        if examples > self.num_data:
+        num_data = self._num_data()
+        if examples > num_data:
             raise ArgumentError(
-                f"num_data={self.num_data} is smaller than a batch of {examples:.0f} examples. It is the number of "
+                f"num_data={num_data} is smaller than a batch of {examples:.0f} examples. It is the number of "
                 "examples in the whole training set: pass num_data=len(train_set)."
             )
         if mask is None and _are_rows(output, passes):  # some examples, and all are measured

@@ -109,6 +109,11 @@ class Blocks:
         frames = {name: statistics.frame for name, statistics in self.states.averages.items()}
         return measure({name: own for name, own in self.structures.items() if name in names}, rows, frames)
 
+    @property
+    def data_scale(self) -> float:
+        """``N/τ``: the factor on the Fisher of one example in the posterior."""
+        return self.num_data / self.temperature
+
     def intrinsic_damping(self, name: str) -> float:
         """``γ_in = τδ/N`` of a layer."""
         prior_precision: float = self._options(name)["prior_precision"]
@@ -120,7 +125,7 @@ class Blocks:
             BlockSpec(
                 name,
                 self._blended(name, state) if in_training else state.measured(name),
-                data_scale=self.num_data / self.temperature,
+                data_scale=self.data_scale,
                 prior=self._options(name)["prior_precision"],
                 previous=state.posterior if in_training else None,
             )
@@ -131,7 +136,7 @@ class Blocks:
 
     def with_posterior(self, states: States, names: Collection[str]) -> States:
         """The states with a fresh Gaussian of some layers to sample from."""
-        return states.with_posterior(self.posterior(states, names, in_training=True))
+        return states.with_posterior(self.posterior(states, names, in_training=True), self.data_scale)
 
     def refreshed(self, states: States, names: Collection[str]) -> States:
         """The states with frames renewed and Gaussians rebuilt, of some layers and those that they are linked to."""
@@ -201,9 +206,8 @@ class Blocks:
     def directions(self, states: States, gradients: Mapping[str, Tensor]) -> tuple[States, dict[str, Tensor]]:
         """Average gradients over steps and precondition them: ``(F̄ + γ I)⁻¹ m``, of the layers that have one."""
         states = self._with_gradients(states, gradients)
-        scale = self.num_data / self.temperature
         damped = {n for n in gradients if states[n].preconditioner is not None and self.is_preconditioned(n)}
-        scales = [(1.0 if name in damped else scale) / states[name].momentum_weight for name in gradients]
+        scales = [(1.0 if n in damped else self._scale_of(states[n])) / states[n].momentum_weight for n in gradients]
         scaled = dict(zip(gradients, torch._foreach_mul(_momenta(states, gradients), scales), strict=True))
         # linked layers without a gradient have a direction too, and stay where they are
         found = {
@@ -211,6 +215,10 @@ class Blocks:
             **states.preconditioner.solve({name: own for name, own in scaled.items() if name in damped}),
         }
         return states, {name: found[name] for name in gradients}
+
+    def _scale_of(self, state: BlockState) -> float:
+        """``N/τ`` as the Gaussian of a layer has it, which may be of before it was changed."""
+        return self.data_scale if state.data_scale is None else state.data_scale
 
     def squared_length(self, states: States, directions: Mapping[str, Tensor]) -> Tensor:
         """``lr² Σ dᵀ F̄ d``, damped, of what :meth:`directions` gave, without reading a number back from the device."""

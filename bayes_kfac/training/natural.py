@@ -98,15 +98,8 @@ class NaturalGradient(NoisyNaturalGradient):
     def _check_structure(self) -> None:
         pass  # no posterior is needed to train
 
-    def _make_blocks(self) -> Blocks:
-        return PointBlocks(
-            self.structure,
-            self._group,
-            power=self.power,
-            num_data=self.num_data,
-            temperature=self.temperature,
-            warmup=self.warmup,
-        )
+    def _make_blocks(self, **options: Any) -> Blocks:
+        return PointBlocks(self.structure, self._group, power=self.power, **options)
 
     def posterior(self) -> Posterior:
         """The Gaussian around the trained weights, as a Laplace fit to the running curvature would have it.

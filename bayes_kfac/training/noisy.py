@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -140,10 +141,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         check_types(model, likelihood)
         self.model, self._is_parallel = unwrapped(model)
         self.likelihood = likelihood
-        self.num_data = check_count("num_data", num_data)
-        self.temperature = check_positive("temperature", temperature)
         self.kl_clip = None if kl_clip is None else check_positive("kl_clip", kl_clip)
-        self.warmup = warmup
         self.statistics_schedule = as_schedule("statistics_every", statistics_every)
         self.inverse_schedule = as_schedule("inverse_every", inverse_every)
         self.generator = check_generator(generator)
@@ -151,7 +149,11 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         self._check_structure()
         self.structure.check_fisher(fisher)
         self.steps = 0
-        self._blocks = self._make_blocks()
+        self._blocks = self._make_blocks(
+            num_data=check_count("num_data", num_data),
+            temperature=check_positive("temperature", temperature),
+            warmup=warmup,
+        )
         self._roster = Roster(self.model, params, others)
         layers = self._roster.sort()
         defaults = {
@@ -168,27 +170,56 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         # schedulers that cycle the momentum look for it here
         super().__init__(all_groups + self._point_estimates.group, {"momentum": momentum})
         self._take_up(layers)
-        meter = Meter(
+        self._meter = Meter(
             self.model,
             likelihood,
             layers,
             self._measure,
             fisher=fisher,
-            num_data=num_data,
+            num_data=partial(getattr, self, "num_data"),
             generator=generator,
         )
-        self.fisher = meter.fisher
-        self._sampler = Sampler(meter, num_samples=num_samples, antithetic=antithetic, generator=generator)
+        self._sampler = Sampler(self._meter, num_samples=num_samples, antithetic=antithetic, generator=generator)
         self._sampler.watch(layers, self._parameters())
         self._watch = Watch()
 
     def _check_structure(self) -> None:
         self.structure.check_posterior()
 
-    def _make_blocks(self) -> Blocks:
-        return Blocks(
-            self.structure, self._group, num_data=self.num_data, temperature=self.temperature, warmup=self.warmup
-        )
+    def _make_blocks(self, **options: Any) -> Blocks:
+        return Blocks(self.structure, self._group, **options)
+
+    @property
+    def num_data(self) -> int:
+        """The number of examples in the training set; may be set where the set grows.
+
+        Like every option it counts for noise and steps from the next refresh of the factors on, and for
+        :meth:`posterior` at once.
+        """
+        return self._blocks.num_data
+
+    @num_data.setter
+    def num_data(self, value: int) -> None:
+        self._blocks.num_data = check_count("num_data", value)
+
+    @property
+    def temperature(self) -> float:
+        """The weight ``τ`` of the KL term; may be set on the way, to anneal it. It counts as :attr:`num_data` does."""
+        return self._blocks.temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self._blocks.temperature = check_positive("temperature", value)
+
+    @property
+    def warmup(self) -> bool:
+        """Whether training goes by averages that started at the identity."""
+        return self._blocks.warmup
+
+    @property
+    def fisher(self) -> str:
+        """The kind of Fisher that is measured."""
+        return self._meter.fisher
 
     @property
     def reasons(self) -> Mapping[str, str]:
@@ -457,6 +488,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`; the model's and the likelihood's weights are loaded separately.
+
+        :attr:`num_data` and :attr:`temperature` are no part of it, and stay this optimizer's own.
 
         Args:
             state_dict: What :meth:`state_dict` returned.

@@ -25,6 +25,7 @@ class BlockState:
         statistics: Running sums and counts.
         identity_weight: The weight that a start at the identity would still have in the moving average.
         posterior: The Gaussian that samples are drawn from.
+        data_scale: The factor on the Fisher of one example in it; ``None`` for the trainer's own.
         preconditioner: ``F̄ + γ I`` as a Gaussian's precision, where extrinsic damping makes it differ from the
             posterior's.
         momentum: The decayed sum of gradients, ``[*blocks, out, in]``.
@@ -35,6 +36,7 @@ class BlockState:
     statistics: Statistics | None = None
     identity_weight: float = 1.0
     posterior: BlockGaussian | None = None
+    data_scale: float | None = None
     preconditioner: BlockGaussian | None = None
     momentum: Tensor | None = None
     momentum_weight: float = 0.0
@@ -86,6 +88,7 @@ def dump_state(blocks: Mapping[Key, BlockState]) -> dict[Key, dict[str, Any]]:
             "statistics": _dump_statistics(state.statistics),
             "identity_weight": state.identity_weight,
             "posterior": _dump_gaussian(state.posterior),
+            "data_scale": state.data_scale,
             "preconditioner": _dump_gaussian(state.preconditioner),
             "momentum": state.momentum,
             "momentum_weight": state.momentum_weight,
@@ -145,6 +148,7 @@ def restore_block(entry: Mapping[str, Any], device: Any, age: int = 0) -> BlockS
         statistics=_restore_statistics(entry["statistics"], device),
         identity_weight=entry["identity_weight"],
         posterior=_restore_gaussian(entry["posterior"], device),
+        data_scale=entry.get("data_scale"),  # checkpoints of before it could be changed do not say
         preconditioner=_restore_gaussian(entry["preconditioner"], device),
         momentum=None if momentum is None else momentum.to(device),
         momentum_weight=entry["momentum_weight"],

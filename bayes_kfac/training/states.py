@@ -64,9 +64,9 @@ class States(Mapping[str, BlockState]):
         """The same with other states of some blocks."""
         return replace(self, blocks={**self.blocks, **changed})
 
-    def with_posterior(self, gaussian: JointGaussian) -> States:
+    def with_posterior(self, gaussian: JointGaussian, data_scale: float) -> States:
         """The same with a fresh Gaussian of some layers to draw from; with a layer, those that it is linked to."""
-        blocks = {name: replace(self[name], posterior=own) for name, own in gaussian.items()}
+        blocks = {name: replace(self[name], posterior=own, data_scale=data_scale) for name, own in gaussian.items()}
         return replace(self.updated(blocks), links=_renewed(self.links, gaussian))
 
     def with_preconditioner(self, gaussian: JointGaussian) -> States:

@@ -123,7 +123,7 @@ def make() -> Iterator[MakeMeter]:
         seeded(model)
         measure = lambda rows: {name: kronecker_factors(own, "expand") for name, own in rows.items()}  # noqa: E731
         layers = find_layers(model)[0]
-        meter = Meter(model, likelihood, layers, measure, fisher=fisher, num_data=num_data, generator=rng(0))
+        meter = Meter(model, likelihood, layers, measure, fisher=fisher, num_data=lambda: num_data, generator=rng(0))
         meter.attach()
         meters.append(meter)
         return meter
@@ -440,7 +440,7 @@ def test_a_model_of_bare_parameters_is_measured(fisher):
         layers,
         lambda rows: {name: own.measure(each) for name, each in rows.items()},
         fisher=fisher,
-        num_data=1000,
+        num_data=lambda: 1000,
     )
     meter.attach()
     likelihood(model(INPUTS), TARGETS).backward()
@@ -503,7 +503,7 @@ def test_statistics_are_single_precision_under_autocast():
         seen.extend(rows.values())
         return {name: kronecker_factors(own, "expand") for name, own in rows.items()}
 
-    meter = Meter(model, likelihood, find_layers(model)[0], measure, fisher="exact", num_data=1000)
+    meter = Meter(model, likelihood, find_layers(model)[0], measure, fisher="exact", num_data=lambda: 1000)
     meter.attach()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(INPUTS.float())

@@ -363,7 +363,7 @@ def test_noisy_training_learns(structure):
 
 def metered(model: nn.Module, likelihood: Likelihood) -> Meter:
     measure = lambda rows: {name: kronecker_factors(own, "expand") for name, own in rows.items()}  # noqa: E731
-    return Meter(model, likelihood, find_layers(model)[0], measure, fisher="recursive", num_data=BATCH)
+    return Meter(model, likelihood, find_layers(model)[0], measure, fisher="recursive", num_data=lambda: BATCH)
 
 
 def test_training_measures_it_under_masks():
