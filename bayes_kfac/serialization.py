@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bayes_kfac import likelihoods
-from bayes_kfac.curvature import find_layers
+from bayes_kfac.curvature import check_initialized, find_layers
 from bayes_kfac.errors import ArgumentError, check_file
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.provenance import Provenance
@@ -162,6 +162,7 @@ def _unpacked(
 ) -> Posterior:
     """The posterior of what :func:`_packed` made of it."""
     mean = _under("mean/", tensors)
+    check_initialized(model)
     _check_architecture(path, mean, model)
     layers, _ = find_layers(model, _parameters(header, model), rest="diagonal")
     layers = {_plain(name): layer for name, layer in layers.items()}

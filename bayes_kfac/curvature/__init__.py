@@ -2,7 +2,7 @@
 
 from bayes_kfac.curvature.alignment import no_rows
 from bayes_kfac.curvature.fisher import EXAMPLEWISE_KINDS, FISHER_KINDS, output_gradients
-from bayes_kfac.curvature.layers import Layer, find_layers
+from bayes_kfac.curvature.layers import Layer, check_initialized, find_layers
 from bayes_kfac.curvature.meter import Meter
 from bayes_kfac.curvature.models import OTHERS, check_types, find_covered, unwrapped
 from bayes_kfac.curvature.modules import CompositeAdapter, Modes, ModuleAdapter, register, register_like
@@ -47,6 +47,7 @@ __all__ = [
     "Summary",
     "SummaryRow",
     "added",
+    "check_initialized",
     "check_types",
     "factor_rows",
     "find_covered",

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bayes_kfac import linalg
 from bayes_kfac.curvature.modules import CompositeAdapter, ModuleAdapter, ParameterAdapter, adapter_for
+from bayes_kfac.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,11 @@ def find_layers(
     Returns:
         The layers by name, and for each parameter that no layer covers the reason why. A frozen parameter
         (``requires_grad=False``) is a constant and appears in neither.
+
+    Raises:
+        UsageError: If a lazy module has not seen its first batch.
     """
+    check_initialized(model)
     chosen = {p for p in model.parameters() if p.requires_grad} if parameters is None else set(parameters)
     sorting = _Sorting(model, chosen)
     sorting.visit()
@@ -156,6 +162,25 @@ def find_layers(
     layers = sorted(sorting.layers, key=lambda layer: min(order[by_name[name]] for name in layer.parameters))
     reasons = sorted(sorting.reasons.items(), key=lambda entry: order[entry[0]])
     return {layer.name: layer for layer in layers}, {sorting.names[p]: reason for p, reason in reasons}
+
+
+def check_initialized(model: nn.Module) -> None:
+    """Check that lazy modules have their shapes.
+
+    Args:
+        model: The model.
+
+    Raises:
+        UsageError: If one of them has not; the message names it.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            module, _, _ = name.rpartition(".")
+            kind = type(model.get_submodule(module)).__name__
+            raise UsageError(
+                f"Module {module or '(root)'!r} ({kind}) takes its shape from its first batch, which it has not seen "
+                "yet. Call the model once on a batch first."
+            )
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import bayes_kfac as bk
 from bayes_kfac.curvature import Layer, find_layers
+from bayes_kfac.errors import UsageError
 from tests.curvature.modules.cases import Conv1D, LanguageModel, tied
 from tests.helpers import TIGHT, randn, seeded
 
@@ -475,3 +479,43 @@ def test_a_missing_gradient_beside_a_present_one_is_zero(model, present):
     assert_close(tensors[f"0.{present}"], parameter.grad, **TIGHT)
     assert not tensors[f"0.{other}"].any()
     assert getattr(model[0], other).grad is None
+
+
+# Modules of torch that are not as others
+
+
+@pytest.mark.parametrize(
+    ("lazy", "named"),
+    [
+        (lambda: nn.LazyLinear(2), r"'1' \(LazyLinear\)"),
+        (lambda: nn.LazyBatchNorm1d(affine=False), r"'1' \(LazyBatchNorm1d\)"),
+    ],
+)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: bk.Laplace(model, bk.likelihoods.Gaussian(), subset="last_layer"),
+        lambda model: bk.NoisyKFAC(model, bk.likelihoods.Gaussian(), num_data=3),
+        lambda model: bk.Posterior(model, bk.likelihoods.Gaussian(), {}, prior_precision={}, provenance=None),
+    ],
+    ids=["laplace", "trainer", "posterior"],
+)
+def test_a_lazy_module_without_its_shape_is_named(lazy, named, use):
+    model = nn.Sequential(nn.Linear(2, 3), lazy())
+    with pytest.raises(UsageError, match=rf"Module {named} takes its shape.*Call the model once on a batch first"):
+        use(model)
+    model(torch.zeros(4, 2))
+    assert "0" in find_layers(model)[0]
+
+
+@pytest.mark.parametrize("options", [{"subset": "last_layer"}, {"others": "diagonal"}])
+def test_a_part_of_the_model_may_be_scripted(options):
+    """The parameters of a scripted module are in a mapping of its own kind."""
+    model = seeded(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)))
+    scripted = nn.Sequential(torch.jit.script(copy.deepcopy(model[0])), *copy.deepcopy(model[1:]))
+    x, y = randn(6, 4, seed=0), randn(6, 2, seed=1)
+    own, plain = (
+        bk.Laplace(net, bk.likelihoods.Gaussian(0.5), structure="diagonal", **options).fit([(x, y)], progress=False)
+        for net in (scripted, model)
+    )
+    assert_close(own.log_marginal_likelihood(), plain.log_marginal_likelihood())

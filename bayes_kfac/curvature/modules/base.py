@@ -105,7 +105,8 @@ class ModuleAdapter(ABC):
     def parameter(self, kind: str) -> Tensor:
         """The module's ``"weight"`` or ``"bias"``."""
         name = self.parameter_names[kind == "bias"]
-        value: Any = self.module._parameters.get(name)  # getattr on a module is slow, and this is asked for often
+        own = self.module._parameters  # getattr on a module is slow, and this is asked for often; scripted: no get()
+        value: Any = own[name] if name in own else None  # noqa: SIM401
         if value is None:
             value = self.module
             for part in name.split("."):
