@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -186,9 +187,9 @@ def _one_for_each_layer(model: nn.Module, options: Mapping[str, Any]) -> list[di
 
 
 def _num_data(loader: Iterable[Any]) -> int:
-    dataset = getattr(loader, "dataset", None)
-    if isinstance(dataset, Sized):
-        return len(dataset)
+    length = length_hint(getattr(loader, "dataset", None), -1)  # streams may have a len() that raises
+    if length >= 0:
+        return length
     if isinstance(loader, Dataset):
         raise ArgumentError(
             f"loader is a data set ({type(loader).__name__}), which yields single examples. Pass batches of it: "

@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.datasets import load_diabetes, load_digits
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import ChainDataset, DataLoader, IterableDataset, TensorDataset
 
 import bayes_kfac as bk
 from bayes_kfac.errors import ArgumentError, TargetError
@@ -163,6 +163,18 @@ def test_a_data_set_in_the_place_of_a_loader_is_refused():
     """It yields single examples; that ``num_data`` is missing would lead astray."""
     with pytest.raises(ArgumentError, match=r"TensorDataset.*DataLoader\("):
         bk.fit(regression_net(), bk.likelihoods.Gaussian(1.0), loader(*diabetes()).dataset, epochs=1, progress=False)
+
+
+def test_a_chain_of_streams_without_a_length_needs_num_data():
+    """It has a ``len()``, which raises."""
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return zip(*diabetes(), strict=True)
+
+    batches = DataLoader(ChainDataset([Stream()]), batch_size=50)
+    with pytest.raises(ArgumentError, match=r"no dataset with a length\. Pass num_data="):
+        bk.fit(regression_net(), bk.likelihoods.Gaussian(1.0), batches, epochs=1, progress=False)
 
 
 def test_num_data_must_be_known():
