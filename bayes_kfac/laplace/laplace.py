@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from bayes_kfac.training import NoisyNaturalGradient
 
 
+#: What is settled when a Laplace is made: layers and blocks, or the measurement, are of it.
+SETTLED = ("model", "likelihood", "structure", "fisher", "num_data", "prior")
+
+
 class Laplace:
     """A Laplace approximation of the posterior around a model's weights.
 
@@ -50,7 +54,7 @@ class Laplace:
 
     Args:
         model: The trained model; its weights are the mode. It stays as it is: mode, weights, hooks, attributes.
-        likelihood: What its output means; copied.
+        likelihood: What its output means; copied, and again by a fit, which stays what it was if this one changes.
         structure: The family of the posterior's blocks: one of ``bayes_kfac.structures.available()``, or a structure
             with options of its own.
         subset: Which parameters have a posterior: ``"all"``, ``"last_layer"``, ``"requires_grad"``, a list of names of
@@ -118,7 +122,7 @@ class Laplace:
         self.structure.check_posterior()
         self.structure.check_fisher(fisher)
         self.fisher = fisher
-        self.temperature = check_positive("temperature", temperature)
+        self.temperature = temperature
         self.num_data = None if num_data is None else check_count("num_data", num_data)
         self.memory_budget = check_count("memory_budget", memory_budget)
         self.generator = check_generator(generator)
@@ -126,11 +130,11 @@ class Laplace:
         self.layers, self.reasons = find_covered(self.model, parameters, others)
         self.structures = self.structure.for_layers(self.layers)
         self.prior = prior
+        self._prior_precision: dict[str, Tensor] = {}
         if prior is not None:
             self._check_prior(prior, prior_precision)
-        self.prior_precision = (
-            {} if prior is not None else by_layer(1.0 if prior_precision is None else prior_precision, self.layers)
-        )
+        else:
+            self.prior_precision = 1.0 if prior_precision is None else prior_precision
         self._noise_scale: Tensor | None = None
         self._recorder = Recorder(self.layers)
         self._fitted: Fitted | None = None
@@ -178,9 +182,38 @@ class Laplace:
         )
         statistics = {name: state.measured(name) for name, state in trainer.blocks.items()}
         mean = _copied_state(laplace.model)
-        measured = laplace._measure(Recorder({}), loader, mean, {}, progress)
-        laplace._take(replace(measured, statistics=statistics), mean)
+        likelihood = copy.deepcopy(laplace.likelihood)
+        measured = laplace._measure(likelihood, Recorder({}), loader, mean, {}, progress)
+        laplace._take(replace(measured, statistics=statistics), mean, likelihood)
         return laplace
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what would be set and not counted."""
+        if name in SETTLED and name in self.__dict__:
+            raise AttributeError(
+                f"{name} is settled when a Laplace is made. Make a new one with the other {name}, and fit it."
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def prior_precision(self) -> dict[str, Tensor]:
+        """The precision of each layer's prior; may be set, in the forms of the constructor."""
+        return self._prior_precision
+
+    @prior_precision.setter
+    def prior_precision(self, value: PriorPrecision) -> None:
+        if self.prior is not None:
+            raise ArgumentError("prior_precision= cannot be changed where the prior is a posterior. Leave it out.")
+        self._prior_precision = by_layer(value, self.layers)
+
+    @property
+    def temperature(self) -> float:
+        """The weight ``τ`` of the prior against the data; may be set."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self._temperature = check_positive("temperature", value)
 
     # -- the data -----------------------------------------------------------------------------------------------------
 
@@ -198,14 +231,15 @@ class Laplace:
             This object. A fit before is forgotten, with the noise that was chosen by it; the prior stays.
         """
         with torch.inference_mode(False):  # the evidence is to be differentiable, wherever this is called
-            mean = _copied_state(self.model)
+            mean, likelihood = _copied_state(self.model), copy.deepcopy(self.likelihood)
             frames: dict[str, Frame] = {}
             for _ in range(self.passes - 1):
-                before = self._measure(self._recorder, loader, mean, frames, progress)
+                before = self._measure(likelihood, self._recorder, loader, mean, frames, progress)
                 frames = {
                     name: self.structures[name].reframed(own, name).frame for name, own in before.statistics.items()
                 }
-            self._take(self._measure(self._recorder, loader, mean, frames, progress), mean)
+            measured = self._measure(likelihood, self._recorder, loader, mean, frames, progress)
+            self._take(measured, mean, likelihood)
         self._noise_scale = None
         return self
 
@@ -244,19 +278,20 @@ class Laplace:
                 "update() see."
             )
         with torch.inference_mode(False):
-            more = self._measure(self._recorder, loader, fitted.mean, fitted.measurement.frames, progress)
-            self._take(fitted.measurement + more, fitted.mean)
+            frames = fitted.measurement.frames
+            more = self._measure(fitted.likelihood, self._recorder, loader, fitted.mean, frames, progress)
+            self._take(fitted.measurement + more, fitted.mean, fitted.likelihood)
         return self
 
-    def _take(self, measurement: Measurement, mean: Mapping[str, Tensor]) -> None:
-        """Go by a measurement at a mean from now on."""
+    def _take(self, measurement: Measurement, mean: Mapping[str, Tensor], likelihood: Likelihood) -> None:
+        """Go by a measurement at a mean from now on, made with a likelihood."""
         self._fitted = Fitted(
             measurement,
             self.model,
             mean,
             self.layers,
             self.structures,
-            self.likelihood,
+            likelihood,
             Provenance(
                 method="Laplace",
                 structure=self.structure.name,
@@ -271,6 +306,7 @@ class Laplace:
 
     def _measure(
         self,
+        likelihood: Likelihood,
         recorder: Recorder,
         loader: Iterable[Any],
         mean: Mapping[str, Tensor],
@@ -280,7 +316,7 @@ class Laplace:
         surveyor = Surveyor(
             self.model,
             mean,
-            self.likelihood,
+            likelihood,
             recorder,
             self.structures,
             self.fisher,

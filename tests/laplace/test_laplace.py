@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
 from torch.testing import assert_close
 from torch.utils.data import (
+    ChainDataset,
     DataLoader,
     Dataset,
+    IterableDataset,
     RandomSampler,
     SubsetRandomSampler,
     TensorDataset,
@@ -312,6 +314,20 @@ class Endless(Dataset):
         return X[index % 11], Y[index % 11]
 
 
+class Stream(IterableDataset):
+    """A data set that yields what comes, and may know how much that is."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(X, Y, strict=True)
+
+
+class Counted(Stream):
+    """One that does."""
+
+    def __len__(self) -> int:
+        return 11
+
+
 def data_set() -> TensorDataset:
     return TensorDataset(X, Y)
 
@@ -339,6 +355,11 @@ def test_a_loader_that_does_not_yield_its_data_set_warns(options: dict[str, Any]
     assert settled.posterior().provenance.num_data == 11
 
 
+def test_a_stream_that_drops_its_last_examples_warns_without_naming_a_sampler() -> None:
+    with pytest.warns(BayesKfacWarning, match="yielded 8 examples of a data set of 11: drop_last=True"):
+        bk.Laplace(mlp(), gaussian()).fit(DataLoader(Counted(), batch_size=4, drop_last=True), progress=False)
+
+
 def test_a_bootstrap_warns_though_its_number_is_right() -> None:
     """As many draws with replacement as there are examples are not the examples."""
     bootstrap = RandomSampler(data_set(), replacement=True)
@@ -353,6 +374,9 @@ def test_loaders_that_yield_all_or_know_no_length_do_not_warn() -> None:
         DataLoader(data_set(), batch_size=4, shuffle=True),
         DataLoader(data_set(), batch_size=11, drop_last=True),
         DataLoader(Endless(), sampler=range(11), batch_size=3),
+        DataLoader(Stream(), batch_size=3),
+        DataLoader(Counted(), batch_size=3),
+        DataLoader(ChainDataset([Stream()]), batch_size=3),
         batches(X, Y),
     ):
         assert fitted(mlp(), gaussian(), loader).posterior().provenance.num_data == 11
@@ -456,6 +480,59 @@ def test_the_likelihood_is_a_copy() -> None:
     assert likelihood.noise_scale == 1
     assert laplace.posterior().likelihood.noise_scale != 1
     assert all(parameter.grad is None for parameter in likelihood.parameters())
+
+
+def test_noise_that_is_set_after_the_fit_is_that_of_the_next_fit() -> None:
+    """The curvature of the fit is that of its own noise, and so are the evidence, updates and the posterior."""
+    expected = fitted(mlp(), Gaussian(0.5), batches(X, Y)).update(batches(X, Y), progress=False)
+    laplace = fitted(mlp(), Gaussian(0.5), batches(X, Y))
+    laplace.likelihood.set_noise_scale(5.0)
+    laplace.update(batches(X, Y), progress=False)
+    assert laplace.posterior().likelihood.noise_scale == 0.5
+    assert torch.equal(laplace.log_marginal_likelihood(), expected.log_marginal_likelihood())
+    again = laplace.fit(batches(X, Y), progress=False)
+    assert again.posterior().likelihood.noise_scale == 5
+    fresh = fitted(mlp(), Gaussian(5.0), batches(X, Y))
+    assert torch.equal(again.log_marginal_likelihood(), fresh.log_marginal_likelihood())
+
+
+# What may be set, and what was settled
+
+
+def test_prior_and_temperature_may_be_set() -> None:
+    laplace, expected = fit_net("mlp"), fit_net("mlp", prior_precision={"0": 100.0, "2": 3.0}, temperature=0.2)
+    laplace.prior_precision, laplace.temperature = {"0": 100.0, "2": 3.0}, 0.2
+    assert torch.equal(laplace.log_marginal_likelihood(), expected.log_marginal_likelihood())
+    assert laplace.posterior().prior_precision == {"0": 100.0, "2": 3.0}
+    laplace.prior_precision = 7.0
+    assert laplace.posterior().prior_precision == {"0": 7.0, "2": 7.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("prior_precision", -1.0), ("prior_precision", {"1": 2.0}), ("temperature", 0.0)]
+)
+def test_what_could_not_be_passed_cannot_be_set(name: str, value: Any) -> None:
+    laplace = fit_net("mlp")
+    before = laplace.log_marginal_likelihood()
+    with pytest.raises(ArgumentError, match=name):
+        setattr(laplace, name, value)
+    assert torch.equal(laplace.log_marginal_likelihood(), before)
+
+
+def test_the_precision_of_a_prior_that_is_a_posterior_cannot_be_set() -> None:
+    laplace = bk.Laplace(mlp(), Gaussian(0.5), prior=fit_net("mlp", damping="factored").posterior(), damping="factored")
+    assert laplace.prior_precision == {}
+    with pytest.raises(ArgumentError, match="where the prior is a posterior"):
+        laplace.prior_precision = 2.0
+
+
+@pytest.mark.parametrize("name", ["model", "likelihood", "structure", "fisher", "num_data", "prior"])
+def test_what_a_fit_was_made_with_is_settled(name: str) -> None:
+    laplace = fit_net("mlp")
+    before = getattr(laplace, name)
+    with pytest.raises(AttributeError, match=f"{name} is settled .*Make a new one"):
+        setattr(laplace, name, "other")
+    assert getattr(laplace, name) is before
 
 
 # Divergence and files
