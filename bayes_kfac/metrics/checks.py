@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import reduce
 from typing import TypeAlias
 
@@ -28,7 +29,7 @@ def real(**arguments: TensorLike) -> list[Tensor]:
         ArgumentError: If one is complex, empty or holds NaN.
     """
     tensors = {name: as_tensor(name, value) for name, value in arguments.items()}
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()), torch.float32)
+    dtype = reduce(torch.promote_types, map(_floating, tensors.values()), torch.float32)
     device = next(iter(tensors.values())).device
     for name, tensor in tensors.items():
         if tensor.is_complex():
@@ -38,6 +39,13 @@ def real(**arguments: TensorLike) -> list[Tensor]:
         if bool(tensor.isnan().any()):
             raise ArgumentError(f"{name} holds NaN. Allowed: numbers; leave missing values out.")
     return [tensor.to(device, dtype) for tensor in tensors.values()]
+
+
+def _floating(tensor: Tensor) -> torch.dtype:
+    """The dtype itself, or for integers that float32 cannot tell apart, float64."""
+    dtype = tensor.dtype
+    is_integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    return torch.float64 if is_integer and torch.iinfo(dtype).bits > 24 else dtype
 
 
 def same_shape(**arguments: TensorLike) -> list[Tensor]:
@@ -166,6 +174,12 @@ def vector(**arguments: TensorLike) -> list[Tensor]:
         if tensor.ndim != 1:
             raise ArgumentError(f"{name} has shape {tuple(tensor.shape)}. Allowed: [n], one number for each example.")
     return [tensor.contiguous() for tensor in tensors]  # PyTorch warns of searches in strided ones
+
+
+def count_of_share(share: float, total: int) -> int:
+    """How many of ``total`` make up a share, in ``(0, 1]``, rounded up: at least one."""
+    # Rounded first: 0.7 · 10 is a little more than 7.
+    return max(1, math.ceil(round(share * total, 9)))
 
 
 def as_tensor(name: str, value: TensorLike) -> Tensor:

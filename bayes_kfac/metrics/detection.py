@@ -8,13 +8,11 @@ confidence, minus the uncertainty. The AUROC is the same both ways, the other tw
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from bayes_kfac.errors import ArgumentError, check_positive
-from bayes_kfac.metrics.checks import TensorLike, vector
+from bayes_kfac.metrics.checks import TensorLike, count_of_share, vector
 
 
 def auroc(positive: TensorLike, negative: TensorLike) -> Tensor:
@@ -87,8 +85,7 @@ def false_positive_rate(positive: TensorLike, negative: TensorLike, true_positiv
     positive, negative = vector(positive=positive, negative=negative)
     if check_positive("true_positive_rate", true_positive_rate) > 1:
         raise ArgumentError(f"true_positive_rate={true_positive_rate!r} is out of range. Allowed: 0 < rate <= 1.")
-    # Rounded first: 0.7 · 10 is a little more than 7.
-    needed = math.ceil(round(true_positive_rate * len(positive), 9))
+    needed = count_of_share(true_positive_rate, len(positive))
     threshold = positive.sort(descending=True).values[needed - 1]
     return (negative >= threshold).to(negative.dtype).mean()
 

@@ -9,14 +9,13 @@ Source: El-Yaniv and Wiener (2010), On the foundations of noise-free selective c
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bayes_kfac.errors import ArgumentError, check_positive
-from bayes_kfac.metrics.checks import TensorLike, classification, same_shape, vector
+from bayes_kfac.metrics.checks import TensorLike, classification, count_of_share, same_shape, vector
 
 
 class RiskCoverageCurve(NamedTuple):
@@ -102,5 +101,4 @@ def selective_accuracy(
         raise ArgumentError(f"coverage={coverage!r} is out of range. Allowed: 0 < coverage <= 1.")
     wrong = (probs.argmax(-1) != labels).to(probs.dtype)
     curve = risk_coverage_curve(wrong, probs.amax(-1) if confidence is None else confidence)
-    # Rounded first: 0.7 · 10 is a little more than 7.
-    return 1 - curve.risk[math.ceil(round(coverage * len(labels), 9)) - 1]
+    return 1 - curve.risk[count_of_share(coverage, len(labels)) - 1]

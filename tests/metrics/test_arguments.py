@@ -57,7 +57,8 @@ def test_classification_metrics_return_scalars(metric, convert) -> None:
         ((torch.float16, torch.float16), torch.float32),
         ((torch.bfloat16, torch.float64), torch.float64),
         ((torch.float32, torch.float64), torch.float64),
-        ((torch.int64, torch.int32), torch.float32),
+        ((torch.int64, torch.int32), torch.float64),
+        ((torch.int16, torch.bool), torch.float32),
     ],
 )
 def test_precision_is_the_widest_and_at_least_single(given_dtypes, expected) -> None:

@@ -83,6 +83,14 @@ def test_many_scores_are_counted_exactly() -> None:
     assert metrics.auroc(scores + 0.5, scores).item() == pytest.approx(0.5 + 0.5e-5, abs=1e-7)
 
 
+def test_integers_that_single_precision_cannot_tell_apart() -> None:
+    assert metrics.auroc([2**24 + 1], torch.tensor([2**24], dtype=torch.int32)) == 1
+
+
+def test_the_least_share_of_positives_is_one_of_them() -> None:
+    assert metrics.false_positive_rate([1.0, 2.0, 3.0], [2.0], 1e-12) == 0
+
+
 def test_refuses() -> None:
     for metric in (metrics.auroc, metrics.average_precision, metrics.false_positive_rate):
         with pytest.raises(ArgumentError, match=r"negative has shape \(2, 1\)"):

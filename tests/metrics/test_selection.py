@@ -72,7 +72,7 @@ def test_selective_accuracy_by_hand() -> None:
 def test_coverage_is_rounded_up_to_whole_examples() -> None:
     probs, labels = random_classification(0, 10, 3)
     curve = metrics.risk_coverage_curve(probs.argmax(-1) != labels, probs.amax(-1))
-    for coverage, kept in ((1e-6, 1), (0.3, 3), (0.31, 4), (0.7, 7), (1, 10)):
+    for coverage, kept in ((1e-12, 1), (1e-6, 1), (0.3, 3), (0.31, 4), (0.7, 7), (1, 10)):
         found = metrics.selective_accuracy(probs, labels, coverage)
         assert found.item() == pytest.approx(1 - curve.risk[kept - 1].item())
 
