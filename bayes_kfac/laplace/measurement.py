@@ -154,7 +154,7 @@ class Surveyor:
             torch.no_grad(),
             linalg.full_precision(output.device),
         ):
-            nll = self.likelihood.negative_log_likelihood(output, batch.target, mask).sum()
+            nll = self.likelihood.negative_log_likelihood(output.double(), _widest(batch.target), mask).sum()
             columns = output_gradients(
                 self.likelihood, output, self.fisher, target=batch.target, mask=mask, generator=self.generator
             )
@@ -193,6 +193,11 @@ class Surveyor:
         self.used |= found.keys()
         examples = float(len(pull_back.output)) if mask is None else count_examples(mask)
         return {name: found.get(name) or no_rows(own, columns, examples) for name, own in self.recorder.layers.items()}
+
+
+def _widest(target: Any) -> Any:
+    """Real targets in float64: where the noise is far above the residuals, float32 would round these away."""
+    return target.double() if isinstance(target, Tensor) and target.is_floating_point() else target
 
 
 def _check_finite(measured: Measurement) -> None:

@@ -167,6 +167,23 @@ def test_noise_and_prior_have_one_optimum_from_anywhere(name: str, structure: st
     assert gradient.abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("measured", [0.3, 1.0])
+def test_noise_is_found_in_single_precision_far_below_what_it_was_measured_at(measured: float) -> None:
+    """Residuals of 4e-4, whose squares float32 would round away in the sum of the losses."""
+    x, noise = randn(500, 3, seed=0), 4e-4 * randn(500, 1, seed=1)
+    y = x.sum(1, keepdim=True) + noise
+    weight = torch.linalg.lstsq(x, y).solution.mT
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        model = nn.Linear(3, 1, bias=False).to(dtype)
+        with torch.no_grad():
+            model.weight.copy_(weight)
+        laplace = fitted(model, Gaussian(measured), [(x.to(dtype), y.to(dtype))])
+        results.append(float(laplace.optimize_prior_precision(noise=True).posterior().likelihood.noise_scale))
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+    assert results[1] == pytest.approx(4e-4, rel=0.1)
+
+
 def learned(scale: float) -> nn.Module:
     return Gaussian(bk.likelihoods.noise.LearnedNoise(torch.tensor(scale, dtype=torch.float64)))
 
