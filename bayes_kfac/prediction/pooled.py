@@ -9,7 +9,7 @@ are still mean, variances and density.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import singledispatch
 
@@ -173,7 +173,7 @@ class PooledBernoulli(PooledProbabilities, OfBinaryTargets):
     """The pooled prediction of binary targets."""
 
 
-def pool(predictions: Sequence[Prediction]) -> Prediction:
+def pool(predictions: Iterable[Prediction]) -> Prediction:
     """The equal mixture of several predictions of the same targets.
 
     Args:
@@ -194,6 +194,7 @@ def pool(predictions: Sequence[Prediction]) -> Prediction:
         >>> torch.equal(two.variance, one.variance)
         True
     """
+    predictions = list(predictions)
     common_kind(predictions)
     first = predictions[0]
     for index, other in enumerate(predictions):

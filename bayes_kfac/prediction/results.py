@@ -14,7 +14,7 @@ A likelihood gets its results by one line each of ``from_gaussian.register`` and
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import singledispatch
 from typing import Any, TypeVar
@@ -173,7 +173,7 @@ def refuse_link(likelihood: Likelihood, link: str | None) -> None:
         )
 
 
-def concatenate(predictions: Sequence[P]) -> P:
+def concatenate(predictions: Iterable[P]) -> P:
     """One prediction for the examples of several, in their order: the results of a loader's batches, say.
 
     Every example keeps its own result. Draws with the same index are the same function in all of the batches only if
@@ -195,6 +195,7 @@ def concatenate(predictions: Sequence[P]) -> P:
         >>> len(bk.prediction.concatenate([posterior.predict(torch.ones(2, 1)), posterior.predict(torch.ones(5, 1))]))
         7
     """
+    predictions = list(predictions)
     kind = common_kind(predictions)
     joined = {}
     for own in fields(kind):  # type: ignore[arg-type]  # each kind is a dataclass; their base has no fields

@@ -337,7 +337,7 @@ def test_what_members_do_not_know_is_unknown(name: str) -> None:
 
 def test_what_cannot_be_pooled() -> None:
     one = CLASSES["categorical"](0)
-    assert isinstance(pool([one, one]), PooledCategorical)
+    assert isinstance(pool(iter([one, one])), PooledCategorical)
     with pytest.raises(ArgumentError, match=r"predictions=\[\] is empty"):
         pool([])
     with pytest.raises(ArgumentError, match=r"predictions\[1\] is a BernoulliPrediction and predictions\[0\] a Cat"):

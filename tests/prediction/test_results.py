@@ -134,6 +134,7 @@ def test_batches_join_to_the_result_of_all(make: Make) -> None:
     assert torch.equal(joined.mean, whole.mean)
     assert torch.equal(joined.variance, whole.variance)
     assert torch.equal(joined.log_prob(target_of(joined)), whole.log_prob(target_of(whole)))
+    assert torch.equal(concatenate(part for part in parts).mean, joined.mean)
     alone = concatenate(parts[:1])
     assert torch.equal(alone.mean, parts[0].mean)
 
