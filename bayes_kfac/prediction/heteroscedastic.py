@@ -71,7 +71,7 @@ class ScalePrediction(RegressionPrediction):
     @property
     def _width(self) -> Tensor:
         # the variance of a lognormal scale may be far beyond the quantiles, or infinite
-        return (self.epistemic_variance + (2 * self.expected_log_scale).exp()).sqrt()
+        return self.epistemic_variance.sqrt() + self.expected_log_scale.exp()
 
     def _cdf(self, value: Tensor) -> Tensor:
         components, log_weights = self._marginals

@@ -127,7 +127,7 @@ class PooledRegression(PooledPrediction, RegressionPrediction):
 
     @property
     def _width(self) -> Tensor:
-        return (self._each("_width").square().mean(0) + self._between).sqrt()
+        return self._each("_width").amax(0) + self._between.sqrt()
 
     def _cdf(self, value: Tensor) -> Tensor:
         return torch.stack([member.cdf(value) for member in self.members]).mean(0)

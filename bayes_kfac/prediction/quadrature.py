@@ -68,6 +68,11 @@ def joint_normal_nodes(dims: int, like: Tensor, count: int = JOINT_NODES) -> Ten
     return torch.special.ndtri(uniform).to(like)
 
 
+def normal_cdf(value: Tensor) -> Tensor:
+    """The distribution function of a standard normal, to the dtype's digits in the lower tail too."""
+    return 0.5 * torch.erfc(-math.sqrt(0.5) * value)  # torch.special.ndtr is 0 below −5.5 in float32
+
+
 def mixture(components: Distribution, log_weights: Tensor) -> MixtureSameFamily:
     """The mixture over the last batch dimension of its components.
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from statistics import NormalDist
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,7 +21,11 @@ from bayes_kfac.errors import check_probability
 from bayes_kfac.likelihoods import Gaussian
 from bayes_kfac.likelihoods.base import check_same_shape
 from bayes_kfac.prediction.output import GaussianOutput
+from bayes_kfac.prediction.quadrature import normal_cdf
 from bayes_kfac.prediction.results import Prediction, Source, batch_dim, from_gaussian, from_outputs, refuse_link
+
+#: Halvings that exhaust the digits of float64.
+BISECTIONS = 60
 
 
 class RegressionPrediction(Prediction):
@@ -103,7 +110,9 @@ class RegressionPrediction(Prediction):
             ArgumentError: If ``probability`` is not between 0 and 1.
         """
         probability = check_probability("probability", probability)
-        return bisected(self._cdf, probability, self.mean, self._width)
+        # in float64, which tells upper probabilities from 1
+        found = bisected(self._cdf, probability, self.mean.double(), self._width.double())
+        return found.to(self.mean.dtype)
 
     @property
     def _width(self) -> Tensor:
@@ -194,10 +203,10 @@ class GaussianPrediction(RegressionPrediction):
     def quantile(self, probability: float) -> Tensor:
         """The quantile of each target on its own, shaped like the mean."""
         probability = check_probability("probability", probability)
-        return Normal(self.mean, self.stddev).icdf(self.mean.new_tensor(probability))
+        return self.mean + NormalDist().inv_cdf(probability) * self.stddev
 
     def _cdf(self, value: Tensor) -> Tensor:
-        return Normal(self.mean, self.stddev).cdf(value)
+        return normal_cdf((value - self.mean) / self.stddev)
 
 
 @dataclass(frozen=True, repr=False)
@@ -235,9 +244,9 @@ class MixturePrediction(RegressionPrediction):
         return self.likelihood.noise.variance().detach().to(self.outputs).expand(self.outputs.shape[1:])
 
     @cached_property
-    def _components(self) -> Distribution:
+    def _components(self) -> Normal | TorchStudentT:
         with torch.no_grad():
-            return self.likelihood.distribution(self.outputs)
+            return cast("Normal | TorchStudentT", self.likelihood.distribution(self.outputs))
 
     @property
     def distribution(self) -> Distribution:
@@ -254,13 +263,13 @@ class MixturePrediction(RegressionPrediction):
 
     def _cdf(self, value: Tensor) -> Tensor:
         components = self._components
+        standard = (value - components.loc) / components.scale
         if isinstance(components, TorchStudentT):  # torch has no distribution function for it
             from scipy.special import stdtr
 
-            standard = (value - components.loc) / components.scale
             probabilities = stdtr(components.df.cpu().numpy(), standard.cpu().numpy())
             return torch.as_tensor(probabilities).to(standard).mean(0)
-        return components.cdf(value).mean(0)
+        return normal_cdf(standard).mean(0)
 
 
 def covariance_over_draws(draws: Tensor) -> Tensor:
@@ -282,7 +291,7 @@ def bisected(cdf: Callable[[Tensor], Tensor], probability: float, centre: Tensor
     Args:
         cdf: The distribution functions, elementwise.
         probability: Of which probability.
-        centre: Where to begin.
+        centre: Where to begin, in float64.
         spread: How far to go first; doubled until the quantile is inside.
 
     Returns:
@@ -292,16 +301,11 @@ def bisected(cdf: Callable[[Tensor], Tensor], probability: float, centre: Tensor
     while bool((cdf(lower) > probability).any()) or bool((cdf(upper) < probability).any()):
         spread = 2 * spread
         lower, upper = centre - spread, centre + spread
-    for _ in range(_bisections(centre.dtype)):
+    for _ in range(BISECTIONS):
         middle = (lower + upper) / 2
         below = cdf(middle) < probability
         lower, upper = torch.where(below, middle, lower), torch.where(below, upper, middle)
     return (lower + upper) / 2
-
-
-def _bisections(dtype: torch.dtype) -> int:
-    """Halvings that exhaust a dtype's digits."""
-    return 60 if dtype == torch.float64 else 30
 
 
 @from_gaussian.register
@@ -320,4 +324,5 @@ def _(
 
 @from_outputs.register
 def _(likelihood: Gaussian, outputs: Tensor, source: Source) -> MixturePrediction:
-    return MixturePrediction(outputs, likelihood, source)
+    # its own: the posterior's noise may be changed later
+    return MixturePrediction(outputs, copy.deepcopy(likelihood), source)

@@ -378,6 +378,34 @@ def test_float32_quantiles_end() -> None:
     assert (lower < upper).all()
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o, s: GaussianPrediction(GaussianOutput(o, 0 * o), double(1.0).float(), s),
+        lambda o, s: MixturePrediction(o.expand(2, 4, 1), Gaussian(1.0), s),
+    ],
+)
+def test_tails_are_kept_in_single_precision(make: Callable[[Tensor, Source], Prediction]) -> None:
+    """SciPy's quantiles up to 1e-8 of either end, and probabilities far below the digits of float32 about 1."""
+    prediction = make(torch.zeros(4, 1), SAMPLED)
+    for probability in (1e-10, 1e-8, 1e-4, 0.5, 0.9999, 1 - 1e-8):
+        quantile = prediction.quantile(probability)
+        assert quantile.dtype == torch.float32
+        assert_close(quantile, torch.full_like(quantile, stats.norm.ppf(probability)), rtol=1e-6, atol=1e-6)
+    lower, upper = prediction.interval(1 - 2e-8)
+    assert_close(lower, -upper, rtol=1e-6, atol=0.0)
+    target = torch.full((4, 1), -9.0)
+    assert_close(prediction.cdf(target), torch.full_like(target, stats.norm.cdf(-9.0)), rtol=1e-4, atol=0.0)
+
+
+def test_draws_keep_the_noise_they_were_made_with() -> None:
+    likelihood = Gaussian(0.5)
+    prediction = from_outputs(likelihood, torch.zeros(3, 2, 1), SAMPLED)
+    likelihood.set_noise_scale(9.0)
+    assert_close(prediction.aleatoric_variance, torch.full((2, 1), 0.25))
+    assert_close(prediction.log_prob(torch.zeros(2, 1)), Normal(torch.zeros(2), 0.5).log_prob(torch.zeros(2)))
+
+
 def test_joint_distribution_is_a_mixture_over_outputs() -> None:
     """One draw of the weights rules all outputs of an example: components are joint, not mixed output by output."""
     distribution = mixture(3).distribution
