@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
+from torch.distributions import Distribution, Independent, Normal
 
 from bayes_kfac import linalg
 from bayes_kfac.likelihoods import HeteroscedasticGaussian
 from bayes_kfac.likelihoods.base import check_same_shape
+from bayes_kfac.prediction.gaussian_lognormal import GaussianLogNormal, marginal_cdf
 from bayes_kfac.prediction.output import GaussianOutput
-from bayes_kfac.prediction.quadrature import JOINT_NODES, equal_log_weights, joint_normal_nodes, mixture, normal_rule
+from bayes_kfac.prediction.quadrature import JOINT_NODES, equal_log_weights, mixture, normal_cdf
 from bayes_kfac.prediction.regression import RegressionPrediction, covariance_over_draws
 from bayes_kfac.prediction.results import Source, batch_dim, from_gaussian, from_outputs, refuse_link
 
@@ -73,15 +74,6 @@ class ScalePrediction(RegressionPrediction):
         # the variance of a lognormal scale may be far beyond the quantiles, or infinite
         return self.epistemic_variance.sqrt() + self.expected_log_scale.exp()
 
-    def _cdf(self, value: Tensor) -> Tensor:
-        components, log_weights = self._marginals
-        return (log_weights.exp() * components.cdf(value.unsqueeze(-1))).sum(-1)
-
-    @property
-    @abstractmethod
-    def _marginals(self) -> tuple[Normal, Tensor]:
-        """Each target's mixture by itself: Gaussians ``[batch, ..., count]`` and their log-weights, ``[count]``."""
-
 
 @dataclass(frozen=True, repr=False)
 class HeteroscedasticPrediction(ScalePrediction):
@@ -127,22 +119,23 @@ class HeteroscedasticPrediction(ScalePrediction):
 
     @property
     def distribution(self) -> Distribution:
-        """A mixture over targets ``[batch, ...]``.
+        """``GaussianLogNormal`` over the flattened targets of an example, ``[batch, outputs]``, or each by itself.
 
-        Of several correlated targets it is over ``[batch, outputs]``, and has a covariance matrix for each of 1024
-        nodes; ``log_prob`` takes them for a part of the batch at a time.
+        Each by itself, ``[batch, outputs, 1]``, where there is one or only variances are known. Several at once have a
+        covariance matrix for each of 2048 nodes; ``log_prob`` takes them for a part of the batch at a time.
         """
         if self.output.is_diagonal or self.mean.shape[1:].numel() == 1:
-            return Independent(mixture(*self._marginals), self.mean.ndim - 1)
+            loc, scale_tril = self._marginals
+            return Independent(GaussianLogNormal(loc.flatten(1, -2), scale_tril.flatten(1, -3)), 1)
         return self._joint(slice(None))
 
     def log_prob(self, target: Tensor) -> Tensor:
         """The joint log-density of each example's target, ``[batch]``."""
+        check_same_shape(self.mean, target)
         count = self.mean.shape[1:].numel()
         if self.output.is_diagonal or count == 1:
-            return super().log_prob(target)
-        check_same_shape(self.mean, target)
-        step = max(1, DENSITY_SIZE // (JOINT_NODES * count**2))
+            return self.distribution.log_prob(target.reshape(len(target), count, 1))
+        step = max(1, DENSITY_SIZE // (2 * JOINT_NODES * count**2))
         parts = [slice(start, start + step) for start in range(0, len(target), step)]
         return torch.cat([self._joint(part).log_prob(target[part].flatten(1)) for part in parts])
 
@@ -154,8 +147,8 @@ class HeteroscedasticPrediction(ScalePrediction):
         return means.flatten(), log_scales.flatten()
 
     @property
-    def _marginals(self) -> tuple[Normal, Tensor]:
-        nodes, log_weights = normal_rule(self.mean)
+    def _marginals(self) -> tuple[Tensor, Tensor]:
+        """Each target's log-scale and mean by themselves, ``[batch, ..., 2]``, and the root of their covariance."""
         of_mean, of_scale = self.output.variance.clamp(min=0).chunk(2, -1)
         root = of_scale.clamp(min=torch.finfo(of_scale.dtype).tiny).sqrt()  # a scale that is certain is one
         slope = torch.zeros_like(root)  # how far the mean moves with the scale, per standard deviation of that
@@ -164,36 +157,29 @@ class HeteroscedasticPrediction(ScalePrediction):
             limit = of_mean.sqrt().detach()  # rounding may leave a covariance with what does not vary
             slope = self.output.spread[:, means, log_scales].reshape(root.shape) / root
             slope = torch.minimum(torch.maximum(slope, -limit), limit)
-        log_scale = self.expected_log_scale.unsqueeze(-1) + root.unsqueeze(-1) * nodes
-        rest = (of_mean - slope.square()).clamp(min=0).unsqueeze(-1)
-        scale = (rest + (2 * log_scale).exp()).sqrt()
-        return Normal(self.mean.unsqueeze(-1) + slope.unsqueeze(-1) * nodes, scale), log_weights
+        tiny = torch.finfo(of_scale.dtype).tiny
+        rest = (of_mean - slope.square()).clamp(min=tiny).sqrt()
+        scale_tril = torch.stack([root, torch.zeros_like(root), slope, rest], -1).unflatten(-1, (2, 2))
+        return torch.stack([self.expected_log_scale, self.mean], -1), scale_tril
+
+    def _cdf(self, value: Tensor) -> Tensor:
+        return marginal_cdf(*self._marginals, value).to(value.dtype)
 
     def _joint(self, part: slice) -> Distribution:
-        """The targets of some examples, flattened: given log-scales ``E[l] + A z`` they are jointly Gaussian.
-
-        With the Cholesky factor ``[[A, 0], [B, C]]`` of log-scales and means their mean is ``E[m] + B z`` and their
-        covariance ``C Cᵀ + diag(exp(2 l))``.
-
-        Returns:
-            The mixture, over ``[batch, targets]``.
-        """
-        means, log_scales = self._indices
-        order, count = torch.cat([log_scales, means]), len(means)
+        """The targets of some examples, flattened, ``[batch, targets]``."""
+        order = torch.cat(self._indices[::-1])  # log-scales, then means
         covariance = self.output.spread[part][:, order][:, :, order].double()
-        floor = (
-            1e-12 * linalg.trace(covariance).abs() + torch.finfo(torch.float32).tiny
-        )  # what is certain has no factor
-        root = linalg.cholesky(linalg.add_to_diagonal(covariance, floor), ["output covariance"])
-        nodes = joint_normal_nodes(count, root)
-        flat = self.output.mean[part].flatten(1).double().unsqueeze(1)  # [batch, 1, outputs], against [nodes, targets]
-        log_scale = flat[..., log_scales] + nodes @ root[:, :count, :count].mT
-        mean = flat[..., means] + nodes @ root[:, count:, :count].mT
-        rest = root[:, count:, count:] @ root[:, count:, count:].mT
-        given = rest.unsqueeze(1) + torch.diag_embed((2 * log_scale).exp())
-        given_root = linalg.cholesky(given, ["predictive covariance"]).to(self.mean)
-        components = MultivariateNormal(mean.to(self.mean), scale_tril=given_root)
-        return mixture(components, equal_log_weights(len(nodes), self.mean))
+        # of correlations: targets may have any unit; what is certain has no factor
+        accuracy = torch.finfo(self.mean.dtype)
+        variance = covariance.diagonal(dim1=-2, dim2=-1)
+        deviation = variance.clamp(min=accuracy.tiny).sqrt()
+        varies = (variance > accuracy.tiny).to(variance)
+        share = varies / deviation
+        correlation = share.unsqueeze(-1) * covariance * share.unsqueeze(-2)
+        floor = correlation.new_full(correlation.shape[:1], max(1e-12, 2 * accuracy.eps))
+        root = linalg.cholesky(linalg.add_to_diagonal(correlation, floor), ["output covariance"])
+        loc = self.output.mean[part].flatten(1)[:, order]
+        return GaussianLogNormal(loc, (deviation.unsqueeze(-1) * root).to(loc))
 
 
 @dataclass(frozen=True, repr=False)
@@ -237,7 +223,8 @@ class HeteroscedasticMixturePrediction(ScalePrediction):
     def distribution(self) -> Distribution:
         """``MixtureSameFamily`` over targets ``[batch, ...]``, joint over all but the first dimension."""
         draws = Normal(self._means.movedim(0, 1), self._log_scales.exp().movedim(0, 1))
-        return mixture(Independent(draws, self.mean.ndim - 1), self._log_weights)
+        log_weights = equal_log_weights(len(self.outputs), self.outputs)
+        return mixture(Independent(draws, self.mean.ndim - 1), log_weights)
 
     @property
     def _means(self) -> Tensor:
@@ -247,13 +234,8 @@ class HeteroscedasticMixturePrediction(ScalePrediction):
     def _log_scales(self) -> Tensor:
         return self.outputs.chunk(2, -1)[1]
 
-    @property
-    def _log_weights(self) -> Tensor:
-        return equal_log_weights(len(self.outputs), self.outputs)
-
-    @property
-    def _marginals(self) -> tuple[Normal, Tensor]:
-        return Normal(self._means.movedim(0, -1), self._log_scales.exp().movedim(0, -1)), self._log_weights
+    def _cdf(self, value: Tensor) -> Tensor:
+        return normal_cdf((value - self._means) * (-self._log_scales).exp()).mean(0)
 
 
 def _flat(values: Tensor) -> Tensor:

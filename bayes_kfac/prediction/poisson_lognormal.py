@@ -7,7 +7,6 @@ say of ``f`` is far narrower than what was known before, so that nodes placed by
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,14 +14,12 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from bayes_kfac import linalg
-from bayes_kfac.prediction.quadrature import JOINT_NODES, NODES, joint_normal_nodes, normal_rule, trapezoid
+from bayes_kfac.prediction.quadrature import NODES, cloud, line, log_normal, normal_rule
 
 #: Newton's steps to the mode. From the start of a generalised linear model's fit a handful is enough; it need not be
 #: exact, since nodes around a point nearby are as good.
 STEPS = 25
-#: How far nodes of one dimension go: the integrand's left tail may be only exponential.
-REACH = 14.0
-#: The same of a log-gamma variable: its left tail is exponential at a count of 0, its right one lighter than a
+#: How far nodes of a log-gamma variable go: its left tail is exponential at a count of 0, its right one lighter than a
 #: normal's.
 GAMMA_ENDS = (-26.0, 9.0)
 
@@ -70,11 +67,17 @@ class PoissonLogNormal(Distribution):
         loc, root, counts = self.loc.double(), self.scale_root.double(), value.double()
         mode, curvature = _mode(loc.detach(), root.detach(), counts)
         factor = linalg.cholesky(curvature, ["curvature at the mode"])  # L with L Lᵀ
-        u, log_weights = (_line if loc.shape[-1] == 1 else _cloud)(mode, factor)
+        u, log_weights = (line if loc.shape[-1] == 1 else cloud)(mode, factor)
         log_rate = loc.unsqueeze(-2) + u @ root.mT
         counts = counts.unsqueeze(-2)
-        of_counts = (counts * log_rate - log_rate.exp() - torch.lgamma(counts + 1)).sum(-1)
-        return torch.logsumexp(of_counts + _log_normal(u) + log_weights, -1).to(self.loc.dtype)
+        of_counts = (counts * log_rate - log_rate.clamp(max=80.0).exp() - torch.lgamma(counts + 1)).sum(-1)
+        log_prob = torch.logsumexp(of_counts + log_normal(u) + log_weights, -1)
+        if loc.shape[-1] == 1:
+            # a count of 0 is about as likely for all small rates: of broad ones there is as much far from the mode
+            nothing = marginal_cdf(loc, self._log_variance.double().sqrt(), torch.zeros_like(loc)).squeeze(-1)
+            is_level = (value.squeeze(-1) == 0) & (nothing > 1e-3)
+            log_prob = torch.where(is_level, nothing.clamp(min=1e-3).log(), log_prob)
+        return log_prob.to(self.loc.dtype)
 
     @property
     def _log_variance(self) -> Tensor:
@@ -99,7 +102,8 @@ def marginal_cdf(loc: Tensor, stddev: Tensor, value: Tensor) -> Tensor:
     count = value.double().floor().clamp(min=0).unsqueeze(-1)
     mean, deviation = loc.double().unsqueeze(-1), stddev.double().unsqueeze(-1)
     nodes, log_weights = normal_rule(mean)
-    by_rate = (log_weights.exp() * torch.special.gammaincc(count + 1, (mean + deviation * nodes).exp())).sum(-1)
+    rate = (mean + deviation * nodes).clamp(-300, 300).exp()
+    by_rate = (log_weights.exp() * torch.special.gammaincc(count + 1, rate)).sum(-1)
     away = torch.linspace(*GAMMA_ENDS, NODES, dtype=mean.dtype, device=mean.device)
     log_gamma = (count + 1).log() + away * (count + 1).rsqrt()
     weights = ((count + 1) * log_gamma - log_gamma.exp()).softmax(-1)
@@ -107,29 +111,6 @@ def marginal_cdf(loc: Tensor, stddev: Tensor, value: Tensor) -> Tensor:
     is_rate_narrower = (deviation.square() * (count + 1) < 1).squeeze(-1)
     probability = torch.where(is_rate_narrower, by_rate, by_gamma).clamp(0, 1)
     return torch.where(value < 0, 0.0, probability)
-
-
-def _line(mode: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Equally spaced nodes around the mode, ``[..., nodes, 1]``, and the logarithms of their distances."""
-    nodes, distance = trapezoid(REACH, mode)
-    return mode.unsqueeze(-2) + nodes.unsqueeze(-1) / factor, math.log(distance) - factor.squeeze(-1).log()
-
-
-def _cloud(mode: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes around the mode, ``[..., nodes, d]``, and the logarithms of their importance weights."""
-    # half of them are spread as by the curvature at the mode, and half as u itself, which is wider: towards rates of
-    # zero the integrand falls off no faster than that, and the weights of the first half alone would have no bound
-    nodes = joint_normal_nodes(mode.shape[-1], mode)
-    narrow = torch.linalg.solve_triangular(factor.mT, nodes.mT, upper=True).mT
-    away = torch.cat([narrow, nodes.expand_as(narrow)], dim=-2)
-    logdet = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)
-    densities = torch.logaddexp(_log_normal(away @ factor) + logdet, _log_normal(away)) - math.log(2)
-    return mode.unsqueeze(-2) + away, -densities - math.log(2 * JOINT_NODES)
-
-
-def _log_normal(u: Tensor) -> Tensor:
-    """The log-density of a standard normal, ``[...]`` of ``[..., d]``."""
-    return -0.5 * u.square().sum(-1) - 0.5 * u.shape[-1] * math.log(2 * math.pi)
 
 
 def _mode(loc: Tensor, root: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ In one dimension the nodes are equally spaced. For integrands that are analytic 
 rule converges geometrically (Trefethen & Weideman 2014, "The exponentially convergent trapezoidal rule"), and here
 faster than Gauss-Hermite: these integrands are not polynomials but ``exp(−exp(·))``, and half of the Hermite nodes are
 where a normal has nothing. Where a log-scale has a standard deviation of 1, these nodes give a
-density to 1e-10, and as many Hermite nodes to 1e-5.
+density to 1e-10, and as many Hermite nodes to 1e-5. Where the integrand may be far narrower than the normal, or far out
+in it, nodes are placed around its mode: in one dimension by a ``sinh``, in several by importance weights.
 """
 
 from __future__ import annotations
@@ -66,6 +67,51 @@ def joint_normal_nodes(dims: int, like: Tensor, count: int = JOINT_NODES) -> Ten
     engine = torch.quasirandom.SobolEngine(dims, scramble=True, seed=0)
     uniform = engine.draw(count, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
     return torch.special.ndtri(uniform).to(like)
+
+
+def line(centre: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes of one variable, close where a density has its mode, further apart as a ``sinh`` away from it.
+
+    They reach as far as a standard normal at 0 does, and as far again on the other side of the mode.
+
+    Args:
+        centre: The mode, ``[..., 1]``.
+        factor: The root of the curvature there, ``[..., 1, 1]``.
+
+    Returns:
+        The nodes, ``[..., NODES, 1]``, and the logarithms of their weights, ``[..., NODES]``.
+    """
+    width = 1 / factor
+    reach = torch.asinh((centre.abs().unsqueeze(-1) + REACH) * factor)
+    nodes, distance = trapezoid(1.0, centre)
+    steps = reach * nodes.unsqueeze(-1)
+    log_weights = (width * reach * distance * steps.cosh()).log().squeeze(-1)
+    return centre.unsqueeze(-2) + width * steps.sinh(), log_weights
+
+
+def cloud(centre: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes of several variables around a density's mode, half of them by its curvature and half as a standard normal.
+
+    Args:
+        centre: The mode, ``[..., d]``.
+        factor: The Cholesky factor of the curvature there, ``[..., d, d]``.
+
+    Returns:
+        The nodes, ``[..., 2 JOINT_NODES, d]``, and the logarithms of their importance weights.
+    """
+    # to some sides the integrand falls off no faster than that, and the weights of the first half alone would have no
+    # bound
+    nodes = joint_normal_nodes(centre.shape[-1], centre)
+    narrow = torch.linalg.solve_triangular(factor.mT, nodes.mT, upper=True).mT
+    away = torch.cat([narrow, nodes.expand_as(narrow)], dim=-2)
+    logdet = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)
+    densities = torch.logaddexp(log_normal(away @ factor) + logdet, log_normal(away)) - math.log(2)
+    return centre.unsqueeze(-2) + away, -densities - math.log(2 * JOINT_NODES)
+
+
+def log_normal(u: Tensor) -> Tensor:
+    """The log-density of a standard normal, ``[...]`` of ``[..., d]``."""
+    return -0.5 * u.square().sum(-1) - 0.5 * u.shape[-1] * math.log(2 * math.pi)
 
 
 def normal_cdf(value: Tensor) -> Tensor:

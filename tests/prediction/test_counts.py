@@ -160,6 +160,20 @@ def test_probabilities_of_one_count_are_the_integral(mean: float, deviation: flo
         assert_close(found.item(), below, rtol=0.0, atol=1e-9)
 
 
+@pytest.mark.parametrize("deviation", [0.1, 3.0, 20.0, 200.0])
+def test_nothing_is_as_likely_as_the_distribution_function_says(deviation: float) -> None:
+    """However little is known of the rate, and differentiably."""
+    mean = torch.linspace(-30, 3, 12, dtype=torch.float64)[:, None].requires_grad_()
+    prediction = PoissonPrediction(GaussianOutput(mean, torch.full((12, 1, 1), deviation**2).double()), CLOSED)
+    nothing = torch.zeros(12, 1, dtype=torch.float64)
+    found = prediction.log_prob(nothing)
+    assert_close(found.exp(), prediction.cdf(nothing).squeeze(1), rtol=1e-7, atol=1e-12)
+    (gradient,) = torch.autograd.grad(found.sum(), mean)
+    one = torch.ones(12, 1, dtype=torch.float64)
+    # d/dμ of E exp(−exp f) is −E exp(f) exp(−exp f): minus the probability of one
+    assert_close(gradient.squeeze(1), -(prediction.log_prob(one) - found).exp(), rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("level", "event", "nodes"), [(1.0, (2,), 161), (4.0, (2,), 801), (1.0, (3,), 81), (-1.0, (3,), 81)]
 )

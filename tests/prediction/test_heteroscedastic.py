@@ -242,6 +242,81 @@ def test_information_is_a_bound_that_is_tight_where_little_is_uncertain(size: fl
     assert (bound <= (1 + gap) * exact).all()
 
 
+def product_of_integrals(log_scale: float, target: Tensor, variance: float = 1e-4) -> float:
+    """The joint log-density of independent targets whose means are 0 and log-scales are about 0, on a fine grid."""
+    z = torch.linspace(-60, 60, 40_001, dtype=torch.float64)
+    scale = (variance + (2 * log_scale * z).exp()).sqrt()
+    standard = torch.distributions.Normal(0.0, 1.0).log_prob(z)
+    given = torch.distributions.Normal(0.0, scale).log_prob(target[:, None])
+    return float((given + standard).logsumexp(1).sum()) + len(target) * math.log(float(z[1] - z[0]))
+
+
+@pytest.mark.parametrize("units", [1.0, 1e4])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("deviation", [0.03, 0.1, 0.3, 1.0])
+@pytest.mark.parametrize("outlier", [3.0, 20.0, 40.0])
+def test_density_of_outliers_is_the_integral(outlier: float, deviation: float, count: int, units: float) -> None:
+    """Where the scale that explains them is up to tens of standard deviations from what was believed."""
+    target = torch.zeros(count, dtype=torch.float64)
+    target[0] = outlier
+    variances = torch.tensor([1e-4 * units**2] * count + [deviation**2] * count, dtype=torch.float64)
+    mean = torch.tensor([0.0] * count + [math.log(units)] * count, dtype=torch.float64)
+    prediction = HeteroscedasticPrediction(GaussianOutput(mean[None], variances.diag()[None]), CLOSED)
+    expected = product_of_integrals(deviation, target) - count * math.log(units)
+    found = prediction.log_prob(units * target[None]).item()
+    assert found == pytest.approx(expected, rel=0, abs=[1e-8, 0.02, 0.1][count - 1])
+
+
+@pytest.mark.parametrize("deviation", [3.0, 10.0, 30.0])
+def test_little_may_be_known_of_the_scale(deviation: float) -> None:
+    """Density and distribution function of one target on a fine grid."""
+    spread = torch.tensor([[[1.0, 0.0], [0.0, deviation**2]]], dtype=torch.float64)
+    prediction = HeteroscedasticPrediction(GaussianOutput(torch.zeros(1, 2).double(), spread), CLOSED)
+    z = torch.linspace(-9, 9, 200_001, dtype=torch.float64)
+    weights = torch.softmax(-0.5 * z.square(), 0)
+    scale = (1 + (2 * deviation * z).exp()).sqrt()
+    for target in (0.1, 1.0, 1e3):
+        given = torch.distributions.Normal(0.0, scale)
+        value = torch.tensor([[target]], dtype=torch.float64)
+        density = (weights * given.log_prob(value[0]).exp()).sum()
+        assert_close(prediction.log_prob(value), density.log()[None], rtol=0.0, atol=1e-5)
+        assert_close(prediction.cdf(value), (weights * given.cdf(value[0])).sum()[None, None], rtol=0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("target", [200.0, 500.0])
+def test_density_of_outliers_that_the_means_explain(target: float) -> None:
+    """Where a large scale would too, but is less likely than what is not known of the mean."""
+    values = torch.tensor([target, 0.0], dtype=torch.float64)
+    spread = torch.tensor([1e4, 1e4, 1.0, 1.0], dtype=torch.float64).diag()
+    found = HeteroscedasticPrediction(GaussianOutput(torch.zeros(1, 4).double(), spread[None]), CLOSED)
+    assert_close(found.log_prob(values[None]).item(), product_of_integrals(1.0, values, 1e4), rtol=0.0, atol=0.02)
+
+
+def test_correlated_outliers_are_those_of_wide_draws() -> None:
+    """The importance-weighted mean over draws of log-scales that are three times as wide."""
+    prediction = linearized(2)
+    target = prediction.mean + torch.tensor([25.0, -10.0])
+    draws = 3 * randn(400_000, 1, 4, seed=8)
+    root = torch.linalg.cholesky(prediction.output.spread)
+    outputs = prediction.output.mean + torch.einsum("bij,sbj->sbi", root, draws.expand(-1, 5, -1))
+    wide, narrow = (torch.distributions.Normal(0.0, scale) for scale in (3.0, 1.0))
+    weights = (narrow.log_prob(draws) - wide.log_prob(draws)).sum(2)
+    mean, log_scale = outputs.chunk(2, -1)
+    given = torch.distributions.Normal(mean, log_scale.exp()).log_prob(target).sum(2)
+    expected = (given + weights).logsumexp(0) - math.log(len(draws))
+    assert_close(prediction.log_prob(target), expected, rtol=0.0, atol=0.1)
+
+
+@pytest.mark.parametrize("log_scale", [-80.0, 44.0, 80.0])
+def test_quantiles_of_scales_whose_squares_overflow(log_scale: float) -> None:
+    for prediction in (
+        HeteroscedasticPrediction(GaussianOutput(torch.tensor([[0.0, log_scale]]), torch.full((1, 2), 1e-9)), CLOSED),
+        HeteroscedasticMixturePrediction(torch.tensor([[[0.0, log_scale]]]), SAMPLED),
+    ):
+        expected = stats.norm.ppf(0.9) * math.hypot(math.exp(log_scale), float(prediction.epistemic_variance) ** 0.5)
+        assert prediction.quantile(0.9).item() == pytest.approx(expected, rel=1e-3)
+
+
 def test_float32_is_enough() -> None:
     double = linearized(2)
     single = HeteroscedasticPrediction(GaussianOutput(double.output.mean.float(), double.output.spread.float()), CLOSED)
