@@ -280,7 +280,9 @@ wine_red and yacht, level on concrete and kin8nm, and behind on boston by about 
 
 What is worse, and why. A Gaussian process with a length scale for each input has the best density and error on boston
 and, by far, on yacht. On yacht networks that predict their noise are next in density; on the other small sets they are
-behind the plain ensemble or level with it. Three held-out tenths are few examples on the smallest sets: on boston and
+behind the plain ensemble or level with it. On kin8nm they have the best density, on power and protein they are level
+with noisy K-FAC, and on all large sets their errors are worse: the noise is not the same everywhere there, which one
+noise for all inputs cannot say. Three held-out tenths are few examples on the smallest sets: on boston and
 yacht what they choose is worse than not to choose. A temperature below 1 makes the mean better where the function is
 rich (concrete, energy, power), but the noise that training learns beside it is too small, so that both have to be
 chosen together.

@@ -83,13 +83,16 @@ class ReplicatedNoisyNaturalGradient(bk.NoisyNaturalGradient):
     All layers are those of a :class:`ReplicatedMLP`.
     """
 
-    def _clip(self, states: Any, directions: Mapping[str, Tensor]) -> Tensor | float:
-        """A factor ``[replicas, 1, 1]`` for matrices ``[replicas, out, in]``."""
-        if self.kl_clip is None:
-            return 1.0
-        lengths = [
-            torch.linalg.vecdot(states[name].momentum.flatten(1), direction.flatten(1))
-            * (self._group(name)["lr"] ** 2 / states[name].momentum_weight)
-            for name, direction in directions.items()
-        ]
-        return (self.kl_clip / torch.stack(lengths).sum(0)).sqrt().clamp(max=1.0)[:, None, None]
+    def _changes(
+        self, states: Any, gradients: Mapping[str, Tensor], directions: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        clip: Tensor | float = 1.0
+        if self.kl_clip is not None:
+            lengths = [
+                torch.linalg.vecdot(states[name].momentum.flatten(1), direction.flatten(1))
+                * (self._group(name)["lr"] ** 2 / states[name].momentum_weight)
+                for name, direction in directions.items()
+            ]
+            # for matrices [replicas, out, in]
+            clip = (self.kl_clip / torch.stack(lengths).sum(0)).sqrt().clamp(max=1.0)[:, None, None]
+        return {name: direction * (-self._group(name)["lr"] * clip) for name, direction in directions.items()}

@@ -66,7 +66,11 @@ class GaussianLogNormal(Distribution):
         """The log-density of targets, ``[...]``."""
         if self._validate_args:
             self._validate_sample(value)
-        loc, root, value = self.loc.double(), self.scale_tril.double(), value.double()
+        loc, root = self.loc.double(), self.scale_tril.double()
+        batch = torch.broadcast_shapes(
+            value.shape[:-1], self.batch_shape
+        )  # a mixture asks all components for one value
+        value = value.double().expand(*batch, -1)
         mode, factor = _mode(loc.detach(), root.detach(), value.detach())
         u, log_weights = (line if value.shape[-1] == 1 else cloud)(mode, factor)
         _, _, given_root, whitened = _given(loc.unsqueeze(-2), root.unsqueeze(-3), value.unsqueeze(-2), u)

@@ -24,12 +24,14 @@ from torch.distributions import (
 )
 
 from bayes_kfac.errors import UsageError
+from bayes_kfac.prediction.gaussian_lognormal import GaussianLogNormal
 from bayes_kfac.prediction.poisson_lognormal import PoissonLogNormal
 from bayes_kfac.prediction.quadrature import equal_log_weights, mixture
 
 #: The parameters of each family that is known here, all of them in the full batch shape.
 PARAMETERS: Mapping[type[Distribution], tuple[str, ...]] = {
     Categorical: ("logits",),
+    GaussianLogNormal: ("loc", "scale_tril"),
     MultivariateNormal: ("loc", "scale_tril"),
     Normal: ("loc", "scale"),
     Poisson: ("rate",),
