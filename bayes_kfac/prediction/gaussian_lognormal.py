@@ -67,9 +67,8 @@ class GaussianLogNormal(Distribution):
         if self._validate_args:
             self._validate_sample(value)
         loc, root = self.loc.double(), self.scale_tril.double()
-        batch = torch.broadcast_shapes(
-            value.shape[:-1], self.batch_shape
-        )  # a mixture asks all components for one value
+        # a mixture asks all of its components for one value
+        batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         value = value.double().expand(*batch, -1)
         mode, factor = _mode(loc.detach(), root.detach(), value.detach())
         u, log_weights = (line if value.shape[-1] == 1 else cloud)(mode, factor)
