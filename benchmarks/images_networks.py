@@ -87,6 +87,7 @@ def resnet18(width: int = 64) -> nn.Sequential:
 NETWORKS = {
     "mlp": mlp,
     "cnn": cnn,
+    "vgg16_narrow": partial(vgg16, width=16),
     "vgg16": vgg16,
     "vgg16_bn": partial(vgg16, batch_norm=True),
     "resnet18": resnet18,

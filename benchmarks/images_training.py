@@ -32,6 +32,8 @@ class Problem:
         epochs: Passes over the training part.
         batch_size: Images in a step.
         augment: Whether images are shifted and mirrored at random.
+        train_images: The first so many of the training part, or all.
+        curve_images: The first so many of what is looked at after every epoch, or all.
     """
 
     data: str
@@ -39,6 +41,8 @@ class Problem:
     epochs: int
     batch_size: int
     augment: bool = False
+    train_images: int | None = None
+    curve_images: int | None = None
 
 
 PROBLEMS = {
@@ -46,6 +50,7 @@ PROBLEMS = {
     "mnist-cnn": Problem("mnist", "cnn", 5, 128),
     "fashion-mlp": Problem("fashion_mnist", "mlp", 10, 256),
     "fashion-cnn": Problem("fashion_mnist", "cnn", 5, 128),
+    "cifar10-vgg16-narrow": Problem("cifar10", "vgg16_narrow", 20, 128, train_images=10_000, curve_images=2000),
     "cifar10-vgg16": Problem("cifar10", "vgg16", 60, 128),
     "cifar10-vgg16-augmented": Problem("cifar10", "vgg16", 60, 128, augment=True),
     "cifar10-vgg16-bn": Problem("cifar10", "vgg16_bn", 60, 128),
@@ -76,7 +81,7 @@ def parts(problem: Problem, holdout: int = 0, limit: int | None = None) -> Parts
     train, test = read(problem.data, "train"), read(problem.data, "test")
     if holdout:
         train, test = train[:-holdout], train[-holdout:]
-    return Parts(train[:limit], test[:limit])
+    return Parts(train[: problem.train_images][:limit], test[:limit])
 
 
 class Batches:
@@ -170,7 +175,8 @@ def train(
                 group["lr"] = 0.5 * lr * (1 + math.cos(math.pi * done))
             _step(model, optimizer, problem, data.train, index, generator)
         seconds = clock(device) - start + (curve[-1]["seconds"] if curve else 0.0)
-        curve.append({"epoch": epoch + 1, "seconds": seconds, **_look(model, optimizer, problem, data.held_out)})
+        shown = data.held_out[: problem.curve_images]
+        curve.append({"epoch": epoch + 1, "seconds": seconds, **_look(model, optimizer, problem, shown)})
         if checkpoint is not None:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save(checkpoint, {**state, "curve": curve, "settings": options})
