@@ -120,7 +120,8 @@ SETTINGS["vgg16"] = {
 }
 #: Where ``images_tuning.py`` starts from: so few steps need a colder posterior than the paper's many.
 _NARROW = {**_VGG16, "temperature": 0.1, "inverse_every": 100}
-SETTINGS["vgg16_narrow"] = {**SETTINGS["vgg16"], "noisy_kfac": _NARROW, "noisy_ekfac": _NARROW}
+SETTINGS["vgg16_narrow"] = {**SETTINGS["vgg16"], "noisy_kfac": _NARROW}
+SETTINGS["vgg16_narrow"]["noisy_ekfac"] = {**_NARROW, "extrinsic_damping": 1e-2}
 _NORMALIZED = {**_VGG16, "prior_precision": 1.0, "kl_clip": 1e-2}
 SETTINGS["vgg16_bn"] = {**SETTINGS["vgg16"], "noisy_kfac": _NORMALIZED, "noisy_ekfac": _NORMALIZED}
 SETTINGS["resnet18"] = SETTINGS["vgg16_bn"]
