@@ -159,8 +159,8 @@ class Columns(ABC):
         return type(self)(**tensors, limit=self.limit)
 
     def is_finite(self) -> bool:
-        """Whether it holds neither NaN nor infinity."""
-        return all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors.values())
+        """Whether neither it nor what its columns are squared to holds NaN or infinity."""
+        return linalg.all_finite([*self.tensors.values(), self.values.square().sum()])
 
     def dump(self) -> dict[str, Any]:
         """Plain tensors, numbers and strings, for :func:`columns_from_dump`."""

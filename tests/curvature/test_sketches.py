@@ -162,9 +162,12 @@ def test_statistics_add_scale_and_lean_columns_with_their_counts(kind):
     assert_close(leant.mean_columns("f").to_dense(), 0.75 * averages[0] + 0.25 * averages[1], **TIGHT)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200])
 def test_what_is_not_finite_is_named_and_does_not_fail_before(kind, value):
-    """Reductions take eigenvectors, which have no word for NaN; the check of the statistics has."""
+    """Reductions take eigenvectors, which have no word for NaN; the check of the statistics has.
+
+    Nor have they for numbers whose squares overflow.
+    """
     values = batch(8)
     values[3, 1, 2] = value
     for limit in (3, 20):
