@@ -19,7 +19,7 @@ import hmc
 import structures
 import torch
 from hmc import LEVELS, Marginals
-from hmc_problems import Problem, load
+from hmc_problems import LINES, Problem, load
 from jobs import Job
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ RECIPE: dict[str, Any] = {
 #: The decay of the statistics in the second half: longer averages for the posterior that is kept.
 LATE_DECAY = 0.998
 DRAWS = 200
-#: Structures that are done first, with all seeds, and that pictures show.
+#: Structures that are done first, with all seeds, and that all pictures show.
 FIRST = ("kron", "ekfac", "diagonal", "dense")
 SEEDS = (0, 1, 2)
 
@@ -92,6 +92,7 @@ def job(
         result[kind] = {key: [figures[key] for figures in each] for key in each[0]}
         if structure in FIRST:
             result[f"{kind}, mixture"] = compare(mixture(own), reference, noise)
+        if structure in FIRST or name in LINES:
             # of the first seed, for the pictures
             result[kind] |= {"mean": hmc.rounded(own[0].mean), "std": hmc.rounded(own[0].std)}
     return result

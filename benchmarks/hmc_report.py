@@ -1,17 +1,19 @@
 """What ``hmc.py`` found, as a section of the evidence and as pictures.
 
-``python benchmarks/hmc_report.py`` draws ``docs/images/evidence/hmc_bands.png`` and ``hmc_scatter.png`` from the
-committed results and prints the section.
+``python benchmarks/hmc_report.py`` draws the section's pictures, ``docs/images/evidence/hmc_*.png``, from the committed
+results and prints it.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hmc_problems import LINES, UCI, load
+from hmc_problems import LINES, UCI, Problem, load
 from uci import HERE
 
 RESULTS = HERE / "results" / "hmc"
@@ -31,6 +33,7 @@ MAIN = (
     ("Laplace of the last layer, dense", "last_layer-dense-exact", "linearized"),
 )
 KINDS = ("linearized", "sampled")
+COMPARED = ("r_std", "ratio", "wasserstein")
 HEAD = """## Against Hamiltonian Monte Carlo
 
 Four chains of Pyro's NUTS for each set, on the network of the noisy K-FAC paper's comparison: 50 ReLU units, a prior
@@ -57,6 +60,13 @@ Structures that were run on all of these sets, means over them: r of standard de
 deviations to those of NUTS; the 1-Wasserstein distance of marginals, in units of the NUTS standard deviation. Sorted by
 the distance of the better prediction.
 
+"""
+LINES_HEAD = """
+The same of the two one-dimensional sets, on grids that go beyond the data; the pictures are of the trained posteriors,
+sampled, in the order of this table.
+
+"""
+LINES_NOTES = """
 """
 
 
@@ -117,52 +127,49 @@ def agreement(figures: dict[str, Any]) -> str:
     return f"{np.mean(figures['r_std']):.2f} ({np.mean(figures['r_variance']):.2f})"
 
 
-def found() -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Figures of each posterior and prediction over the UCI sets, of posteriors that every set with chains has."""
-    names = done()
+#: By posterior and prediction, means over sets.
+Figures = dict[str, dict[str, dict[str, float]]]
+
+
+def found(names: list[str]) -> Figures:
+    """Of posteriors that were made of all of some sets, the nearest to NUTS first."""
     files = {path.stem for name in names for path in (RESULTS / "posteriors" / name).glob("*.json")}
-    result = {}
+    result: Figures = {}
     for file in sorted(files):
         rows = [one for one in (read("posteriors", name, file) for name in names) if one]
         if len(rows) == len(names) and not any("diverged" in one for one in rows):
             result[file] = {
-                kind: {
-                    key: [float(np.mean(one[kind][key])) for one in rows] for key in ("r_std", "ratio", "wasserstein")
-                }
+                kind: {key: float(np.mean([np.mean(one[kind][key]) for one in rows])) for key in COMPARED}
                 for kind in KINDS
             }
-    return result
+    return dict(sorted(result.items(), key=lambda pair: min(pair[1][kind]["wasserstein"] for kind in KINDS)))
 
 
-def structures_table() -> str:
-    """Every structure; the best and the worst in words."""
-    figures = {
-        file: {kind: {key: float(np.mean(values)) for key, values in own.items()} for kind, own in kinds.items()}
-        for file, kinds in found().items()
-    }
+def structures_table(names: list[str]) -> str:
+    """Every structure that was run on all of some sets; the best and the worst in words."""
+    figures = found(names)
     if not figures:
         return ""
-    order = sorted(figures, key=lambda file: min(figures[file][kind]["wasserstein"] for kind in KINDS))
     heads = ["posterior", "structure", "damping"]
     heads += [f"{key}, {kind}" for kind in KINDS for key in ("r", "ratio", "Wasserstein")]
     text = row(heads) + row(["---"] * len(heads))
-    for file in order:
+    for file in figures:
         cells = [f"{value:.2f}" for kind in KINDS for value in figures[file][kind].values()]
         text += row([*file.split("-"), *cells])
-    pairs = [(figures[file][kind]["r_std"], f"{file.replace('-', ' ')}, {kind}") for file in order for kind in KINDS]
+    pairs = [(figures[file][kind]["r_std"], f"{file.replace('-', ' ')}, {kind}") for file in figures for kind in KINDS]
     (low, worst), (high, best) = min(pairs), max(pairs)
     text += f"\nThe highest mean r is {high:.2f} ({best}), the lowest {low:.2f} ({worst})."
-    return f"{STRUCTURES}{text}{diverged()}\n"
+    return f"{text}{diverged(names)}\n"
 
 
-def diverged() -> str:
+def diverged(names: list[str]) -> str:
     """Which posteriors did, by the number of sets."""
-    files = [path.stem for name in done() for path in (RESULTS / "posteriors" / name).glob("*.json")]
+    files = [path.stem for name in names for path in (RESULTS / "posteriors" / name).glob("*.json")]
     counts: dict[int, list[str]] = {}
     for file in sorted({*files}):
-        count = sum("diverged" in (read("posteriors", name, file) or {}) for name in done())
+        count = sum("diverged" in (read("posteriors", name, file) or {}) for name in names)
         counts.setdefault(count, []).append(file.replace("-", " "))
-    told = [f" Training diverged on {n} of {len(done())} sets: {', '.join(own)}." for n, own in counts.items() if n]
+    told = [f" Training diverged on {n} of {len(names)} sets: {', '.join(own)}." for n, own in counts.items() if n]
     return "".join(told)
 
 
@@ -190,9 +197,12 @@ def section() -> str:
         return ""
     text = HEAD + chains_table()
     if done():
-        text += AGREEMENT + agreement_table() + structures_table() + NOTES
+        text += AGREEMENT + agreement_table() + STRUCTURES + structures_table(done()) + NOTES
     text += "\n![Standard deviations beside those of NUTS](images/evidence/hmc_scatter.png)\n"
-    return text + "\n![Predictive bands of one-dimensional data](images/evidence/hmc_bands.png)\n"
+    text += "\n![Predictive bands of one-dimensional data](images/evidence/hmc_bands.png)\n"
+    lines = done(tuple(LINES))
+    text += LINES_HEAD + structures_table(lines) + LINES_NOTES
+    return text + "".join(f"\n![Bands of every structure, {name}](images/evidence/hmc_{name}.png)\n" for name in lines)
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -201,48 +211,85 @@ BANDS = (MAIN[0], MAIN[1], MAIN[3], MAIN[4], MAIN[5])
 SCATTER = (MAIN[0], MAIN[1], MAIN[5])
 
 
+@dataclass(frozen=True)
+class Line:
+    """One-dimensional data and NUTS, in the units of the data."""
+
+    name: str
+    problem: Problem
+    nuts: dict[str, Any]
+
+    @classmethod
+    def read(cls, name: str) -> Line:
+        """One of ``LINES``, whose chains are there."""
+        return cls(name, load(name), read("nuts", name) or {})
+
+    def draw(self, axis: Any, entry: dict[str, Any]) -> None:
+        """The data; of a posterior two standard deviations of the output, and with the noise."""
+        from bayes_kfac.plotting import style
+
+        own, noise = self.problem, self.nuts["arguments"]["noise"]
+        x, y = (
+            part[:, 0] * scale + shift for part, scale, shift in zip((own.x, own.y), own.scale, own.shift, strict=True)
+        )
+        grid = own.test_x[:, 0] * own.scale[0] + own.shift[0]
+        centre, reach = np.asarray(self.nuts["mean"]), 3 * np.sqrt(np.asarray(self.nuts["std"]) ** 2 + noise**2)
+        limits = [float(end) * own.scale[1] + own.shift[1] for end in ((centre - reach).min(), (centre + reach).max())]
+        style.prepare(axis, figsize=(1, 1))
+        if entry:
+            mean = np.asarray(entry["mean"]) * own.scale[1] + own.shift[1]
+            std = np.asarray(entry["std"]) * own.scale[1]
+            total = np.sqrt(std**2 + (noise * own.scale[1]) ** 2)
+            axis.fill_between(grid, mean - 2 * total, mean + 2 * total, color=style.LIGHT, linewidth=0)
+            axis.fill_between(grid, mean - 2 * std, mean + 2 * std, color=style.DARK, linewidth=0)
+            axis.plot(grid, mean, color=style.PALETTE[0])
+        axis.scatter(x, y, s=5, color=style.INK, linewidths=0, zorder=3)
+        axis.set(xlim=(float(grid[0]), float(grid[-1])), ylim=limits)
+
+
 def plot_bands() -> None:
-    """Two standard deviations of the output, and with the noise, of five posteriors and NUTS."""
+    """Five posteriors and NUTS on each line."""
     from bayes_kfac.plotting import style
 
     names = done(tuple(LINES))
     if not names:
         return
-    plt = pyplot()
     width = 1 + len(BANDS)
-    figure, axes = plt.subplots(
+    figure, axes = pyplot().subplots(
         len(names), width, figsize=(2.6 * width, 2.5 * len(names)), layout="constrained", squeeze=False, sharey="row"
     )
-    for axis_row, name in zip(axes, names, strict=True):
-        problem, nuts = load(name), read("nuts", name) or {}
-        noise = nuts["arguments"]["noise"]
-        x, y = (
-            part[:, 0] * scale + shift
-            for part, scale, shift in zip((problem.x, problem.y), problem.scale, problem.shift, strict=True)
-        )
-        grid = problem.test_x[:, 0] * problem.scale[0] + problem.shift[0]
-        entries = [("NUTS", nuts)]
+    for axis_row, line in zip(axes, map(Line.read, names), strict=True):
+        entries = [("NUTS", line.nuts)]
         for label, file, kind in BANDS:
-            kept = read("posteriors", name, file)
+            kept = read("posteriors", line.name, file)
             entries.append((f"{label}, {kind}", kept[kind] if kept else {}))
-        centre, reach = np.asarray(nuts["mean"]), 3 * np.sqrt(np.asarray(nuts["std"]) ** 2 + noise**2)
-        limits = [
-            float(end) * problem.scale[1] + problem.shift[1] for end in ((centre - reach).min(), (centre + reach).max())
-        ]
         for axis, (label, entry) in zip(axis_row, entries, strict=True):
-            style.prepare(axis, figsize=(1, 1))
-            axis.set_title(label if name == names[0] else "", fontsize="x-small", color=style.INK)
-            if entry:
-                mean = np.asarray(entry["mean"]) * problem.scale[1] + problem.shift[1]
-                std = np.asarray(entry["std"]) * problem.scale[1]
-                total = np.sqrt(std**2 + (noise * problem.scale[1]) ** 2)
-                axis.fill_between(grid, mean - 2 * total, mean + 2 * total, color=style.LIGHT, linewidth=0)
-                axis.fill_between(grid, mean - 2 * std, mean + 2 * std, color=style.DARK, linewidth=0)
-                axis.plot(grid, mean, color=style.PALETTE[0])
-            axis.scatter(x, y, s=5, color=style.INK, linewidths=0, zorder=3)
-            axis.set(xlim=(float(grid[0]), float(grid[-1])), ylim=limits)
-        axis_row[0].set_ylabel(name)
+            line.draw(axis, entry)
+            axis.set_title(label if line.name == names[0] else "", fontsize="x-small", color=style.INK)
+        axis_row[0].set_ylabel(line.name)
     save(figure, "hmc_bands")
+
+
+def plot_all_bands(name: str, columns: int = 7) -> None:
+    """Every trained posterior on one line, sampled, beside NUTS: the nearest first."""
+    from bayes_kfac.plotting import style
+
+    line = Line.read(name)
+    entries = [("NUTS", line.nuts)]
+    for file in found(done(tuple(LINES))):
+        method, structure, damping = file.split("-")
+        if method == "noisy":
+            entries.append((f"{structure}, {damping}", (read("posteriors", name, file) or {})["sampled"]))
+    rows = math.ceil(len(entries) / columns)
+    figure, axes = pyplot().subplots(
+        rows, columns, figsize=(2 * columns, 1.7 * rows), layout="constrained", squeeze=False, sharex=True, sharey=True
+    )
+    for axis in axes.flat[len(entries) :]:
+        axis.set_visible(False)
+    for axis, (label, entry) in zip(axes.flat, entries, strict=False):
+        line.draw(axis, entry)
+        axis.set_title(label, fontsize="x-small", color=style.INK)
+    save(figure, f"hmc_{name}")
 
 
 def plot_scatter() -> None:
@@ -301,5 +348,7 @@ def save(figure: Any, name: str) -> None:
 
 if __name__ == "__main__":
     plot_bands()
+    for line in done(tuple(LINES)):
+        plot_all_bands(line)
     plot_scatter()
     print(section())

@@ -116,7 +116,8 @@ def test_the_whole_command_on_the_cubic_and_its_section(tmp_path, monkeypatch):
     assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "results").rglob("*.json"))
     pytest.importorskip("matplotlib")
     hmc_report.plot_bands()
-    assert (tmp_path / "images" / "hmc_bands.png").exists()
+    hmc_report.plot_all_bands("cubic")
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {"hmc_bands.png", "hmc_cubic.png"}
 
 
 def test_a_training_that_diverges_is_a_result_and_said(problem, tmp_path, monkeypatch):
@@ -132,6 +133,5 @@ def test_a_training_that_diverges_is_a_result_and_said(problem, tmp_path, monkey
     folder.mkdir(parents=True)
     (folder / "noisy-kron-exact.json").write_text(json.dumps(kept))
     monkeypatch.setattr(hmc_report, "RESULTS", tmp_path)
-    monkeypatch.setattr(hmc_report, "done", lambda: ["yacht"])
-    assert hmc_report.found() == {}
-    assert hmc_report.diverged() == " Training diverged on 1 of 1 sets: noisy kron exact."
+    assert hmc_report.found(["yacht"]) == {}
+    assert hmc_report.diverged(["yacht"]) == " Training diverged on 1 of 1 sets: noisy kron exact."
