@@ -364,6 +364,19 @@ def test_half_precision_tells_examples_apart_although_it_rounds_small_numbers():
     assert all(pull_back.known_ways.values())
 
 
+def test_gradients_that_vanish_over_time_do_not_hide_whose_they_are():
+    """Roundings of the smallest numbers add up over the steps; each example would be pulled back by itself."""
+    model = seeded(nn.GRU(2, 16)).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    recorder = attached(model)
+    recorder.attach()
+    pull_back = recorder.pull_back(model(randn(400, 8, 2, seed=0).float())[0][-1])
+    recorder.detach()
+    assert all(pull_back.known_ways.values())
+
+
 # Batch second
 
 

@@ -124,7 +124,7 @@ class RecurrentAdapter(CompositeAdapter):
             weight, bias = getattr(module, f"weight_{kind}_{suffix}"), getattr(module, f"bias_{kind}_{suffix}", None)
             return recorded_linear(record, f"{kind}_{suffix}", inputs, weight, bias)
 
-        from_inputs = linear("ih", sequence)
+        from_inputs = linear("ih", sequence).unbind()  # indexing would put a gradient of all steps behind each of them
         steps = range(len(sequence))
         outputs: dict[int, Tensor] = {}
         for step in reversed(steps) if suffix.endswith("reverse") else steps:
