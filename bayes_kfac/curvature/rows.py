@@ -104,8 +104,8 @@ class Rows:
             layer: their inputs are on the block's ``out`` side, their gradients on its ``in`` side.
         mask: Which positions weigh, ``[batch, shared]``; ``None`` for all.
         examples: How many examples the rows come from, where it is not the length of the batch.
-        share: Which part these are of the columns that were pulled back. What is summed over columns adds up over
-            parts; what is not, counts by its share.
+        share: How much of what is not summed over columns counts here, where columns are pulled back in parts: shares
+            add up to 1, and what has a share of 0 need not be computed again.
     """
 
     inputs: Tensor | SparseRows
@@ -117,12 +117,12 @@ class Rows:
 
     @property
     def num_examples(self) -> float:
-        """How many examples the rows come from, by their share of the columns."""
+        """How many examples the rows come from, by their share."""
         return self.share * (self.inputs.shape[-3] if self.examples is None else self.examples)
 
     @property
     def num_rows(self) -> float:
-        """How many positions of all examples weigh, by their share of the columns."""
+        """How many positions of all examples weigh, by their share."""
         batch, shared = self.inputs.shape[-3:-1]
         return self.share * float(batch * shared if self.mask is None else self.mask.sum())
 

@@ -170,7 +170,11 @@ def _factor_rows(rows: Rows, sharing: str) -> dict[str, tuple[Tensor, float]]:
 def _as_shared(rows: Rows, sharing: str) -> Rows:
     """The rows of one kind of use in the dtype of their sums, pooled over positions where ``sharing`` says so."""
     rows = replace(rows, transposed=None).for_algebra()
-    return rows.pooled() if sharing == "reduce" and rows.inputs.shape[-2] > 1 else rows
+    rows = rows.pooled() if sharing == "reduce" and rows.inputs.shape[-2] > 1 else rows
+    if rows.share:
+        return rows
+    mask = None if rows.mask is None else rows.mask[:0]
+    return replace(rows, inputs=rows.inputs[..., :0, :, :], mask=mask)  # they were counted with other columns
 
 
 def _factors(rows: Rows, sharing: str, *, diagonal_gradients: bool) -> Statistics:

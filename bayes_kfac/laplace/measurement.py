@@ -182,8 +182,8 @@ class Surveyor:
             whole = {name: of_all_columns([rows[name] for rows in together]) for name in self.recorder.layers}
             return measure(self.structures, whole, frames)
         total: dict[str, Statistics] = {}
-        for part, own in zip(parts, found, strict=True):
-            rows = {name: replace(one, share=len(part) / len(columns)) for name, one in own.items()}
+        for place, own in enumerate(found):  # inputs are the same for all columns: they count with the first
+            rows = {name: replace(one, share=float(place == 0)) for name, one in own.items()}
             total = added(total, measure(self.structures, rows, frames))
         return total
 

@@ -54,16 +54,20 @@ def assert_same(actual: Statistics, expected: Statistics) -> None:
         assert_close(actual.mean(name), expected.mean(name), **TIGHT)
 
 
-@pytest.mark.parametrize("cuts", [[1], [2, 3], [1, 2, 3, 4]], ids=str)
+@pytest.mark.parametrize(
+    ("cuts", "shares"),
+    [([1], [0.2, 0.8]), ([2, 3], [0.4, 0.2, 0.4]), ([1, 2, 3, 4], [0.2] * 5), ([2], [1, 0]), ([1, 3], [0, 1, 0])],
+    ids=str,
+)
 @pytest.mark.parametrize("sharing", SHARING_KINDS)
 @pytest.mark.parametrize("structure", structures.available())
 @pytest.mark.parametrize("name", ROWS)
-def test_parts_of_the_columns_add_up_to_all_of_them(name, structure, sharing, cuts):
+def test_parts_of_the_columns_add_up_to_all_of_them(name, structure, sharing, cuts, shares):
     """Gradients are summed over columns; inputs, and the counts of both, are not, and go by the share."""
     rows, measure = ROWS[name], structures.get(structure, damping="exact", sharing=sharing).measure
     total = None
-    for start, stop in zip([0, *cuts], [*cuts, COLUMNS], strict=True):
-        own = measure(replace(part(rows, start, stop), share=(stop - start) / COLUMNS))
+    for start, stop, share in zip([0, *cuts], [*cuts, COLUMNS], shares, strict=True):
+        own = measure(replace(part(rows, start, stop), share=share))
         total = own if total is None else total + own
     assert_same(total, measure(rows))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import bayes_kfac as bk
@@ -231,6 +233,30 @@ def _by_twos(pull_back: Any, seen: list[int]) -> Any:
 
     object.__setattr__(pull_back, "rows", counted)
     return pull_back
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products of more than nothing by the shape of their results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: Counter[tuple[int, ...]] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.mm.default and args[0].numel():
+            self.shapes[tuple(result.shape)] += 1
+        return result
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_inputs_are_multiplied_once_whatever_the_budget(sharing: str) -> None:
+    """They are the same for all columns: with many classes, or a small budget, they would be most of a fit."""
+    model, data = seeded(nn.Linear(6, 5)), [(randn(7, 6, seed=0), torch.randint(5, (7,), generator=rng(0)))]
+    with Products() as products:
+        fitted(model, Categorical(), data, sharing=sharing, memory_budget=1)
+    assert products.shapes[5, 5] == 5  # one for each column
+    assert products.shapes[7, 7] == 1  # 6 inputs and the 1 of the bias
 
 
 def test_a_small_budget_bounds_the_columns_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
