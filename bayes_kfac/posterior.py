@@ -209,6 +209,7 @@ class Posterior:
             check_draws(draws, self.layers)
         elif method == "sampling":
             draws = self.sample(num_samples, generator=generator)
+        changes = None if draws is None or method == "sampling" else self._changes(draws)
 
         def predict(part: Any) -> Prediction:
             if draws is None:
@@ -217,10 +218,10 @@ class Posterior:
                 return from_gaussian(
                     self.likelihood, output, source, link=link, num_samples=num_samples, generator=generator
                 )
-            if method == "linearized":
-                outputs = self.linearized.draws(part, self._changes(draws), memory_budget=memory_budget)
-            else:
+            if changes is None:
                 outputs = sampled_outputs(self.model, self.mean, draws, part)
+            else:
+                outputs = self.linearized.draws(part, changes, memory_budget=memory_budget)
             return from_outputs(self.likelihood, outputs, Source(method, len(draws), self.provenance))
 
         if isinstance(inputs, DataLoader):

@@ -190,7 +190,8 @@ class LinearizedModel:
                 response = _total([own.response(changes[name].to(own.gradients)) for name, own in rows.items()])
                 return output + response.reshape(-1, *output.shape)
 
-        return torch.cat(list(self._in_parts(outputs, inputs, memory_budget)), dim=1)
+        num_draws = max((len(change) for change in changes.values()), default=0)
+        return torch.cat(list(self._in_parts(outputs, inputs, memory_budget, draws=num_draws)), dim=1)
 
     @contextmanager
     def _forward(self, inputs: Any) -> Iterator[tuple[Tensor, PullBack]]:
@@ -229,14 +230,15 @@ class LinearizedModel:
         budget: int,
         *,
         diagonal: bool = False,
+        draws: int = 0,
         name: str = "inputs",
     ) -> Iterator[Any]:
-        """A function's results for parts of the batch whose rows fit into the budget."""
+        """A function's results for parts of the batch whose rows, and what layers put out under draws, fit a budget."""
         check_batch(inputs, name)
         batch = batch_size(inputs)
         sizes = self._sizes_of(inputs)
         columns = min(sizes.outputs, sizes.columns(budget)) if diagonal else sizes.outputs
-        step = max(1, budget // (COPIES * sizes.bytes * (columns + 1)))
+        step = max(1, budget // (COPIES * sizes.bytes * (columns + draws + 1)))
         if not sizes.splits or batch is None or step >= batch:
             yield function(inputs)
             return

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -102,6 +103,18 @@ def test_a_part_is_as_large_as_the_budget_allows(step):
         with batch_sizes(posterior.model) as sizes:
             posterior.predict(inputs, memory_budget=size)
         assert sizes == [min(expected, 5 - start) for start in range(0, 5, expected)]
+
+
+def test_a_budget_counts_what_layers_put_out_under_draws():
+    """As much again for each draw: many draws of a convolution are more than its gradients."""
+    posterior, inputs = posterior_of(MODELS["mlp"])
+    draws, example = posterior.sample(20, generator=rng(0)), (5 + 4 + 2) * 8
+    posterior.predict(inputs)
+    budget = 2 * COPIES * example * (2 + 20 + 1)
+    for functions in (posterior.function_samples, partial(posterior.predict, method="linearized")):
+        with batch_sizes(posterior.model) as sizes:
+            functions(inputs, draws=draws, memory_budget=budget)
+        assert sizes == [2, 2, 1]
 
 
 def test_by_default_a_batch_goes_through_at_once():

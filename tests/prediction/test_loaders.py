@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from bayes_kfac import Mixture, Posterior
@@ -78,6 +79,19 @@ LOADERS: dict[str, tuple[Callable[[], nn.Module], Dataset, Any]] = {
 }
 
 
+class Differences(TorchDispatchMode):
+    """Counts differences of at least so many elements."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.count = size, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.count += function is torch.ops.aten.sub.Tensor and result.numel() >= self.size
+        return result
+
+
 @pytest.mark.parametrize("name", LOADERS)
 def test_over_a_loader_is_over_the_whole(name):
     """In batches of three, the last of one; whatever stands for the targets is left aside."""
@@ -116,6 +130,17 @@ def test_sampling_over_a_loader_takes_one_set_of_draws():
     loader = DataLoader(TensorDataset(torch.cat([X[:3], X[:3]])), batch_size=3)
     outputs = posterior.predict(loader, "sampling", num_samples=5, generator=rng(0), progress=False).outputs
     assert torch.equal(outputs[:, :3], outputs[:, 3:])
+
+
+def test_draws_are_prepared_once_for_all_batches_of_a_loader():
+    """How far all draws of a weight are from the mean is as often computed for many batches as for one."""
+    posterior = random_posterior(net(), Gaussian(0.5))
+    draws, counts = posterior.sample(100, generator=rng(0)), []
+    for size in (7, 1):
+        with Differences(100 * 8) as large:
+            posterior.predict(DataLoader(TensorDataset(X), size), "linearized", draws=draws, progress=False)
+        counts.append(large.count)
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("method", ["linearized", "sampling"])
