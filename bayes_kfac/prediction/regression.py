@@ -24,8 +24,8 @@ from bayes_kfac.prediction.output import GaussianOutput
 from bayes_kfac.prediction.quadrature import normal_cdf
 from bayes_kfac.prediction.results import Prediction, Source, batch_dim, from_gaussian, from_outputs, refuse_link
 
-#: Halvings that exhaust the digits of float64.
-BISECTIONS = 60
+#: Evaluations of a distribution function that are enough for a quantile, by far.
+STEPS = 120
 
 
 class RegressionPrediction(Prediction):
@@ -98,7 +98,7 @@ class RegressionPrediction(Prediction):
         return self.quantile((1 - level) / 2), self.quantile((1 + level) / 2)
 
     def quantile(self, probability: float) -> Tensor:
-        """The quantile of each target on its own, by bisection where it has no closed form, shaped like the mean.
+        """The quantile of each target on its own, by root finding where it has no closed form, shaped like the mean.
 
         Args:
             probability: The probability, between 0 and 1.
@@ -111,7 +111,7 @@ class RegressionPrediction(Prediction):
         """
         probability = check_probability("probability", probability)
         # in float64, which tells upper probabilities from 1
-        found = bisected(self._cdf, probability, self.mean.double(), self._width.double())
+        found = inverted(self._cdf, probability, self.mean.double(), self._width.double())
         return found.to(self.mean.dtype)
 
     @property
@@ -285,8 +285,11 @@ def covariance_over_draws(draws: Tensor) -> Tensor:
     return torch.einsum("sbi,sbj->bij", centred, centred) / len(centred)
 
 
-def bisected(cdf: Callable[[Tensor], Tensor], probability: float, centre: Tensor, spread: Tensor) -> Tensor:
-    """The quantile of continuous distribution functions.
+def inverted(cdf: Callable[[Tensor], Tensor], probability: float, centre: Tensor, spread: Tensor) -> Tensor:
+    """The quantile of continuous distribution functions, by Chandrupatla's method (1997), as far as their digits tell.
+
+    Each step is that of an inverse quadratic through the last three points, or halves what is between the last two
+    where these lie on no such curve: some twenty evaluations where halving alone takes sixty.
 
     Args:
         cdf: The distribution functions, elementwise.
@@ -297,15 +300,29 @@ def bisected(cdf: Callable[[Tensor], Tensor], probability: float, centre: Tensor
     Returns:
         The quantiles, shaped like ``centre``.
     """
-    lower, upper = centre - spread, centre + spread
-    while bool((cdf(lower) > probability).any()) or bool((cdf(upper) < probability).any()):
+    fraction, eps, unit = torch.full_like(centre, 0.5), torch.finfo(centre.dtype).eps, spread
+    while True:
+        x, y = centre - spread, centre + spread
+        f, g = cdf(x) - probability, cdf(y) - probability
+        if not bool(((f >= 0) | (g < 0)).any()):  # where it is level, the quantile is where it begins to be
+            break
         spread = 2 * spread
-        lower, upper = centre - spread, centre + spread
-    for _ in range(BISECTIONS):
-        middle = (lower + upper) / 2
-        below = cdf(middle) < probability
-        lower, upper = torch.where(below, middle, lower), torch.where(below, upper, middle)
-    return (lower + upper) / 2
+    for _ in range(STEPS):
+        between = x + fraction * (y - x)
+        h = cdf(between) - probability
+        # the new point is x, that on its other side y, and z is left outside
+        is_alike = (h < 0) == (f < 0)
+        z, k = torch.where(is_alike, x, y), torch.where(is_alike, f, g)
+        y, g = torch.where(is_alike, y, x), torch.where(is_alike, g, f)
+        x, f = between, h
+        least = (eps * (x.abs() + unit) / (y - x).abs()).clamp(max=0.5)
+        if bool(((least == 0.5) | (torch.minimum(f.abs(), g.abs()) <= eps * probability)).all()):
+            break
+        place, height = (x - y) / (z - y), (f - g) / (k - g)
+        is_curve = (1 - (1 - place).sqrt() < height) & (height < place.sqrt())
+        curve = f / (f - g) * k / (k - g) - (z - x) / (y - x) * f / (k - f) * g / (g - k)
+        fraction = torch.where(is_curve, curve, 0.5).maximum(least).minimum(1 - least)
+    return torch.where(f.abs() < g.abs(), x, y)
 
 
 @from_gaussian.register

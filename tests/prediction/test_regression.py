@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 from torch import Tensor
@@ -333,6 +333,22 @@ def test_quantile_has_its_probability(event: tuple[int, ...], noise: str) -> Non
         assert_close(reached, torch.full_like(reached, probability), rtol=0.0, atol=1e-12)
 
 
+@pytest.mark.parametrize("probability", [0.025, 0.05, 0.5, 0.95, 0.975])
+def test_a_quantile_takes_few_evaluations(probability: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 500 mixtures at once: halving alone takes more than 60."""
+    prediction = MixturePrediction(randn(64, 500, 1, seed=0), Gaussian(FixedNoise(0.5)), SAMPLED)
+    calls, cdf = [], MixturePrediction._cdf
+
+    def counted(self: MixturePrediction, value: Tensor) -> Tensor:
+        calls.append(value)
+        return cdf(self, value)
+
+    monkeypatch.setattr(MixturePrediction, "_cdf", counted)
+    reached = cdf(prediction, prediction.quantile(probability))
+    assert_close(reached, torch.full_like(reached, probability), rtol=0.0, atol=1e-14)
+    assert len(calls) < 30
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     probability=st.floats(1e-4, 1 - 1e-4),
@@ -340,6 +356,7 @@ def test_quantile_has_its_probability(event: tuple[int, ...], noise: str) -> Non
     noise=st.sampled_from(sorted(NOISES)),
     seed=st.integers(0, 2**31),
 )
+@example(probability=0.25, spread=9.0, noise="fixed", seed=1)  # level between modes, at just this probability
 def test_quantile_of_any_mixture(probability: float, spread: float, noise: str, seed: int) -> None:
     """From one lump to well-separated modes, where the quantile lies far from mean and components."""
     outputs = spread * randn(4, 3, 1, seed=seed)
