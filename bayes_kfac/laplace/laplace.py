@@ -73,9 +73,10 @@ class Laplace:
             Gaussian, or ``"deterministic"`` to leave them at the mode.
         num_data: The number of training examples; by default those that the loader yields.
         generator: The source of randomness for ``fisher="mc"``.
-        memory_budget: Bytes that output gradients may take up while they are pulled back. The structures that keep a
-            window of columns, ``"smw"``, ``"skfac"`` and ``"mfac"``, then need those of a whole batch together: for
-            many outputs choose small batches, or ``fisher="mc"``.
+        memory_budget: Bytes that output gradients may take up while they are pulled back. Before that the exact Fisher
+            has outputs² numbers for each example of a batch, and the structures that keep a window of columns,
+            ``"smw"``, ``"skfac"`` and ``"mfac"``, need what was pulled back for a whole batch together: for many
+            outputs choose small batches, or ``fisher="mc"``.
 
     Raises:
         ArgumentError: If an argument is out of range.

@@ -52,7 +52,8 @@ class Categorical(Likelihood):
         probs = output.softmax(-1)
         classes = output.shape[-1]
         identity = torch.eye(classes, dtype=output.dtype, device=output.device)
-        columns = (probs.sqrt().unsqueeze(-1) * (identity - probs.unsqueeze(-2))).movedim(-2, 0)
+        columns = (identity - probs.unsqueeze(-2)).mul_(probs.sqrt().unsqueeze(-1))  # in place: it is classes²
+        columns = columns.movedim(-2, 0)
         if output.ndim == 2:
             return columns
         positions = output[0, ..., 0].numel()

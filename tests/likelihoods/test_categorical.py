@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,8 @@ from scipy import special
 from torch import Tensor
 from torch.nn import functional
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bayes_kfac.errors import BayesKfacError, TargetError
 from bayes_kfac.likelihoods import Categorical
@@ -61,6 +65,26 @@ def test_fisher_is_the_expectation_over_all_classes(seed: int, classes: int, sca
     assert_close(expected, torch.diag_embed(probs) - probs[:, :, None] * probs[:, None, :], rtol=1e-9, atol=1e-12)
     columns = likelihood.fisher_root(output)
     assert_close(torch.einsum("cbi,cbj->bij", columns, columns), expected, rtol=1e-9, atol=1e-12)
+
+
+class Made(TorchDispatchMode):
+    """Keeps all results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[Tensor] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.results += tree_leaves(result := function(*args, **(kwargs or {})))
+        return result
+
+
+def test_columns_are_in_memory_once() -> None:
+    """They are classes² numbers for each example: for many classes the largest there is in a fit."""
+    with Made() as made:
+        Categorical().fisher_root(data(4, 20)[0])
+    large = {result.untyped_storage().data_ptr() for result in made.results if result.numel() == 4 * 20 * 20}
+    assert len(large) == 1
 
 
 def test_fisher_of_positions_is_block_diagonal() -> None:
