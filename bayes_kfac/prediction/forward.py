@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
@@ -105,6 +104,34 @@ def check_batch(inputs: Any, name: str = "inputs") -> None:
         raise ArgumentError(f"{name} hold no example: their first dimension is 0. Pass at least one.")
 
 
+@contextmanager
+def holding(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give a model other parameters and buffers for a while; tied ones in all their places.
+
+    Args:
+        model: The model.
+        state: Parameters and buffers by name; those that are missing are the model's own. A forward pass may change
+            buffers in place, so that these are copied.
+    """
+    with exclusive(model):
+        buffers = dict(model.named_buffers())
+        named = {**dict(model.named_parameters()), **buffers}
+        values = {
+            named[name]: value.clone() if name in buffers else value for name, value in (buffers | dict(state)).items()
+        }
+        homes: list[dict[str, Any]] = [
+            own for module in model.modules() for own in (module._parameters, module._buffers)
+        ]
+        before = [(own, name, tensor) for own in homes for name, tensor in own.items() if tensor in values]
+        try:
+            for own, name, tensor in before:
+                own[name] = values[tensor]
+            yield
+        finally:
+            for own, name, tensor in before:
+                own[name] = tensor
+
+
 def call(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Tensor:
     """Run a model with the given parameters and buffers.
 
@@ -119,15 +146,8 @@ def call(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Tensor:
     Raises:
         ArgumentError: If there is no such tensor with a batch dimension.
     """
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        with exclusive(model):
-            # buffers are copied: a forward pass may change them in place, and the state is not its to change
-            buffers = dict(model.named_buffers())
-            own = {name: value.clone() if name in buffers else value for name, value in (buffers | dict(state)).items()}
-            return functional_call(model, own, args, kwargs)
-
-    return expect_output_tensor(batches.call(function, inputs))
+    with holding(model, state):
+        return expect_output_tensor(batches.call(model, inputs))
 
 
 @contextmanager
@@ -164,7 +184,11 @@ def watched(
             attached = {
                 name: differentiable(value).detach().requires_grad_(name in weights) for name, value in state.items()
             }
-            output = call(model, attached, tree_map_only(Tensor, differentiable, inputs))
-            yield output, recorder.pull_back(output, parameters=attached, **options)
+            # in the model for as long as there may be a backward pass, in which checkpoints run parts of it again
+            with holding(model, attached):
+                output = expect_output_tensor(batches.call(model, tree_map_only(Tensor, differentiable, inputs)))
+                recorder.is_recording = False
+                yield output, recorder.pull_back(output, parameters=attached, **options)
         finally:
+            recorder.is_recording = True
             recorder.detach()

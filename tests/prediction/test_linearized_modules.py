@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
-from torch.testing import assert_close
+from functools import partial
 
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import bayes_kfac as bk
 from bayes_kfac.likelihoods import Gaussian
 from tests.curvature.modules.cases import CASES
-from tests.helpers import record, rng, seeded
+from tests.helpers import TIGHT, randn, record, rng, seeded
 from tests.posteriors import (
     FAMILIES,
     dense_derivatives,
@@ -56,3 +62,29 @@ def test_joint_covariances_and_affine_draws_are_the_dense_ones(name):
         assert_close(posterior.function_samples(inputs, draws=draws), functions, **CLOSE)
     assert_close(posterior.function_covariance(inputs, memory_budget=1), joint, **CLOSE)
     assert_close(posterior.function_samples(inputs, draws=draws, memory_budget=1), functions, **CLOSE)
+
+
+class Blocks(nn.Module):
+    """Two layers, the first of which may run under activation checkpointing."""
+
+    def __init__(self, *, checkpoints: bool) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+        self.run = partial(checkpoint, use_reentrant=False) if checkpoints else lambda function, x: function(x)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.run(lambda x: self.norm(self.body(x)).tanh(), inputs))
+
+
+def test_activation_checkpoints_run_again_with_the_posteriors_weights() -> None:
+    """In the backward pass, wherever the model's own weights have gone since."""
+    inputs, outputs = randn(5, 3, seed=1), []
+    for checkpoints in (False, True):
+        model = seeded(Blocks(checkpoints=checkpoints))
+        laplace = bk.Laplace(model, Gaussian(0.5)).fit([(inputs, randn(5, 2, seed=2))], progress=False)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+        outputs.append(laplace.posterior().output(inputs))
+    assert_close(outputs[1].mean, outputs[0].mean, **TIGHT)
+    assert_close(outputs[1].covariance, outputs[0].covariance, **TIGHT)
