@@ -34,8 +34,7 @@ def choose_parameters(model: nn.Module, subset: Subset) -> list[nn.Parameter]:
     elif subset == "requires_grad":
         chosen = {name for name, parameter in named.items() if parameter.requires_grad}
     elif subset == "last_layer":
-        layers, _ = find_layers(model, named.values(), rest="diagonal")
-        chosen = set(list(layers.values())[-1].parameters) if layers else set()
+        chosen = _of_last_layer(model, named.values())
     elif callable(subset) and not isinstance(subset, nn.Module):
         chosen = {name for name, parameter in named.items() if subset(name, parameter)}
     else:
@@ -43,6 +42,24 @@ def choose_parameters(model: nn.Module, subset: Subset) -> list[nn.Parameter]:
     if not chosen:
         raise ArgumentError(f"subset={subset!r} holds no parameter of the model. Its parameters: {', '.join(named)}.")
     return [parameter for name, parameter in named.items() if name in chosen]
+
+
+def _of_last_layer(model: nn.Module, parameters: Collection[nn.Parameter]) -> set[str]:
+    """The parameters of the last module that uses any: a head that is tied to an embedding, say."""
+    layers, _ = find_layers(model, parameters, rest="diagonal")
+    order = {module: place for place, module in enumerate(model.modules())}
+    uses = [use for layer in layers.values() for use in layer.uses]
+    # of a module with several blocks the last one
+    last = max(reversed(uses), key=lambda use: order[use.adapter.module], default=None)
+    if last is None:
+        return set()
+    place = (last.adapter.module, last.part)
+    return {
+        name
+        for layer in layers.values()
+        if any((use.adapter.module, use.part) == place for use in layer.uses)
+        for name in layer.parameters
+    }
 
 
 def _by_names(named: dict[str, nn.Parameter], subset: Any) -> set[str]:

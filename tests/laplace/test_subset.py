@@ -116,7 +116,9 @@ def test_the_last_layer_is_the_last_in_the_order_of_definition() -> None:
     assert covered(seeded(nn.Sequential(nn.Linear(3, 2), nn.Tanh())), "last_layer") == {"0.weight", "0.bias"}
     assert covered(seeded(Twice()), "last_layer") == {"head.weight", "head.bias"}
     assert covered(seeded(nn.Linear(3, 2)), "last_layer") == {"weight", "bias"}
-    assert covered(NETS["tied to words"].make(), "last_layer") == {"inner.weight", "inner.bias"}
+    # the head, whose weight has the name of the embedding that it is tied to
+    assert covered(NETS["tied to words"].make(), "last_layer") == {"embed.weight"}
+    assert covered(seeded(nn.LSTM(2, 3, num_layers=2)), "last_layer") == {"weight_hh_l1", "bias_hh_l1"}
 
 
 def test_a_part_outside_of_blocks_matters_only_within_the_subset() -> None:
