@@ -234,6 +234,8 @@ class Meter:
     def _before_likelihood(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(("output", "target", "mask"), args, strict=False)) | kwargs
         output, target, mask = given["output"], given.get("target"), given.get("mask")
+        if not isinstance(output, Tensor):  # which the likelihood refuses
+            return
         passes, origin = _find(self._passes, output)
         if not passes:  # a detached output is being logged, or it is another model's
             return

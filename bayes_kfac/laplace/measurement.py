@@ -139,7 +139,7 @@ class Surveyor:
         if missing := sorted(set(self.recorder.layers) - self.used):
             raise UsageError(
                 f"No forward pass used the layers {missing}, so that nothing is known of their curvature. Leave them "
-                "out with subset=."
+                "out with subset=; subset='requires_grad' leaves out what is frozen."
             )
         _check_finite(total)
         return total

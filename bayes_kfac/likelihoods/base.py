@@ -196,15 +196,20 @@ def check_mask(mask: Tensor, target: Tensor) -> None:
         )
 
 
-def check_examples(output: Tensor) -> None:
-    """Refuse a batch without examples: it has no mean loss, and no curvature.
+def check_examples(output: object) -> None:
+    """Refuse outputs that are no tensors, and a batch without examples: it has no mean loss, and no curvature.
 
     Args:
         output: The model's output.
 
     Raises:
-        TargetError: If it holds no example.
+        TargetError: If it is no tensor, or holds no example.
     """
+    if not isinstance(output, Tensor):
+        raise TargetError(
+            f"output of type {type(output).__name__} must be a tensor: the one in it that the targets are of, such as "
+            "model(x).logits."
+        )
     if output.shape[:1] == (0,):
         raise TargetError(
             f"output of shape {tuple(output.shape)} holds no example. Allowed: at least one. Skip batches that are "

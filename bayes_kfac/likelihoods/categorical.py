@@ -77,5 +77,6 @@ class Categorical(Likelihood):
             raise TargetError(
                 f"target holds classes {int(target.min())} to {int(target.max())}, but the logits are of "
                 f"{output.shape[-1]}. Allowed: 0 to {output.shape[-1] - 1}, one logit for each class; two classes with "
-                "one logit are a likelihoods.Bernoulli()."
+                "one logit are a likelihoods.Bernoulli(); targets to be left out, such as -100, are for a mask: "
+                "likelihood(output, target, target != -100)."
             ) from error

@@ -75,8 +75,9 @@ class BlockState:
         if self.statistics is None:
             raise UsageError(
                 f"Layer {name!r} has no curvature statistics yet: no training step ran through it. Train first; if the "
-                "model never uses the layer, freeze it with requires_grad_(False); if it runs under activation "
-                "checkpointing, pass use_reentrant=False, as no hook sees it otherwise."
+                "model never uses the layer, freeze it with requires_grad_(False); if the model skips layers at random "
+                "(layerdrop=), switch that off; if it runs under activation checkpointing, pass use_reentrant=False, "
+                "as no hook sees it otherwise."
             )
         return self.statistics
 

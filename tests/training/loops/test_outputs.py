@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 
 import bayes_kfac as bk
-from bayes_kfac.errors import ArgumentError
+from bayes_kfac.errors import ArgumentError, TargetError
 from tests.helpers import rng, seeded
 from tests.training.loops.plain import (
     BATCHES,
@@ -130,6 +130,17 @@ def test_an_output_in_which_nothing_stands_out_needs_the_likelihood_and_says_so_
 
 
 # Accumulation, and several forward passes in one context
+
+
+def test_an_output_that_is_no_tensor_is_refused_by_the_likelihood() -> None:
+    model, likelihood, (x, y) = seeded(Net()), gaussian(), BATCHES[0]
+    optimizer = bk.NoisyKFAC(model, likelihood, num_data=N)
+    with optimizer.sampled_params():
+        output = ModelOutput(logits=model(x))
+        with pytest.raises(TargetError, match=r"output of type ModelOutput must be a tensor.*model\(x\)\.logits"):
+            likelihood(output, y)
+        likelihood(output.logits, y).backward()
+    optimizer.step()
 
 
 def test_contexts_on_parts_of_a_batch_at_one_sample_are_the_whole_batch():
