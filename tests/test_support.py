@@ -138,6 +138,24 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
 
 
+class ShiftedRMSNorm(nn.Module):
+    """The normalisation of Hugging Face's Gemma, whose weight of zero is a gain of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 + self.weight) * functional.rms_norm(x, (4,))
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """The normalisation of channels of torchvision and timm, with a forward pass of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
 class LoRA(nn.Module):
     """A frozen linear layer with a trainable product of two thin ones beside it."""
 
@@ -653,6 +671,12 @@ KINDS = (
     words("`EmbeddingBag`", nn.EmbeddingBag, (4,)),
     norm("`LayerNorm`", (lambda: nn.LayerNorm(4), (3, 4))),
     norm("`RMSNorm`", (lambda: nn.RMSNorm(4), (3, 4)), columns=1),
+    norm(
+        "`LayerNorm`, `LayerNorm2d` of other libraries",
+        (lambda: LayerNorm2d(4), (4, 3, 2)),
+        (lambda: LayerNorm2d(4), (4, 4, 2)),
+    ),
+    norm("`RMSNorm` of other libraries", (ShiftedRMSNorm, (3, 4)), columns=1),
     norm("`GroupNorm`", (lambda: nn.GroupNorm(2, 4), (4, 3))),
     norm(
         "`InstanceNorm1d`, `InstanceNorm2d`, `InstanceNorm3d`, affine",

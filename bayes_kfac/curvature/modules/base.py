@@ -237,7 +237,7 @@ def adapter_for(module: nn.Module) -> Any:
     A subclass counts as its parent's kind only while it keeps the parent's ``forward``: another forward pass is
     another function of the weights.
     """
-    for kind in type(module).__mro__:
-        if kind in _REGISTRY:
-            return _REGISTRY[kind] if type(module).forward is kind.forward else None
+    kind = next((kind for kind in type(module).__mro__ if kind in _REGISTRY), None)
+    if kind is not None and type(module).forward is kind.forward:
+        return _REGISTRY[kind]
     return next((adapter for likeness, adapter in _LIKENESSES if likeness(module)), None)

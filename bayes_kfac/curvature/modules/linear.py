@@ -25,6 +25,14 @@ class LinearAdapter(ModuleAdapter):
         return None
 
 
+def _is_linear(module: nn.Module) -> bool:
+    weight, names = getattr(module, "weight", None), {"in_channels", "out_channels"}
+    return type(module).__name__ == "Linear" and names <= vars(module).keys() and getattr(weight, "ndim", 0) == 2
+
+
+register_like(_is_linear)(LinearAdapter)  # PyTorch Geometric's, which is no nn.Linear
+
+
 def _is_transposed_linear(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(weight, Tensor)

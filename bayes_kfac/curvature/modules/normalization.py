@@ -6,14 +6,16 @@ weight and bias. Blocks that small are kept dense: a 2×2 Fisher for each featur
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bayes_kfac.curvature.modules.base import ModuleAdapter, register
+from bayes_kfac.curvature.modules.base import ModuleAdapter, register, register_like
 
 
 def couples_examples(module: nn.Module) -> bool:
@@ -104,3 +106,49 @@ class BatchNormAdapter(ChannelsAdapter):
         if isinstance(norm, nn.modules.instancenorm._InstanceNorm):
             return functional.instance_norm(inputs, eps=norm.eps)
         return functional.batch_norm(inputs, None, None, training=True, eps=norm.eps)
+
+
+def _is_affine_norm(module: nn.Module) -> bool:
+    is_named_so = re.search(r"(RMS|Rms|Layer)Norm(2d)?(Fp32)?$", type(module).__name__) is not None
+    own = dict(module.named_parameters())
+    is_affine = "weight" in own and own.keys() <= {"weight", "bias"} and own["weight"].ndim == 1
+    return is_named_so and is_affine and not any(True for _ in module.buffers())
+
+
+@register_like(_is_affine_norm)
+class AffineNormAdapter(NormalizationAdapter):
+    """Layer- and RMSNorms of other libraries, whatever they compute, as long as it is affine in weight and bias.
+
+    What multiplies the weight is the difference between the outputs for weights of one and of zero.
+    """
+
+    #: The dimension of the features, which the first call tells.
+    axis = -1
+
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:  # noqa: D102
+        return self.normalize((args, kwargs))
+
+    def normalize(self, inputs: Any) -> Tensor:  # noqa: D102
+        ones = torch.ones_like(self.module.weight)
+        nothing = self._output(torch.zeros_like(ones), *inputs)
+        normalized = self._output(ones, *inputs) - nothing
+        if normalized.ndim > 2 and normalized.shape[1] == len(ones):
+            ramp = torch.arange(len(ones)).to(ones)
+            ramped = self._output(ramp, *inputs) - nothing
+            is_last = normalized.shape[-1] == len(ones) and torch.allclose(ramped, normalized * ramp, rtol=1e-3)
+            self.axis = -1 if is_last else 1
+        return normalized
+
+    def _output(self, weight: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """The module's output with another weight."""
+        held, own = self.module._parameters, self.module.weight
+        held["weight"] = weight
+        try:
+            output: Tensor = self.module.forward(*args, **kwargs)  # past the hooks, of which this is one
+        finally:
+            held["weight"] = own
+        return output
+
+    def gradient_rows(self, gradient: Tensor) -> Tensor:  # noqa: D102
+        rows = gradient.movedim(self.axis, 0)
+        return rows.reshape(*rows.shape[:2], -1, 1)

@@ -135,6 +135,19 @@ class LowRank(nn.Module):
         return self.base(x) + 0.5 * self.up(self.down(x))
 
 
+class Linear(nn.Module):
+    """The linear layer of PyTorch Geometric, which is no ``nn.Linear``."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 def lora() -> nn.Module:
     return nn.Sequential(LowRank(nn.Linear(4, 5), 2), nn.Tanh(), LowRank(nn.Linear(5, 2), 2))
 
@@ -155,6 +168,7 @@ LINEAR: dict[str, Case] = {
         SEQUENCE,
     ),
     "hugging face conv1d": (lambda: nn.Sequential(Conv1D(5, 4), nn.Tanh(), Conv1D(2, 5)), SEQUENCE),
+    "pytorch geometric linear": (lambda: under(Linear(4, 3), 3), SEQUENCE),
     "lora": (lora, FEATURES),
     "lora over time": (lora, SEQUENCE),
 }
@@ -212,6 +226,24 @@ def after_conv(norm: nn.Module, *, spatial: int = 2) -> nn.Module:
     return nn.Sequential(conv(spatial, kernel_size=2), norm, nn.Tanh(), conv(spatial, 2, 1, kernel_size=1))
 
 
+class ShiftedRMSNorm(nn.Module):
+    """The normalisation of Hugging Face's Gemma: a weight of zero is a gain of one."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 + self.weight) * x * (x.square().mean(-1, keepdim=True) + 0.1).rsqrt()
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """The normalisation of channels in torchvision's and timm's ConvNeXt: a subclass with another forward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
 NORMALISATIONS: dict[str, Case] = {
     "layer norm": (lambda: under(nn.LayerNorm(4), 4), SEQUENCE),
     "layer norm of a vector": (lambda: under(nn.LayerNorm(4), 4), FEATURES),
@@ -220,6 +252,11 @@ NORMALISATIONS: dict[str, Case] = {
     "layer norm, frozen weight": (lambda: under(frozen(nn.LayerNorm(4), "weight"), 4), SEQUENCE),
     "layer norm, not affine": (lambda: under(nn.LayerNorm(4, elementwise_affine=False), 4), SEQUENCE),
     "rms norm": (lambda: under(nn.RMSNorm(4, eps=0.1), 4), SEQUENCE),
+    "rms norm of another library": (lambda: under(ShiftedRMSNorm(4), 4), SEQUENCE),
+    "rms norm of another library, of a vector": (lambda: under(ShiftedRMSNorm(4), 4), FEATURES),
+    "layer norm of channels": (lambda: after_conv(LayerNorm2d(2)), IMAGES[2]),
+    "layer norm of channels, as many as positions": (lambda: under(LayerNorm2d(4), 4), SEQUENCE),
+    "layer norm of channels, frozen weight": (lambda: after_conv(frozen(LayerNorm2d(2), "weight")), IMAGES[2]),
     "group norm": (lambda: after_conv(nn.GroupNorm(1, 2)), IMAGES[2]),
     "group norm of two groups": (lambda: nn.GroupNorm(2, 4, eps=0.1), IMAGES[1]),
     **{
