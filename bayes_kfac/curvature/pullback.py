@@ -277,8 +277,9 @@ class PullBack:
             if not _agree(layer.matrix(filled).float(), rows.get(name), self.output.dtype):
                 raise UnsupportedModelError(
                     f"Layer {name!r} ({type(layer.module).__name__}): the calls that were seen do not account for the "
-                    "gradient of its weights. Are they used without calling the module, as in F.linear(x, "
-                    "module.weight)? Or is the module's adapter wrong? Call the module, or leave its parameters to "
+                    "gradient of its weights. Are they used without calling the module, as in x @ module.weight.T? Or "
+                    "is the module's adapter wrong? Call the module; or leave its parameters out, by "
+                    "requires_grad_(False), params= of a trainer or subset= of a Laplace fit; or leave them to "
                     "others='diagonal' by holding them in a module without adapter."
                 )
 

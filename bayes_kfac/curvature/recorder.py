@@ -5,6 +5,9 @@ weights: each use is a call.
 
 Hooks are on the model only between :meth:`Recorder.attach` and :meth:`Recorder.detach`; a model that is copied, pickled
 or compiled at any other time carries none. Compiled modules run uncompiled in between: a compiled graph shows no layer.
+
+Some models use the weight of a linear layer without calling it, ``F.linear(x, layer.weight)``. A mode of torch sees
+these products; as it slows every operation down, it stays on only where the first pass had any.
 """
 
 from __future__ import annotations
@@ -18,12 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from bayes_kfac.curvature.alignment import WAYS, Way
 from bayes_kfac.curvature.layers import Layer, Use
-from bayes_kfac.curvature.modules import CompositeAdapter
+from bayes_kfac.curvature.modules import CompositeAdapter, LinearAdapter, LinearWithoutBiasAdapter
 from bayes_kfac.curvature.pullback import Call, PullBack
 from bayes_kfac.curvature.rows import Rows
 from bayes_kfac.errors import UsageError
@@ -48,6 +53,15 @@ class Recorder:
         self.calls: list[Call] = []
         self._attached: ExitStack | None = None
         self._known: dict[tuple[int, ...], _Known] = {}
+        #: Linear layers, whose weights may be used without calling them.
+        self._linear = [
+            (layer.name, use)
+            for layer in layers.values()
+            for use in layer.uses
+            if type(use.adapter) is LinearAdapter and use.composite is None
+        ]
+        self._has_products: bool | None = None  # not known before the first pass
+        self._open_calls = 0
 
     def attach(self) -> None:
         """Put a forward hook on every module that uses a block.
@@ -75,6 +89,19 @@ class Recorder:
                     stack.callback(handle.remove)
         for composite, uses in parts.items():
             stack.callback(_replace_forward(composite.module, partial(self._run_composite, composite, uses)))
+        if self._linear and self._has_products is not False:
+            self._watch_products(stack)
+
+    def _watch_products(self, stack: ExitStack) -> None:
+        """See products with weights of linear layers outside of their calls."""
+        self._open_calls = 0
+        for module in {use.adapter.module for _, use in self._linear}:
+            stack.callback(module.register_forward_pre_hook(lambda *_: self._count_calls(1)).remove)
+            stack.callback(module.register_forward_hook(lambda *_: self._count_calls(-1), always_call=True).remove)
+        stack.enter_context(_Products(self._take_product))
+
+    def _count_calls(self, change: int) -> None:
+        self._open_calls += change
 
     def detach(self) -> None:
         """Take the hooks off and forget what was recorded."""
@@ -146,7 +173,27 @@ class Recorder:
         def record(part: str, captured: Any, output: Tensor) -> Tensor:
             return self._take(uses.get(part, []), lambda: captured, output)
 
-        return composite.forward(record, *args, **kwargs)
+        self._count_calls(1)  # whose products it tells of by itself
+        try:
+            return composite.forward(record, *args, **kwargs)
+        finally:
+            self._count_calls(-1)
+
+    def _take_product(self, output: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """Take an ``F.linear`` down if no call of a layer does, for every layer whose weight it is with."""
+        if self._open_calls or not self.is_recording:
+            return output
+        uses: dict[str, Use] = {}
+        for name, use in self._linear:
+            adapter = use.adapter
+            if adapter.parameter("weight") is not given["weight"] or name in uses:
+                continue
+            if not adapter.bias or adapter.parameter("bias") is given.get("bias"):
+                uses[name] = use
+            elif adapter.weight:
+                uses[name] = replace(use, adapter=LinearWithoutBiasAdapter(adapter.module, bias=True))
+        self._has_products = self._has_products or bool(uses)
+        return self._take(list(uses.items()), lambda: given["input"], output)
 
     def _take(self, uses: list[tuple[str, Use]], capture: Callable[[], Any], output: Tensor) -> Tensor:
         """Take a call down; returns the output that the model goes on with."""
@@ -156,6 +203,7 @@ class Recorder:
             return output
         if output._is_view():  # an operation in place on a view would take its edge out of the graph
             output = output.clone()
+        self._has_products = bool(self._has_products)
         with torch.set_grad_enabled(self.keeps_graph):
             captured = capture()
         if not self.keeps_graph:
@@ -190,6 +238,25 @@ class _Known:
     def learn(self, found: Mapping[str, Set[Way]]) -> None:
         """Keep what holds for other passes too."""
         self.ways.update({name: ways for name, ways in found.items() if not (ways and name in self.varying)})
+
+
+class _Products(TorchFunctionMode):
+    """Tells of every ``F.linear``.
+
+    Args:
+        take: Called with its output, and its arguments by name; returns the output to go on with.
+    """
+
+    def __init__(self, take: Callable[[Tensor, Mapping[str, Any]], Tensor]) -> None:
+        super().__init__()
+        self.take = take
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func is not functional.linear:
+            return output
+        return self.take(output, dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs)
 
 
 def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:

@@ -458,7 +458,7 @@ def test_the_first_forward_pass_is_checked_to_be_complete(make, monkeypatch):
 
     class Beside(Plain):
         def logits(self, x: Tensor) -> Tensor:
-            return super().logits(x) + nn.functional.linear(self.first(x), self.second.weight)
+            return super().logits(x) + self.first(x) @ self.second.weight.mT
 
     meter = make(Beside(), "exact")
     with pytest.raises(UnsupportedModelError, match="'second'"):
@@ -572,6 +572,10 @@ def test_hooks_are_there_between_attach_and_detach_only(make):
         modules = [*meter.model.modules(), likelihood]
         return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
 
+    likelihood(meter.model(INPUTS), TARGETS).backward()
+    meter.detach()
+    assert hooks() == 0
+    meter.attach()
     assert hooks() == 5  # a layer's each, before and after the model, before the likelihood
     meter.detach()
     assert hooks() == 0

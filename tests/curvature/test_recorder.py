@@ -400,17 +400,42 @@ def test_hooks_are_on_the_model_between_attach_and_detach_only():
     layers: dict[str, Layer] = find_layers(model)[0]
     recorder = Recorder(layers)
     assert hooks(model) == 0
-    recorder.attach()
-    assert hooks(model) == 3
-    model(randn(4, 3, seed=0))
-    assert recorder.calls
-    recorder.detach()
+    for each in (3, 1):  # of a layer; the first pass tells that no weight is used without a call
+        recorder.attach()
+        assert hooks(model) == 3 * each
+        model(randn(4, 3, seed=0))
+        assert recorder.calls
+        recorder.detach()
     assert hooks(model) == 0
     assert not recorder.calls
     model(randn(4, 3, seed=0))
     assert not recorder.calls
     copy.deepcopy(model)
     pickle.dumps(model)
+
+
+def test_weights_used_without_a_call_are_seen_in_every_pass():
+    """As in torchvision's Swin and timm's BEiT; a pass that is not recorded tells nothing of the next."""
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.layer.weight, self.layer.bias)
+
+    model, inputs = seeded(Product()), randn(4, 3, seed=0)
+    recorder = Recorder(find_layers(model)[0])
+    for is_recording in (False, True, True):
+        recorder.attach()
+        recorder.is_recording = is_recording
+        output = model(inputs)
+        rows = recorder.rows(output, torch.ones_like(output)[None]) if is_recording else {}
+        recorder.detach()
+        assert list(rows) == ["layer"] * is_recording
+        if is_recording:
+            assert_close(rows["layer"].inputs[:, 0, :3], inputs, **TIGHT)
 
 
 def test_attaching_twice_is_an_error_and_detaching_twice_is_not():
@@ -420,11 +445,12 @@ def test_attaching_twice_is_an_error_and_detaching_twice_is_not():
     recorder.attach()
     with pytest.raises(UsageError, match=r"detach\(\) it first"):
         recorder.attach()
-    assert hooks(model) == 3
+    assert hooks(model) > 0
     recorder.detach()
     recorder.detach()
+    assert hooks(model) == 0
     recorder.attach()
-    assert hooks(model) == 3
+    assert hooks(model) > 0
     recorder.detach()
 
 

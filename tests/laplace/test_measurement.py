@@ -570,7 +570,7 @@ def test_weights_used_without_their_module_are_refused() -> None:
             self.layer = nn.Linear(3, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.linear(self.layer(x), self.layer.weight)
+            return self.layer(x) @ self.layer.weight.mT
 
     with pytest.raises(bk.errors.UnsupportedModelError, match=r"Layer 'layer'.*do not account"):
         fitted(seeded(Hidden()), gaussian(), [(X, randn(11, 3, seed=3))])

@@ -12,7 +12,11 @@ from bayes_kfac.curvature.modules.base import (
 )
 from bayes_kfac.curvature.modules.convolution import ConvAdapter, ConvTransposeAdapter
 from bayes_kfac.curvature.modules.embedding import EmbeddingAdapter, EmbeddingBagAdapter
-from bayes_kfac.curvature.modules.linear import LinearAdapter, TransposedLinearAdapter
+from bayes_kfac.curvature.modules.linear import (
+    LinearAdapter,
+    LinearWithoutBiasAdapter,
+    TransposedLinearAdapter,
+)
 from bayes_kfac.curvature.modules.normalization import NormalizationAdapter, couples_examples
 from bayes_kfac.curvature.modules.parameter import ParameterAdapter
 from bayes_kfac.curvature.modules.recurrent import CellAdapter, RecurrentAdapter
@@ -25,6 +29,7 @@ __all__ = [
     "EmbeddingAdapter",
     "EmbeddingBagAdapter",
     "LinearAdapter",
+    "LinearWithoutBiasAdapter",
     "Modes",
     "ModuleAdapter",
     "MultiheadAttentionAdapter",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bayes_kfac.curvature.modules.base import ModuleAdapter, register, register_like
 
@@ -23,6 +24,13 @@ class LinearAdapter(ModuleAdapter):
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return "MultiheadAttention uses it without calling it"
         return None
+
+
+class LinearWithoutBiasAdapter(LinearAdapter):
+    """A use of a linear layer's weight without its bias, whose column of the rows is zero."""
+
+    def _append_one(self, rows: Tensor) -> Tensor:
+        return functional.pad(rows, (0, 1))
 
 
 def _is_linear(module: nn.Module) -> bool:

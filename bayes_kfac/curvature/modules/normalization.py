@@ -109,7 +109,7 @@ class BatchNormAdapter(ChannelsAdapter):
 
 
 def _is_affine_norm(module: nn.Module) -> bool:
-    is_named_so = re.search(r"(RMS|Rms|Layer)Norm(2d)?(Fp32)?$", type(module).__name__) is not None
+    is_named_so = re.search(r"(RMS|Rms|Layer|Group)Norm(1|2d)?(NoBias)?(Fp32)?$", type(module).__name__) is not None
     own = dict(module.named_parameters())
     is_affine = "weight" in own and own.keys() <= {"weight", "bias"} and own["weight"].ndim == 1
     return is_named_so and is_affine and not any(True for _ in module.buffers())
@@ -117,7 +117,7 @@ def _is_affine_norm(module: nn.Module) -> bool:
 
 @register_like(_is_affine_norm)
 class AffineNormAdapter(NormalizationAdapter):
-    """Layer- and RMSNorms of other libraries, whatever they compute, as long as it is affine in weight and bias.
+    """Layer-, RMS- and GroupNorms of other libraries, whatever they compute that is affine in weight and bias.
 
     What multiplies the weight is the difference between the outputs for weights of one and of zero.
     """

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tests.helpers import randn
 
@@ -167,6 +168,32 @@ LINEAR: dict[str, Case] = {
         lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 2)),
         SEQUENCE,
     ),
+    "linear, weight used without a call": (
+        lambda: Model(
+            lambda model, x: functional.linear(x, model.layer.weight, bias=model.layer.bias), layer=nn.Linear(4, 2)
+        ),
+        SEQUENCE,
+    ),
+    "linear, weight used without a call, and without its bias": (
+        lambda: Model(
+            lambda model, x: model.layer(functional.linear(x, model.layer.weight).tanh()), layer=nn.Linear(4, 4)
+        ),
+        SEQUENCE,
+    ),
+    "linear, frozen bias, weight used without a call": (
+        lambda: Model(
+            lambda model, x: functional.linear(x, model.layer.weight, 2 * model.layer.bias),
+            layer=frozen(nn.Linear(4, 2), "bias"),
+        ),
+        SEQUENCE,
+    ),
+    "linear, tied, weight used without a call": (
+        lambda: Model(
+            lambda model, x: model.layers(functional.linear(x, model.layers[0].weight).tanh()),
+            layers=tied(nn.Linear(4, 4), nn.Linear(4, 4), "weight"),
+        ),
+        SEQUENCE,
+    ),
     "hugging face conv1d": (lambda: nn.Sequential(Conv1D(5, 4), nn.Tanh(), Conv1D(2, 5)), SEQUENCE),
     "pytorch geometric linear": (lambda: under(Linear(4, 3), 3), SEQUENCE),
     "lora": (lora, FEATURES),
@@ -244,6 +271,16 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
+class GroupNorm1(nn.GroupNorm):
+    """The normalisation of timm's PoolFormer: a subclass with another forward pass."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(1, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 NORMALISATIONS: dict[str, Case] = {
     "layer norm": (lambda: under(nn.LayerNorm(4), 4), SEQUENCE),
     "layer norm of a vector": (lambda: under(nn.LayerNorm(4), 4), FEATURES),
@@ -257,6 +294,7 @@ NORMALISATIONS: dict[str, Case] = {
     "layer norm of channels": (lambda: after_conv(LayerNorm2d(2)), IMAGES[2]),
     "layer norm of channels, as many as positions": (lambda: under(LayerNorm2d(4), 4), SEQUENCE),
     "layer norm of channels, frozen weight": (lambda: after_conv(frozen(LayerNorm2d(2), "weight")), IMAGES[2]),
+    "group norm of another library": (lambda: after_conv(GroupNorm1(2)), IMAGES[2]),
     "group norm": (lambda: after_conv(nn.GroupNorm(1, 2)), IMAGES[2]),
     "group norm of two groups": (lambda: nn.GroupNorm(2, 4, eps=0.1), IMAGES[1]),
     **{
