@@ -156,6 +156,13 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
+class ScaledWordEmbedding(nn.Embedding):
+    """The words of Hugging Face's BART and Gemma."""
+
+    def forward(self, words: Tensor) -> Tensor:
+        return super().forward(words) * 2.5
+
+
 class LoRA(nn.Module):
     """A frozen linear layer with a trainable product of two thin ones beside it."""
 
@@ -669,6 +676,7 @@ KINDS = (
     ),
     words("`Embedding`", nn.Embedding, (4,)),
     words("`EmbeddingBag`", nn.EmbeddingBag, (4,)),
+    words("scaled and positional `Embedding` of transformers", ScaledWordEmbedding, (4,)),
     norm("`LayerNorm`", (lambda: nn.LayerNorm(4), (3, 4))),
     norm("`RMSNorm`", (lambda: nn.RMSNorm(4), (3, 4)), columns=1),
     norm(

@@ -138,6 +138,16 @@ class ModuleAdapter(ABC):
     def _append_one(self, rows: Tensor) -> Tensor:
         return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1) if self.bias else rows
 
+    def _output_with(self, weight: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """The module's output with another weight: it tells what a module of another library does with it."""
+        held, own = self.module._parameters, self.module.weight
+        held["weight"] = weight
+        try:
+            output: Tensor = self.module.forward(*args, **kwargs)  # past the hooks, of which this may be one
+        finally:
+            held["weight"] = own
+        return output
+
     @classmethod
     def obstacle(cls, module: nn.Module) -> str | None:
         """Say why this module cannot be a block although its kind can, or return ``None``."""

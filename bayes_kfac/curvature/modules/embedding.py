@@ -6,13 +6,15 @@ diagonal: rows of one call are :class:`SparseRows`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bayes_kfac.curvature.modules.base import ModuleAdapter, register
+from bayes_kfac.curvature.modules.base import ModuleAdapter, register, register_like
 from bayes_kfac.curvature.modules.linear import as_rows
 from bayes_kfac.curvature.rows import SparseRows
 
@@ -37,6 +39,33 @@ class EmbeddingAdapter(ModuleAdapter):
     @classmethod
     def obstacle(cls, module: nn.Module) -> str | None:  # noqa: D102
         return _obstacle(module)
+
+
+def _is_lookup(module: nn.Module) -> bool:
+    is_named_so = re.search("(ScaledWord|Positional)Embedding$", type(module).__name__) is not None
+    return is_named_so and isinstance(module, nn.Embedding)
+
+
+@register_like(_is_lookup)
+class LookupAdapter(EmbeddingAdapter):
+    """Embeddings of transformers that look up rows of their own choice and scale them, as in BART, OPT and Gemma.
+
+    Which rows, and the scale, are what comes out for a weight of ones and for one of the rows' numbers.
+    """
+
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Any:  # noqa: D102
+        weight = self.module.weight
+        numbers = torch.arange(
+            len(weight), dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device
+        ).unsqueeze(1)
+        scale = self._output_with(torch.ones_like(numbers).expand(weight.shape), args, kwargs)[..., 0]
+        scaled = self._output_with(numbers.expand(weight.shape), args, kwargs)[..., 0]
+        return (scaled / scale).round().long(), scale.to(weight.dtype)
+
+    def input_rows(self, inputs: Any) -> SparseRows:  # noqa: D102
+        indices, scale = inputs
+        rows = super().input_rows(indices)
+        return replace(rows, weights=rows.weights * scale.reshape(rows.weights.shape))
 
 
 @register(nn.EmbeddingBag)

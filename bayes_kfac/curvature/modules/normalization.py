@@ -130,24 +130,14 @@ class AffineNormAdapter(NormalizationAdapter):
 
     def normalize(self, inputs: Any) -> Tensor:  # noqa: D102
         ones = torch.ones_like(self.module.weight)
-        nothing = self._output(torch.zeros_like(ones), *inputs)
-        normalized = self._output(ones, *inputs) - nothing
+        nothing = self._output_with(torch.zeros_like(ones), *inputs)
+        normalized = self._output_with(ones, *inputs) - nothing
         if normalized.ndim > 2 and normalized.shape[1] == len(ones):
             ramp = torch.arange(len(ones)).to(ones)
-            ramped = self._output(ramp, *inputs) - nothing
+            ramped = self._output_with(ramp, *inputs) - nothing
             is_last = normalized.shape[-1] == len(ones) and torch.allclose(ramped, normalized * ramp, rtol=1e-3)
             self.axis = -1 if is_last else 1
         return normalized
-
-    def _output(self, weight: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """The module's output with another weight."""
-        held, own = self.module._parameters, self.module.weight
-        held["weight"] = weight
-        try:
-            output: Tensor = self.module.forward(*args, **kwargs)  # past the hooks, of which this is one
-        finally:
-            held["weight"] = own
-        return output
 
     def gradient_rows(self, gradient: Tensor) -> Tensor:  # noqa: D102
         rows = gradient.movedim(self.axis, 0)

@@ -211,6 +211,27 @@ def bags(function: Callable[..., Tensor], **options: Any) -> nn.Module:
     )
 
 
+class ScaledWordEmbedding(nn.Embedding):
+    """The words of Hugging Face's BART and Gemma."""
+
+    def forward(self, words: Tensor) -> Tensor:
+        return super().forward(words) * 2.5
+
+
+class LearnedPositionalEmbedding(nn.Embedding):
+    """The positions of Hugging Face's OPT, which begin at the third row."""
+
+    def forward(self, words: Tensor) -> Tensor:
+        return super().forward(torch.arange(words.shape[1]).expand(words.shape) + 2)
+
+
+class PositionalEmbedding(nn.Embedding):
+    """The positions of Hugging Face's Whisper: the same rows for all examples."""
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.weight[: words.shape[1]]
+
+
 #: Three bags of two, none and five words, one of which occurs twice.
 FLAT = torch.tensor([0, 4, 3, 1, 1, 5, 2])
 STARTS = torch.tensor([0, 2, 2])
@@ -218,6 +239,17 @@ EMBEDDINGS: dict[str, Case] = {
     "embedding": (lambda: under(nn.Embedding(6, 3), 3), WORDS),
     "embedding of one word": (lambda: under(nn.Embedding(6, 3), 3), WORDS[:, 0]),
     "embedding, padding_idx": (lambda: under(nn.Embedding(6, 3, padding_idx=2), 3), WORDS),
+    "embedding, scaled": (lambda: under(ScaledWordEmbedding(6, 3, padding_idx=2), 3), WORDS),
+    "embedding, from the third row on": (lambda: under(LearnedPositionalEmbedding(7, 3), 3), WORDS),
+    "embedding, the same rows for all examples": (
+        lambda: Model(
+            lambda model, x: model.head((model.words(x) + model.positions(x)).tanh()),
+            words=ScaledWordEmbedding(6, 3),
+            positions=PositionalEmbedding(5, 3),
+            head=nn.Linear(3, 2),
+        ),
+        WORDS,
+    ),
     "embedding bag, sum": (lambda: bags(lambda bag, x: bag(x), mode="sum"), WORDS),
     "embedding bag, mean": (lambda: bags(lambda bag, x: bag(x), mode="mean"), WORDS),
     "embedding bag, mean with padding_idx": (lambda: bags(lambda bag, x: bag(x), mode="mean", padding_idx=2), WORDS),
