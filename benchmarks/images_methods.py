@@ -125,7 +125,7 @@ SETTINGS["vgg16_narrow"] = {
     "adamw": {"lr": 5e-4, "weight_decay": 5e-2},
     "ivon": {"lr": 0.1, "weight_decay": 2e-4, "hess_init": 0.5, "beta2": 0.9999},
     "noisy_kfac": _NARROW,
-    "noisy_ekfac": {**_NARROW, "extrinsic_damping": 1e-2, "kl_clip": 1e-3},
+    "noisy_ekfac": {**_NARROW, "extrinsic_damping": 1e-2, "kl_clip": 1e-3, "prior_precision": 1000.0},
 }
 _NORMALIZED = {**_VGG16, "prior_precision": 1.0, "kl_clip": 1e-2}
 SETTINGS["vgg16_bn"] = {**SETTINGS["vgg16"], "noisy_kfac": _NORMALIZED, "noisy_ekfac": _NORMALIZED}
