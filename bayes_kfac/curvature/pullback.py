@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,7 @@ from bayes_kfac.batches import count_examples, widened
 from bayes_kfac.curvature.alignment import WAYS, Way, batch_first, both_ways, in_every_example, joined
 from bayes_kfac.curvature.layers import Layer, Use
 from bayes_kfac.curvature.probing import factors, nodes_behind, uncoupled, ways_of
-from bayes_kfac.curvature.rows import Rows
+from bayes_kfac.curvature.rows import Rows, SparseRows
 from bayes_kfac.errors import UnsupportedModelError, UsageError
 
 #: Examples times columns that one batched backward pass takes on, where gradients of single examples are needed.
@@ -99,6 +99,8 @@ class PullBack:
             examples that they would belong to without it.
         ways: How the rows of layers lie, where it is known; otherwise :meth:`probe` finds out.
         create_graph: Whether rows are to be differentiable with respect to the model's inputs.
+        keeps_inputs: Whether the inputs of rows are kept from one time to the next, as for columns that are pulled back
+            in parts: the patches of convolutions cost as much as a backward pass.
     """
 
     layers: Mapping[str, Layer]
@@ -109,6 +111,8 @@ class PullBack:
     coupled: bool = False
     ways: Mapping[str, Set[Way]] | None = None
     create_graph: bool = False
+    keeps_inputs: bool = False
+    _inputs: dict[int, Tensor | SparseRows] = field(default_factory=dict, repr=False, compare=False)
 
     def columns_within(self, budget: int) -> int:
         """How many columns of gradients can be pulled back at a time within so many bytes.
@@ -158,11 +162,19 @@ class PullBack:
             call.check()
         pulled = self._pull_back([call.edge for call in self.calls], output_gradients)
         found = [
-            (call, Rows(*call.use.adapter.rows(call.captured, gradients)))
-            for call, gradients in zip(self.calls, pulled, strict=True)
+            (call, self._rows_of(place, gradients))
+            for place, (call, gradients) in enumerate(zip(self.calls, pulled, strict=True))
             if gradients is not None
         ]
         return _whole_batches(found, len(self.output))
+
+    def _rows_of(self, place: int, gradients: Tensor) -> Rows:
+        """The rows of the call at a place, as they lie in it."""
+        call = self.calls[place]
+        rows = Rows(*call.use.adapter.rows(call.captured, gradients, self._inputs.get(place)))
+        if self.keeps_inputs:
+            self._inputs[place] = rows.inputs
+        return rows
 
     def _by_example(self, call: Call, rows: Rows) -> Rows | None:
         """The rows of a call by the examples that they belong to; ``None`` where they may belong to several."""

@@ -147,10 +147,14 @@ class Surveyor:
     def _batch(self, batch: Batch, frames: Mapping[str, Frame]) -> Measurement:
         mask = batch.mask
         with (
-            watched(self.recorder, self.model, self.state, batch.inputs, independent=self.fisher == "mc") as (
-                output,
-                pull_back,
-            ),
+            watched(
+                self.recorder,
+                self.model,
+                self.state,
+                batch.inputs,
+                independent=self.fisher == "mc",
+                keeps_inputs=True,
+            ) as (output, pull_back),
             torch.no_grad(),
             linalg.full_precision(output.device),
         ):

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import bayes_kfac as bk
+from bayes_kfac.curvature.modules import ConvAdapter
 from bayes_kfac.likelihoods import Categorical
 from tests.helpers import (
     TIGHT,
@@ -257,6 +258,22 @@ def test_inputs_are_multiplied_once_whatever_the_budget(sharing: str) -> None:
         fitted(model, Categorical(), data, sharing=sharing, memory_budget=1)
     assert products.shapes[5, 5] == 5  # one for each column
     assert products.shapes[7, 7] == 1  # 6 inputs and the 1 of the bias
+
+
+def test_patches_are_made_once_whatever_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each batch, in the probe and the check of the first as well."""
+    made: list[int] = []
+    input_rows = ConvAdapter.input_rows
+
+    def counted(self: ConvAdapter, inputs: Tensor) -> Tensor:
+        made.append(len(inputs))
+        return input_rows(self, inputs)
+
+    monkeypatch.setattr(ConvAdapter, "input_rows", counted)
+    model = seeded(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 5)))
+    data = [(randn(size, 1, 4, 4, seed=size), torch.randint(5, (size,), generator=rng(0))) for size in (6, 7)]
+    fitted(model, Categorical(), data, memory_budget=1)
+    assert made == [6, 7]
 
 
 def test_a_small_budget_bounds_the_columns_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,12 +63,15 @@ class ModuleAdapter(ABC):
         """What to keep of a call until its rows are asked for: the first argument, as it is."""
         return next(iter((*args, *kwargs.values())))
 
-    def rows(self, captured: Any, gradients: Tensor) -> tuple[Tensor | SparseRows, Tensor]:
+    def rows(
+        self, captured: Any, gradients: Tensor, inputs: Tensor | SparseRows | None = None
+    ) -> tuple[Tensor | SparseRows, Tensor]:
         """The rows of one call.
 
         Args:
             captured: What :meth:`capture` returned.
             gradients: Gradients with respect to the call's output, ``[columns, *output]``.
+            inputs: The rows' inputs, where they are known from other gradients of the same call.
 
         Returns:
             Inputs ``[*blocks, batch, shared, in]`` and gradients ``[columns, *blocks, batch, shared, out]``.
@@ -77,9 +80,13 @@ class ModuleAdapter(ABC):
             outgoing = torch.vmap(self.gradient_rows)(gradients)
         else:  # vmap's overhead would rule on small networks
             outgoing = self.gradient_rows(gradients[0]).unsqueeze(0)
-        if not self.weight:
-            return outgoing.new_ones(()).expand(*outgoing.shape[1:-1], 1), outgoing
-        return self.input_rows(captured), outgoing
+        return self._inputs_beside(outgoing, captured) if inputs is None else inputs, outgoing
+
+    def _inputs_beside(self, outgoing: Tensor, captured: Any) -> Tensor | SparseRows:
+        """The inputs of rows with these gradients; of a bias alone ones."""
+        if self.weight:
+            return self.input_rows(captured)
+        return outgoing.new_ones(()).expand(*outgoing.shape[1:-1], 1)
 
     def to_matrix(self, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Join tensors shaped like weight and bias into ``[*blocks, out, in]``."""

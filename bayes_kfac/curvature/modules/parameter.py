@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from bayes_kfac.curvature.modules.base import Modes, ModuleAdapter
+from bayes_kfac.curvature.rows import SparseRows
 
 
 class ParameterAdapter(ModuleAdapter):
@@ -33,10 +34,12 @@ class ParameterAdapter(ModuleAdapter):
         """``[batch, *parameter]`` to ``[batch, 1, elements]``."""
         return gradient.reshape(gradient.shape[0], 1, -1)
 
-    def rows(self, captured: None, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    def rows(
+        self, captured: None, gradients: Tensor, inputs: Tensor | SparseRows | None = None
+    ) -> tuple[Tensor | SparseRows, Tensor]:
         """The rows of a parameter's gradients of each example, ``[columns, batch, *parameter]``."""
         outgoing = gradients.reshape(*gradients.shape[:2], 1, -1)
-        return self.input_rows(outgoing[0]), outgoing
+        return self.input_rows(outgoing[0]) if inputs is None else inputs, outgoing
 
     @property
     def modes(self) -> Modes:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bayes_kfac.curvature.modules.base import ModuleAdapter, Record
+from bayes_kfac.curvature.rows import SparseRows
 
 
 class Captured(NamedTuple):
@@ -52,12 +53,13 @@ class ProductAdapter(ModuleAdapter):
         self.runs_backwards = runs_backwards
         super().__init__(module, weight=weight, bias=bias)
 
-    def rows(self, captured: Captured, gradients: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def rows(  # noqa: D102
+        self, captured: Captured, gradients: Tensor, inputs: Tensor | SparseRows | None = None
+    ) -> tuple[Tensor | SparseRows, Tensor]:
         outgoing = gradients.transpose(1, 2)
         end = captured.offset + outgoing.shape[-1]
         outgoing = functional.pad(outgoing, (captured.offset, self.shape[-2] - end))
-        ones = outgoing.new_ones(()).expand(*outgoing.shape[1:-1], 1)
-        return self.input_rows(captured.inputs) if self.weight else ones, outgoing
+        return self._inputs_beside(outgoing, captured.inputs) if inputs is None else inputs, outgoing
 
     def input_rows(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self._append_one(inputs.transpose(0, 1))
