@@ -43,7 +43,7 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
 _NOISY_NARROW: dict[str, list[Any]] = {"kl_clip": [1e-3, 1e-2], "prior_precision": [100.0, 300.0]}
 NARROW_GRIDS: dict[str, dict[str, list[Any]]] = {
     "sgd": {"lr": [0.01, 0.03, 0.06, 0.1], "weight_decay": [5e-4, 5e-3]},
-    "adamw": {"lr": [5e-4, 1e-3, 2e-3, 4e-3], "weight_decay": [5e-2, 0.5]},
+    "adamw": {"lr": [5e-4, 1e-3, 2e-3, 4e-3], "weight_decay": [5e-2, 0.5, 5.0]},
     "ivon": {"lr": [0.2, 0.4], "hess_init": [1.0, 2.0, 4.0], "weight_decay": [2e-4]},
     "noisy_kfac": _NOISY_NARROW,
     # its own prediction, with the wider posterior of exact damping, asked for more
