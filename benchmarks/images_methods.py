@@ -121,9 +121,9 @@ SETTINGS["vgg16"] = {
 #: What ``images_tuning.py`` chose; so few steps need a colder posterior than the paper's many, and a stronger prior.
 _NARROW = {**_VGG16, "prior_precision": 300.0, "temperature": 0.1, "kl_clip": 1e-2, "inverse_every": 100}
 SETTINGS["vgg16_narrow"] = {
-    "sgd": {"lr": 0.03, "weight_decay": 5e-4},
-    "adamw": {"lr": 5e-4, "weight_decay": 5e-2},
-    "ivon": {"lr": 0.1, "weight_decay": 2e-4, "hess_init": 0.5, "beta2": 0.9999},
+    "sgd": {"lr": 0.01, "weight_decay": 5e-3},
+    "adamw": {"lr": 5e-4, "weight_decay": 5.0},
+    "ivon": {"lr": 0.2, "weight_decay": 2e-4, "hess_init": 4.0, "beta2": 0.9999},
     "noisy_kfac": _NARROW,
     "noisy_ekfac": {**_NARROW, "extrinsic_damping": 1e-2, "kl_clip": 1e-3, "prior_precision": 1000.0},
 }

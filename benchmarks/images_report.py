@@ -28,14 +28,15 @@ processor time on a CPU.
 TUNING = """Settings: `python benchmarks/images_tuning.py`, by the loss on the last 10 000 training images, which
 training did not see: the grid's after 3 epochs of the MLP and 2 of the CNN; then, as so short a training needs less
 regularisation, the best of each weight decay or temperature after as many epochs as the problem has. MNIST has what
-Fashion-MNIST chose. On CIFAR-10 it is the best of a smaller grid after 4 epochs, `--epochs 4 --grid-only`, whose loss
-is that of the first 2000 of these images.
+Fashion-MNIST chose. On CIFAR-10 grids are smaller, after 4 epochs, and the loss is that of the first 2000 of these
+images; the longer runs are those of SGD and AdamW alone, the others' are too dear (`--epochs 4`, and `--grid-only`).
 
 """
 
 MARKS = """VGG16 (32-64-128-256-256) in the noisy K-FAC paper, recalled and not checked: accuracies of noisy K-FAC
 85.5 % plain, 89.4 % augmented, 88.2 % with batch normalisation, 92.0 % with both, after 150 epochs; its ECE .089 plain
-and .025 with batch normalisation, as read off the figure in the authors' repository.
+and .025 with batch normalisation, as read off the figure in the authors' repository. That is all of CIFAR-10 and a network
+twice as wide: a GPU's work, for which `images.py` has the problems, and which was not run.
 
 """
 
