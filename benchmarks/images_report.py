@@ -45,7 +45,7 @@ TITLES = {
     "fashion-mlp": "Fashion-MNIST, MLP 784-256-256-10",
     "mnist-cnn": "MNIST, CNN of 16 and 32 channels",
     "fashion-cnn": "Fashion-MNIST, CNN of 16 and 32 channels",
-    "cifar10-vgg16-narrow": "The first 10 000 images of CIFAR-10, VGG16 of 16 to 128 channels",
+    "cifar10-vgg16-narrow": "CIFAR-10, the first 10 000 images, narrow VGG16",
     "cifar10-vgg16": "CIFAR-10, VGG16",
     "cifar10-vgg16-augmented": "CIFAR-10, VGG16, augmented",
     "cifar10-vgg16-bn": "CIFAR-10, VGG16 with batch normalisation",
