@@ -171,8 +171,8 @@ class Posterior:
             draws: Draws from :meth:`sample`, instead of new ones. The method is ``"sampling"`` then by default; with
                 ``"linearized"`` they are draws of the affine model.
             generator: The source of randomness.
-            memory_budget: Bytes that a linearised prediction may use beside the model; larger batches go through in
-                parts.
+            memory_budget: Bytes that the layers' rows of a linearised prediction may take up; larger batches go through
+                in parts.
             progress: Whether to show a progress bar over a ``DataLoader``.
 
         Returns:

@@ -4,7 +4,8 @@ A prediction is a function from a batch to logits ``[draws, batch, classes]``, t
 what is predicted; a point estimate has one draw.
 
 Settings of the MLP and the CNN were chosen on Fashion-MNIST by ``images_tuning.py``, by the loss on the last 10 000
-training images, from as many of each method. Those of VGG16 and ResNet-18 are the paper's or customary, and not tuned.
+training images, from as many of each method. Those of the narrow VGG16 were chosen so on CIFAR-10, from smaller grids;
+those of VGG16 and ResNet-18 are the paper's or customary, and not tuned.
 """
 
 from __future__ import annotations

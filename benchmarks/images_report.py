@@ -29,7 +29,8 @@ TUNING = """Settings: `python benchmarks/images_tuning.py`, by the loss on the l
 training did not see: the grid's after 3 epochs of the MLP and 2 of the CNN; then, as so short a training needs less
 regularisation, the best of each weight decay or temperature after as many epochs as the problem has. MNIST has what
 Fashion-MNIST chose. On CIFAR-10 grids are smaller, after 4 epochs, and the loss is that of the first 2000 of these
-images; the longer runs are those of SGD and AdamW alone, the others' are too dear (`--epochs 4`, and `--grid-only`).
+images (`--epochs 4`); only SGD and AdamW had the longer runs (the others `--grid-only`), and where the best was at a
+grid's edge, of AdamW, IVON and noisy EK-FAC, it was moved on. All that was tried is counted.
 
 """
 
