@@ -131,13 +131,28 @@ SETTINGS["vgg16_narrow"] = {
 _NORMALIZED = {**_VGG16, "prior_precision": 1.0, "kl_clip": 1e-2}
 SETTINGS["vgg16_bn"] = {**SETTINGS["vgg16"], "noisy_kfac": _NORMALIZED, "noisy_ekfac": _NORMALIZED}
 SETTINGS["resnet18"] = SETTINGS["vgg16_bn"]
+SETTINGS["vgg16_bn_narrow"] = {
+    "sgd": {"lr": 0.03, "weight_decay": 5e-3},
+    "adamw": {"lr": 2e-3, "weight_decay": 0.5},
+    "ivon": {"lr": 0.2, "weight_decay": 2e-4, "hess_init": 1.0, "beta2": 0.9999},
+    "noisy_kfac": _NARROW,
+    "noisy_ekfac": _NARROW,
+}
 #: Augmented images are more than there are: the paper lowers the weight of the KL.
-AUGMENTED: dict[str, dict[str, Any]] = {"noisy_kfac": {"temperature": 0.1}, "noisy_ekfac": {"temperature": 0.1}}
+_COLDER = {"noisy_kfac": {"temperature": 0.1}, "noisy_ekfac": {"temperature": 0.1}}
+#: What changes with augmented images, by network and method.
+AUGMENTED: dict[str, dict[str, dict[str, Any]]] = {
+    "vgg16": _COLDER,
+    "vgg16_bn": _COLDER,
+    "resnet18": _COLDER,
+    "vgg16_narrow": {},
+    "vgg16_bn_narrow": {},
+}
 
 
 def settings(network: str, method: str, *, augment: bool = False) -> dict[str, Any]:
     """A method's settings for a network."""
-    return {**SETTINGS[network][method], **(AUGMENTED.get(method, {}) if augment else {})}
+    return {**SETTINGS[network][method], **(AUGMENTED[network].get(method, {}) if augment else {})}
 
 
 def gradient_context(optimizer: torch.optim.Optimizer) -> AbstractContextManager[Any]:

@@ -88,6 +88,7 @@ NETWORKS = {
     "mlp": mlp,
     "cnn": cnn,
     "vgg16_narrow": partial(vgg16, width=16),
+    "vgg16_bn_narrow": partial(vgg16, width=16, batch_norm=True),
     "vgg16": vgg16,
     "vgg16_bn": partial(vgg16, batch_norm=True),
     "resnet18": resnet18,

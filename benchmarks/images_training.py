@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,17 @@ class Problem:
     curve_images: int | None = None
 
 
+_NARROW = Problem("cifar10", "vgg16_narrow", 20, 128, train_images=10_000, curve_images=2000)
+
 PROBLEMS = {
     "mnist-mlp": Problem("mnist", "mlp", 10, 256),
     "mnist-cnn": Problem("mnist", "cnn", 5, 128),
     "fashion-mlp": Problem("fashion_mnist", "mlp", 10, 256),
     "fashion-cnn": Problem("fashion_mnist", "cnn", 5, 128),
-    "cifar10-vgg16-narrow": Problem("cifar10", "vgg16_narrow", 20, 128, train_images=10_000, curve_images=2000),
+    "cifar10-vgg16-narrow": _NARROW,
+    "cifar10-vgg16-narrow-augmented": replace(_NARROW, augment=True),
+    "cifar10-vgg16-narrow-bn": replace(_NARROW, network="vgg16_bn_narrow"),
+    "cifar10-vgg16-narrow-bn-augmented": replace(_NARROW, network="vgg16_bn_narrow", augment=True),
     "cifar10-vgg16": Problem("cifar10", "vgg16", 60, 128),
     "cifar10-vgg16-augmented": Problem("cifar10", "vgg16", 60, 128, augment=True),
     "cifar10-vgg16-bn": Problem("cifar10", "vgg16_bn", 60, 128),

@@ -42,7 +42,7 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
 #: For a network whose runs are dear: the noisy ones', which are the dearest, are fewer. IVON's is where it came to lie
 #: after two others.
 _NOISY_NARROW: dict[str, list[Any]] = {"kl_clip": [1e-3, 1e-2], "prior_precision": [100.0, 300.0]}
-NARROW_GRIDS: dict[str, dict[str, list[Any]]] = {
+NARROW: dict[str, dict[str, list[Any]]] = {
     "sgd": {"lr": [0.01, 0.03, 0.06, 0.1], "weight_decay": [5e-4, 5e-3]},
     "adamw": {"lr": [5e-4, 1e-3, 2e-3, 4e-3], "weight_decay": [5e-2, 0.5, 5.0]},
     "ivon": {"lr": [0.2, 0.4], "hess_init": [1.0, 2.0, 4.0], "weight_decay": [2e-4]},
@@ -50,11 +50,26 @@ NARROW_GRIDS: dict[str, dict[str, list[Any]]] = {
     # its own prediction, with the wider posterior of exact damping, asked for more
     "noisy_ekfac": {**_NOISY_NARROW, "prior_precision": [100.0, 300.0, 1000.0]},
 }
+NARROW_NORMALIZED: dict[str, dict[str, list[Any]]] = {
+    "sgd": {"lr": [0.01, 0.03, 0.1], "weight_decay": [5e-4, 5e-3]},
+    "adamw": {"lr": [5e-4, 2e-3], "weight_decay": [5e-2, 0.5, 5.0]},
+    "ivon": {"lr": [0.2, 0.4], "hess_init": [1.0, 4.0], "weight_decay": [2e-4]},
+    "noisy_kfac": {**_NOISY_NARROW, "prior_precision": [30.0, 300.0]},
+}
+#: Augmented images ask for less of what regularises, which is tried alone.
+NARROW_AUGMENTED: dict[str, dict[str, list[Any]]] = {
+    "sgd": {"weight_decay": [5e-4, 5e-3]},
+    "adamw": {"weight_decay": [5e-2, 0.5]},
+    "noisy_kfac": {"prior_precision": [100.0, 300.0]},
+}
 
 
 def grids(problem: str) -> dict[str, dict[str, list[Any]]]:
     """The grids of a problem."""
-    return NARROW_GRIDS if PROBLEMS[problem].network == "vgg16_narrow" else GRIDS
+    own = PROBLEMS[problem]
+    if own.augment and "narrow" in own.network:
+        return NARROW_AUGMENTED
+    return {"vgg16_narrow": NARROW, "vgg16_bn_narrow": NARROW_NORMALIZED}.get(own.network, GRIDS)
 
 
 def work(problem: str, method: str, settings: dict[str, Any], epochs: int, device: str) -> dict[str, Any]:

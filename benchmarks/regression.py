@@ -2,7 +2,8 @@
 
 ``python benchmarks/regression.py --processes 2`` trains noisy K-FAC on Gal's splits and keeps one file for each data
 set, temperature and part of the work in ``benchmarks/results/uci/recommended``; ``report.py`` joins them with the other
-methods. ``--structure ekfac`` and ``--structure diagonal`` do the same for noisy EK-FAC and noisy Adam.
+methods. ``--variant ekfac`` and ``--variant diagonal`` do the same for noisy EK-FAC and noisy Adam, ``--variant
+varying`` for noisy K-FAC of networks that predict a noise for each input.
 
 The recipe: five posteriors from different initial weights, each trained by noisy natural gradient with a noise that is
 learned, are one mixture. Which temperature they are trained at, and which noise they predict with, is where three
@@ -39,11 +40,18 @@ DATA_SETS = (*SMALL, *LARGE)
 TEMPERATURES = (1.0, 0.3, 0.1)
 #: The structures that it is measured with, and what the optimizers are called.
 STRUCTURES = {"kron": "noisy K-FAC", "ekfac": "noisy EK-FAC", "diagonal": "noisy Adam"}
+#: What is measured, and its arguments: every structure with one noise for all inputs, and networks that predict it.
+VARIANTS: dict[str, dict[str, str]] = {
+    **{structure: {"structure": structure} for structure in STRUCTURES},
+    "varying": {"structure": "kron", "noise": "varying"},
+}
 #: Of steps, by structure. Factored damping has cross terms, which damp by far more than its nominal size; what has none
 #: of them needs more.
 EXTRINSIC_DAMPING = {"kron": 1e-3, "ekfac": 0.1, "diagonal": 0.1}
 #: Standard deviations of the noise that predictions are made with, for targets of variance 1.
 NOISES = torch.logspace(-2.4, 0.2, 27)
+#: Multiples of a predicted one.
+MULTIPLES = torch.logspace(-0.4, 0.4, 17)
 PARTS = ("folds", "full")
 FOLD_MEMBERS, MEMBERS, DRAWS = 2, 5, 100
 #: How long: so many passes over the data, and steps.
@@ -56,12 +64,12 @@ def num_folds(data: str) -> int:
     return 1 if data in LARGE else 3
 
 
-def recipe(structure: str, temperature: float, epochs: int, hidden: int = 50) -> Recipe:
-    """The recommended recipe at one temperature."""
+def recipe(structure: str, temperature: float, epochs: int, hidden: int = 50, noise: str | None = None) -> Recipe:
+    """The recommended recipe at one temperature; a noise is learned, or ``"varying"`` with the input."""
     return Recipe(
         structure=structure,
         temperature=temperature,
-        noise_prior=None,
+        noise_prior=noise,
         hidden=hidden,
         epochs=epochs,
         lr=3e-2,
@@ -110,10 +118,10 @@ def repeated(splits: Splits, members: int) -> Splits:
 
 
 def judge(outputs: Tensor, splits: Splits, members: int) -> dict[str, Any]:
-    """Errors, and log-likelihoods at every noise of ``NOISES``: of the mixture of all members, and of single ones.
+    """Errors, and log-likelihoods at every noise that is tried: of the mixture of all members, and of single ones.
 
     Args:
-        outputs: Those of draws of the weights, ``[draws, examples, members × splits]``.
+        outputs: Those of draws of the weights, ``[draws, examples, members × splits, 1]``, or 2 with log-scales.
         splits: What was to be predicted, of one member.
         members: How many.
 
@@ -121,26 +129,36 @@ def judge(outputs: Tensor, splits: Splits, members: int) -> dict[str, Any]:
         ``mixture`` and ``single``, each with ``rmse`` ``[splits]`` and ``log_likelihood`` ``[noises, splits]``.
     """
     target = (splits.test_y / splits.scale).squeeze(-1)
-    outputs = outputs.unflatten(-1, (members, -1)).movedim(2, 0)  # [members, draws, examples, splits]
+    # each [members, draws, examples, splits]
+    mean, *log_scales = outputs.unflatten(2, (members, -1)).movedim(2, 0).unbind(-1)
+    noises = [multiple * scale.exp() for scale in log_scales for multiple in MULTIPLES] or NOISES
     scale = splits.scale.squeeze(-1)
 
-    def rmse(mean: Tensor) -> Tensor:
-        return (mean - target).square().mean(-2).sqrt() * scale
+    def rmse(prediction: Tensor) -> Tensor:
+        return (prediction - target).square().mean(-2).sqrt() * scale
 
-    densities = torch.stack([torch.distributions.Normal(outputs, s).log_prob(target).logsumexp(1) for s in NOISES])
-    densities -= math.log(outputs.shape[1]) + scale.log()  # [noises, members, examples, splits]
+    densities = torch.stack([torch.distributions.Normal(mean, s).log_prob(target).logsumexp(1) for s in noises])
+    densities -= math.log(mean.shape[1]) + scale.log()  # [noises, members, examples, splits]
     mixture = (densities.logsumexp(1) - math.log(members)).mean(-2)
     return {
-        "mixture": {"rmse": rmse(outputs.mean((0, 1))).tolist(), "log_likelihood": mixture.tolist()},
+        "mixture": {"rmse": rmse(mean.mean((0, 1))).tolist(), "log_likelihood": mixture.tolist()},
         "single": {
-            "rmse": rmse(outputs.mean(1)).mean(0).tolist(),
+            "rmse": rmse(mean.mean(1)).mean(0).tolist(),
             "log_likelihood": densities.mean((1, 2)).tolist(),
         },
     }
 
 
 def measure(
-    data: str, structure: str, temperature: float, part: str, splits: int, steps: int, seed: int, epochs: int
+    data: str,
+    structure: str,
+    temperature: float,
+    part: str,
+    splits: int,
+    steps: int,
+    seed: int,
+    epochs: int,
+    noise: str | None = None,
 ) -> dict[str, Any]:
     """Train and judge: on the folds of the training parts, or on the training parts for the test parts."""
     parts = load_splits(data, splits)
@@ -150,18 +168,20 @@ def measure(
     stack = repeated(parts, members)
     steps_of_epoch = math.ceil(len(parts.train_x) / BATCH_SIZE)
     hidden = 100 if data == "protein" else 50
-    own = recipe(structure, temperature, max(epochs, math.ceil(steps / steps_of_epoch)), hidden)
-    checkpoint = cache() / "regression" / f"{data}-{structure}-{temperature}-{part}-{steps}-{seed}.pt"
+    own = recipe(structure, temperature, max(epochs, math.ceil(steps / steps_of_epoch)), hidden, noise)
+    checkpoint = cache() / "regression" / f"{data}-{noise or structure}-{temperature}-{part}-{steps}-{seed}.pt"
     posterior, seconds = train(data, own, stack, seed, checkpoint, shown=False)
     checkpoint.unlink(missing_ok=True)
     draws = posterior.sample(own.test_samples, generator=torch.Generator().manual_seed(seed))
-    outputs = posterior.predict(stack.test_x, draws=draws).outputs.squeeze(-1)
-    noise = posterior.likelihood.noise.variance().detach().sqrt().reshape(members, -1)
-    found = {"seconds": seconds, "networks": stack.train_x.shape[1], "learned_noise": noise.mean(0).tolist()}
+    outputs = posterior.predict(stack.test_x, draws=draws).outputs
+    learned = torch.ones(members, parts.train_x.shape[1])  # once what is predicted
+    if noise is None:
+        learned = posterior.likelihood.noise.variance().detach().sqrt().reshape(members, -1)
+    found = {"seconds": seconds, "networks": stack.train_x.shape[1], "learned_noise": learned.mean(0).tolist()}
     return {**found, "recipe": asdict(own), **judge(outputs, parts, members)}
 
 
-def jobs(folder: Path, data: list[str], structure: str, *, quick: bool) -> list[Job]:
+def jobs(folder: Path, data: list[str], variant: str, *, quick: bool) -> list[Job]:
     """A job for every data set, temperature and part."""
 
     def size(name: str) -> dict[str, int]:
@@ -171,11 +191,11 @@ def jobs(folder: Path, data: list[str], structure: str, *, quick: bool) -> list[
 
     return [
         Job(
-            folder / "uci" / "recommended" / structure / name / f"{part}-{temperature}.json",
+            folder / "uci" / "recommended" / variant / name / f"{part}-{temperature}.json",
             measure,
             {
                 "data": name,
-                "structure": structure,
+                **VARIANTS[variant],
                 "temperature": temperature,
                 "part": part,
                 "seed": SEED,
@@ -191,50 +211,57 @@ def jobs(folder: Path, data: list[str], structure: str, *, quick: bool) -> list[
 # -- what is chosen ---------------------------------------------------------------------------------------------------
 
 
-def is_complete(data: str, structure: str = "kron", folder: Path = HERE / "results") -> bool:
+def is_complete(data: str, variant: str = "kron", folder: Path = HERE / "results") -> bool:
     """Whether all of a data set's jobs are done."""
-    return all(job.path.exists() for job in jobs(folder, [data], structure, quick=False))
+    return all(job.path.exists() for job in jobs(folder, [data], variant, quick=False))
 
 
-def load(data: str, structure: str = "kron", kind: str = "mixture", folder: Path = HERE / "results") -> dict[str, Any]:
+def grid(variant: str) -> Tensor:
+    """The noises that are tried: standard deviations, or multiples of those that are predicted."""
+    return MULTIPLES if "noise" in VARIANTS[variant] else NOISES
+
+
+def load(data: str, variant: str = "kron", kind: str = "mixture", folder: Path = HERE / "results") -> dict[str, Any]:
     """Figures of each split, with the temperature and the noise that the folds of its training part choose.
 
     Args:
         data: The data set.
-        structure: The structure of the posteriors.
+        variant: One of ``VARIANTS``.
         kind: ``"mixture"``, or ``"single"`` for the mean over single posteriors.
         folder: Where all results are.
 
     Returns:
-        ``rmse``, ``log_likelihood``, ``temperature`` and ``noise``, each a list over splits.
+        ``rmse``, ``log_likelihood``, ``temperature`` and ``noise`` (of ``"varying"`` its multiple), each a list over
+        splits.
     """
-    read = {part: [_read(data, structure, part, tau, folder)[kind] for tau in TEMPERATURES] for part in PARTS}
+    noises = grid(variant)
+    read = {part: [_read(data, variant, part, tau, folder)[kind] for tau in TEMPERATURES] for part in PARTS}
     held_out = torch.tensor([one["log_likelihood"] for one in read["folds"]])  # [temperatures, noises, folds × splits]
     held_out = held_out.unflatten(-1, (num_folds(data), -1)).mean(-2)
     rmse = torch.tensor([one["rmse"] for one in read["full"]])
     density = torch.tensor([one["log_likelihood"] for one in read["full"]])
     best = held_out.flatten(0, 1).argmax(0)
-    tau, noise, split = best // len(NOISES), best % len(NOISES), torch.arange(held_out.shape[-1])
+    tau, noise, split = best // len(noises), best % len(noises), torch.arange(held_out.shape[-1])
     return {
         "rmse": rmse[tau, split].tolist(),
         "log_likelihood": density[tau, noise, split].tolist(),
         "temperature": [TEMPERATURES[index] for index in tau],
-        "noise": NOISES[noise].tolist(),
+        "noise": noises[noise].tolist(),
     }
 
 
 def load_untuned(
     data: str,
-    structure: str = "kron",
+    variant: str = "kron",
     kind: str = "mixture",
     folder: Path = HERE / "results",
     temperature: float = 1.0,
 ) -> dict[str, Any]:
-    """Figures of each split at one temperature, with the noise of the grid that is nearest to the learned one.
+    """Figures of each split at one temperature, with the noise of the grid that is nearest to what was learned.
 
     Args:
         data: The data set.
-        structure: The structure of the posteriors.
+        variant: One of ``VARIANTS``.
         kind: As in :func:`load`.
         folder: Where all results are.
         temperature: The temperature.
@@ -242,28 +269,28 @@ def load_untuned(
     Returns:
         ``rmse``, ``log_likelihood`` and ``noise``, each a list over splits.
     """
-    read = _read(data, structure, "full", temperature, folder)
-    learned = torch.tensor(read["learned_noise"])
-    noise = (NOISES[:, None].log() - learned.log()).abs().argmin(0)
+    read = _read(data, variant, "full", temperature, folder)
+    noises, learned = grid(variant), torch.tensor(read["learned_noise"])
+    noise = (noises[:, None].log() - learned.log()).abs().argmin(0)
     density = torch.tensor(read[kind]["log_likelihood"])
     return {
         "rmse": read[kind]["rmse"],
         "log_likelihood": density.gather(0, noise[None])[0].tolist(),
-        "noise": NOISES[noise].tolist(),
+        "noise": noises[noise].tolist(),
     }
 
 
-def _read(data: str, structure: str, part: str, temperature: float, folder: Path) -> dict[str, Any]:
-    path = folder / "uci" / "recommended" / structure / data / f"{part}-{temperature}.json"
+def _read(data: str, variant: str, part: str, temperature: float, folder: Path) -> dict[str, Any]:
+    path = folder / "uci" / "recommended" / variant / data / f"{part}-{temperature}.json"
     return json.loads(path.read_text())
 
 
-def table(data: list[str], structure: str, folder: Path) -> list[str]:
+def table(data: list[str], variant: str, folder: Path) -> list[str]:
     """Figures of the mixture and of single posteriors, by data set."""
     lines = ["| data | RMSE, mixture | single | log-likelihood, mixture | single | temperatures of the mixture |"]
     lines.append("|---|---|---|---|---|---|")
     for name in data:
-        mixture, single = (load(name, structure, kind, folder) for kind in ("mixture", "single"))
+        mixture, single = (load(name, variant, kind, folder) for kind in ("mixture", "single"))
         counts = ", ".join(f"{mixture['temperature'].count(tau)} × {tau:g}" for tau in TEMPERATURES)
         cells = [summary(own[key]) for key in ("rmse", "log_likelihood") for own in (mixture, single)]
         lines.append(f"| {name} | {' | '.join(cells)} | {counts} |")
@@ -274,11 +301,11 @@ def main() -> None:
     """Run what is asked for and not yet there; print the table."""
     own = parser(__doc__)
     own.add_argument("--data", nargs="+", choices=DATA_SETS, default=list(DATA_SETS), metavar="NAME")
-    own.add_argument("--structure", default="kron", choices=tuple(STRUCTURES), help="of the posteriors")
+    own.add_argument("--variant", default="kron", choices=tuple(VARIANTS), help="what is measured")
     arguments = own.parse_args()
     with results_folder(arguments) as folder:
-        run(jobs(folder, arguments.data, arguments.structure, quick=arguments.quick), arguments.processes)
-        print("\n".join(table(arguments.data, arguments.structure, folder)))
+        run(jobs(folder, arguments.data, arguments.variant, quick=arguments.quick), arguments.processes)
+        print("\n".join(table(arguments.data, arguments.variant, folder)))
 
 
 if __name__ == "__main__":

@@ -51,31 +51,37 @@ def test_each_fold_holds_out_a_tenth_of_its_own_and_learns_from_all_others(yacht
     torch.testing.assert_close(target, splits.train_y[row, 1][0])
 
 
-def test_scores_are_those_of_the_mixture_and_of_its_members_written_out(yacht):
+@pytest.mark.parametrize("variant", ["kron", "varying"])
+def test_scores_are_those_of_the_mixture_and_of_its_members_written_out(yacht, variant):
+    """Of one noise for all inputs, and of multiples of those that draws predict."""
     import regression
 
     splits = regression.load_splits("yacht", 2)
-    outputs = torch.randn(4, 9, 6, generator=torch.Generator().manual_seed(0))  # of three members
-    found = regression.judge(outputs, splits, 3)
+    grid = regression.grid(variant)
+    together = torch.randn(4, 9, 6, 2, generator=torch.Generator().manual_seed(0))  # of three members
+    found = regression.judge(together if variant == "varying" else together[..., :1], splits, 3)
+    outputs, log_scales = together.unbind(-1)
+    noises = grid[16] * (log_scales.exp() if variant == "varying" else torch.ones_like(outputs))
     for split in range(2):
         scale = float(splits.scale[split])
         target = splits.test_y[:, split, 0] / scale
-        own = [outputs[:, :, 2 * member + split] for member in range(3)]
+        own, own_noise = ([values[:, :, 2 * member + split] for member in range(3)] for values in (outputs, noises))
         pooled = torch.cat(own)
         assert found["mixture"]["rmse"][split] == pytest.approx(
             float((pooled.mean(0) - target).square().mean().sqrt() * scale), rel=1e-5
         )
         errors = [float((one.mean(0) - target).square().mean().sqrt() * scale) for one in own]
         assert found["single"]["rmse"][split] == pytest.approx(np.mean(errors), rel=1e-5)
-        noise = float(regression.NOISES[20])
 
-        def density(draws, target=target, noise=noise, scale=scale):
-            each = -0.5 * ((draws - target) / noise) ** 2 - math.log(noise * scale) - 0.5 * math.log(2 * math.pi)
-            return float(each.double().exp().mean(0).log().mean())
+        def density(draws, noise, target=target, scale=scale):
+            draws, noise = draws.double(), noise.double()
+            each = -0.5 * ((draws - target) / noise) ** 2 - (noise * scale).log() - 0.5 * math.log(2 * math.pi)
+            return float(each.exp().mean(0).log().mean())
 
-        assert found["mixture"]["log_likelihood"][20][split] == pytest.approx(density(pooled), rel=1e-4)
-        members = np.mean([density(one) for one in own])
-        assert found["single"]["log_likelihood"][20][split] == pytest.approx(members, rel=1e-4)
+        pooled_density = density(pooled, torch.cat(own_noise))
+        assert found["mixture"]["log_likelihood"][16][split] == pytest.approx(pooled_density, rel=1e-4)
+        members = np.mean([density(*one) for one in zip(own, own_noise, strict=True)])
+        assert found["single"]["log_likelihood"][16][split] == pytest.approx(members, rel=1e-4)
 
 
 def test_folds_alone_choose(tmp_path):
@@ -103,13 +109,15 @@ def test_folds_alone_choose(tmp_path):
     assert found["log_likelihood"] == pytest.approx([first, test[7, 1]])
 
 
-@pytest.mark.parametrize("script", ["regression", "temperature"])
-def test_a_quick_look_prints_its_table_and_keeps_nothing(yacht, script, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("script", "further"), [("regression", []), ("regression", ["--variant", "varying"]), ("temperature", [])]
+)
+def test_a_quick_look_prints_its_table_and_keeps_nothing(yacht, script, further, tmp_path, monkeypatch, capsys):
     module = __import__(script)
     monkeypatch.setattr(module, "TEMPERATURES", (1.0, 0.1))
     if script == "temperature":
         monkeypatch.setattr(module, "PAIRS", tuple((own, tau) for own in module.DAMPINGS for tau in (1.0, 0.1)))
-    arguments = ["--data", "yacht", "--quick", "--results", str(tmp_path / "results")]
+    arguments = ["--data", "yacht", "--quick", "--results", str(tmp_path / "results"), *further]
     monkeypatch.setattr("sys.argv", [f"{script}.py", *arguments])
     module.main()
     printed = capsys.readouterr().out
