@@ -18,9 +18,10 @@ temperature 0.3: with Kronecker factors' 0.001 a part of their networks is far o
 networks of a stack together, with which protein's diverged; on its held-out tenths, and level on those of concrete,
 energy, kin8nm and power, it became each network's own, of the size that the library has by default. Training took 6000
 steps or 25 epochs, with two samples a step: on held-out tenths of kin8nm, power, concrete, energy and yacht more steps
-were better, on boston's a little worse, and one sample a step was as good as two. The step size of networks that predict their
-noise was set on the tenths of splits 0 to 4 of yacht, energy, boston and concrete at temperature 1: 0.03, which the
-others have, was behind 0.1 on all but concrete, and 0.3 on all but yacht; a first look, with 0.03, was at test figures.)
+were better, on boston's a little worse, and one sample a step was as good as two. The step size of networks that
+predict their noise was set on the tenths of splits 0 to 4 of yacht, energy, boston and concrete at temperature 1: 0.03,
+which the others have, was behind 0.1 on all but concrete, and 0.3 on all but yacht; a first look, with 0.03, was at
+test figures.)
 """
 
 from __future__ import annotations
