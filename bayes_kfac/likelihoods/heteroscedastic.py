@@ -5,7 +5,9 @@ Bayesian heteroscedastic regression with deep neural networks", in which the los
 model, and in these coordinates the linearised output is a Gaussian with a meaning. The mean stays one in the target's
 units, the scale is lognormal and always positive, and every moment is in closed form; a ratio of two Gaussians has
 none. The Fisher is diagonal and closed here too. What is known to go wrong with mean and scale under plain gradient
-descent, where noisy regions hardly pull at the mean, is scaled away by the Fisher in a natural gradient.
+descent, where noisy regions hardly pull at the mean, is scaled away by the Fisher in a natural gradient whose blocks
+know which inputs are noisy (``"dense"``, ``"unit_wise"``). A Kronecker product averages precisions apart from inputs,
+so that the mean still learns slowly there.
 """
 
 from __future__ import annotations
