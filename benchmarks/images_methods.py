@@ -131,12 +131,14 @@ SETTINGS["vgg16_narrow"] = {
 _NORMALIZED = {**_VGG16, "prior_precision": 1.0, "kl_clip": 1e-2}
 SETTINGS["vgg16_bn"] = {**SETTINGS["vgg16"], "noisy_kfac": _NORMALIZED, "noisy_ekfac": _NORMALIZED}
 SETTINGS["resnet18"] = SETTINGS["vgg16_bn"]
+#: With a prior of 300, as without normalisation, draws were far worse than their mean.
+_NARROW_NORMALIZED = {**_NARROW, "prior_precision": 3000.0}
 SETTINGS["vgg16_bn_narrow"] = {
     "sgd": {"lr": 0.03, "weight_decay": 5e-3},
     "adamw": {"lr": 2e-3, "weight_decay": 0.5},
-    "ivon": {"lr": 0.2, "weight_decay": 2e-4, "hess_init": 1.0, "beta2": 0.9999},
-    "noisy_kfac": _NARROW,
-    "noisy_ekfac": _NARROW,
+    "ivon": {"lr": 0.2, "weight_decay": 2e-4, "hess_init": 4.0, "beta2": 0.9999},
+    "noisy_kfac": _NARROW_NORMALIZED,
+    "noisy_ekfac": _NARROW_NORMALIZED,
 }
 #: Augmented images are more than there are: the paper lowers the weight of the KL.
 _COLDER = {"noisy_kfac": {"temperature": 0.1}, "noisy_ekfac": {"temperature": 0.1}}

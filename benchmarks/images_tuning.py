@@ -52,7 +52,7 @@ NARROW: dict[str, dict[str, list[Any]]] = {
 }
 NARROW_NORMALIZED: dict[str, dict[str, list[Any]]] = {
     "sgd": {"lr": [0.01, 0.03, 0.1], "weight_decay": [5e-4, 5e-3]},
-    "adamw": {"lr": [5e-4, 2e-3], "weight_decay": [5e-2, 0.5, 5.0]},
+    "adamw": {"lr": [5e-4, 2e-3], "weight_decay": [0.5, 5.0]},
     "ivon": {"lr": [0.2, 0.4], "hess_init": [1.0, 4.0], "weight_decay": [2e-4]},
     "noisy_kfac": {"kl_clip": [1e-2], "prior_precision": [30.0, 300.0, 1000.0, 3000.0]},
 }

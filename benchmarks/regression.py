@@ -3,7 +3,7 @@
 ``python benchmarks/regression.py --processes 2`` trains noisy K-FAC on Gal's splits and keeps one file for each data
 set, temperature and part of the work in ``benchmarks/results/uci/recommended``; ``report.py`` joins them with the other
 methods. ``--variant ekfac`` and ``--variant diagonal`` do the same for noisy EK-FAC and noisy Adam, ``--variant
-varying`` for noisy K-FAC of networks that predict a noise for each input.
+varying`` for noisy K-FAC of networks that predict a noise for each input; with ``--untuned`` at temperature 1 alone.
 
 The recipe: five posteriors from different initial weights, each trained by noisy natural gradient with a noise that is
 learned, are one mixture. Which temperature they are trained at, and which noise they predict with, is where three
@@ -270,7 +270,7 @@ def load_untuned(
         temperature: The temperature.
 
     Returns:
-        ``rmse``, ``log_likelihood`` and ``noise``, each a list over splits.
+        As :func:`load`.
     """
     read = _read(data, variant, "full", temperature, folder)
     noises, learned = grid(variant), torch.tensor(read["learned_noise"])
@@ -279,6 +279,7 @@ def load_untuned(
     return {
         "rmse": read[kind]["rmse"],
         "log_likelihood": density.gather(0, noise[None])[0].tolist(),
+        "temperature": [temperature] * len(noise),
         "noise": noises[noise].tolist(),
     }
 
@@ -288,12 +289,13 @@ def _read(data: str, variant: str, part: str, temperature: float, folder: Path) 
     return json.loads(path.read_text())
 
 
-def table(data: list[str], variant: str, folder: Path) -> list[str]:
+def table(data: list[str], variant: str, folder: Path, *, untuned: bool) -> list[str]:
     """Figures of the mixture and of single posteriors, by data set."""
+    read = load_untuned if untuned else load
     lines = ["| data | RMSE, mixture | single | log-likelihood, mixture | single | temperatures of the mixture |"]
     lines.append("|---|---|---|---|---|---|")
     for name in data:
-        mixture, single = (load(name, variant, kind, folder) for kind in ("mixture", "single"))
+        mixture, single = (read(name, variant, kind, folder) for kind in ("mixture", "single"))
         counts = ", ".join(f"{mixture['temperature'].count(tau)} × {tau:g}" for tau in TEMPERATURES)
         cells = [summary(own[key]) for key in ("rmse", "log_likelihood") for own in (mixture, single)]
         lines.append(f"| {name} | {' | '.join(cells)} | {counts} |")
@@ -305,10 +307,14 @@ def main() -> None:
     own = parser(__doc__)
     own.add_argument("--data", nargs="+", choices=DATA_SETS, default=list(DATA_SETS), metavar="NAME")
     own.add_argument("--variant", default="kron", choices=tuple(VARIANTS), help="what is measured")
+    own.add_argument("--untuned", action="store_true", help="at temperature 1 alone, with nothing held out")
     arguments = own.parse_args()
     with results_folder(arguments) as folder:
-        run(jobs(folder, arguments.data, arguments.variant, quick=arguments.quick), arguments.processes)
-        print("\n".join(table(arguments.data, arguments.variant, folder)))
+        todo = jobs(folder, arguments.data, arguments.variant, quick=arguments.quick)
+        if arguments.untuned:
+            todo = [job for job in todo if job.arguments["part"] == "full" and job.arguments["temperature"] == 1]
+        run(todo, arguments.processes)
+        print("\n".join(table(arguments.data, arguments.variant, folder, untuned=arguments.untuned)))
 
 
 if __name__ == "__main__":

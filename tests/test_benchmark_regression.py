@@ -110,7 +110,8 @@ def test_folds_alone_choose(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("script", "further"), [("regression", []), ("regression", ["--variant", "varying"]), ("temperature", [])]
+    ("script", "further"),
+    [("regression", []), ("regression", ["--variant", "varying", "--untuned"]), ("temperature", [])],
 )
 def test_a_quick_look_prints_its_table_and_keeps_nothing(yacht, script, further, tmp_path, monkeypatch, capsys):
     module = __import__(script)
