@@ -24,15 +24,17 @@ from replicas import ReplicatedMLP, ReplicatedNoisyNaturalGradient  # noqa: E402
 
 
 @pytest.mark.parametrize("kl_clip", [None, 1e-4])
-def test_a_stack_has_the_statistics_of_its_networks_one_by_one(kl_clip):
-    """Each replica's factors, and its whole step, are those of the same network trained alone."""
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_stack_has_the_statistics_of_its_networks_one_by_one(kl_clip, outputs):
+    """Each replica's factors, and its whole step, are those of the same network trained alone, maybe with its noise."""
     torch.manual_seed(0)
-    stack = ReplicatedMLP(3, 4, 5, torch.Generator().manual_seed(0)).double()
+    stack = ReplicatedMLP(3, 4, 5, torch.Generator().manual_seed(0), outputs).double()
     x, y = torch.randn(8, 3, 4).double(), torch.randn(8, 3, 1).double()
     options = {"num_data": 20, "fisher": "exact", "lr": 0.1, "statistics_every": 1, "kl_clip": kl_clip, "warmup": False}
 
     def step(model, inputs, targets, kind=bk.NoisyNaturalGradient):
-        likelihood = bk.likelihoods.Gaussian(0.5).double()
+        own = {1: bk.likelihoods.Gaussian(0.5), 2: bk.likelihoods.HeteroscedasticGaussian()}
+        likelihood = own[outputs].double()
         optimizer = kind(model, likelihood, **options)
         with optimizer.sampled_params():
             likelihood(model(inputs), targets).backward()
@@ -41,7 +43,7 @@ def test_a_stack_has_the_statistics_of_its_networks_one_by_one(kl_clip):
 
     alone = []
     for index in range(3):
-        model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 1)).double()
+        model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, outputs)).double()
         with torch.no_grad():
             for layer, source in ((model[0], stack.hidden), (model[2], stack.output)):
                 layer.weight.copy_(source.weight[index])
