@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ TITLES = {
     "mnist-cnn": "MNIST, CNN of 16 and 32 channels",
     "fashion-cnn": "Fashion-MNIST, CNN of 16 and 32 channels",
     "cifar10-vgg16-narrow": "CIFAR-10, the first 10 000 images, narrow VGG16",
+    "cifar10-vgg16-narrow-augmented": "The same, augmented",
+    "cifar10-vgg16-narrow-bn": "The same with batch normalisation",
+    "cifar10-vgg16-narrow-bn-augmented": "The same with batch normalisation, augmented",
     "cifar10-vgg16": "CIFAR-10, VGG16",
     "cifar10-vgg16-augmented": "CIFAR-10, VGG16, augmented",
     "cifar10-vgg16-bn": "CIFAR-10, VGG16 with batch normalisation",
@@ -155,8 +159,12 @@ def tuning_table() -> str:
         ended = sorted(one["curve"][-1]["nll"] for one in grid if "curve" in one)
         best = min((one for one in finals or grid if "curve" in one), key=lambda one: one["curve"][-1]["nll"])
         chosen = ", ".join(f"{name} {value:g}" for name, value in best["arguments"]["settings"].items())
-        cells = [folder.parent.name, folder.name, f"{len(grid)}, {len(grid) - len(ended)}"]
-        cells += [f"{ended[0]:.3f}", f"{ended[len(ended) // 2]:.3f}", chosen]
+        cells = [folder.parent.name, folder.name]
+        cells += [f"{len(grid)}, {len(grid) - len(ended)}", f"{ended[0]:.3f}", f"{ended[len(ended) // 2]:.3f}"] * bool(
+            grid
+        )
+        cells += [f"{len(finals)}, 0", "–", "–"] * (not grid)  # long runs alone
+        cells += [chosen]
         cells += [f"{best['curve'][-1]['nll']:.3f}" if finals else "–"]
         lines.append(f"| {' | '.join(cells)} |")
     if not lines:
@@ -195,10 +203,11 @@ def plot_curves(everything: dict[str, Results]) -> None:
 def plot_reliability(everything: dict[str, Results]) -> None:
     """Accuracy less confidence in each bin, all seeds together."""
     plt = _pyplot()
-    figure, axes = plt.subplots(
-        1, len(everything), figsize=(3.6 * len(everything), 3.4), layout="constrained", squeeze=False
-    )
-    for axis, (problem, found) in zip(axes[0], everything.items(), strict=True):
+    rows = math.ceil(len(everything) / 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(14.4, 3.4 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(everything) :]:
+        axis.remove()
+    for axis, (problem, found) in zip(axes.flat, everything.items(), strict=False):
         for method, own in found.items():
             points = pooled_reliability(own)
             axis.plot(points[:, 0], points[:, 1] - points[:, 0], ".-", label=method, color=_color(method), linewidth=1)
@@ -206,7 +215,8 @@ def plot_reliability(everything: dict[str, Results]) -> None:
         axis.set_ylim(-0.25, 0.25)
         axis.set_xlabel("confidence")
         axis.set_title(TITLES[problem], fontsize=8)
-    axes[0, 0].set_ylabel("accuracy − confidence")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("accuracy − confidence")
     axes[0, 0].legend(fontsize=6, ncols=3, loc="lower right")
     _save(figure, "images_reliability.png")
 
