@@ -303,9 +303,10 @@ deviation (`likelihoods.HeteroscedasticGaussian`), with three times the step siz
 NOISE_NOTES = """
 Nothing tuned, that is the best density of all methods on this page on boston, wine_red and yacht, the Gaussian process
 among them, and better than the ensemble of networks that predict their noise on five of the seven sets. On kin8nm and
-power that ensemble is better, and on power one noise is too; on energy and concrete one noise with a chosen temperature
-is. There is nothing to choose, it seems: of yacht and boston, on which temperatures and factors on the noise were tried
-on held-out tenths as well (without `--untuned`), every split chose temperature 1, and lower ones were far worse.
+power that ensemble is better, and on power one noise is too; on energy, and on concrete by little, one noise with a
+chosen temperature is. There is nothing to choose, it seems: of yacht and boston, on which temperatures and factors on
+the noise were tried on held-out tenths as well (without `--untuned`), every split chose temperature 1, and lower ones
+were far worse.
 
 Errors are worse than with one noise on all sets but wine_red, on yacht by far: where the noise is large the mean learns
 slowly. A Kronecker product averages the precisions of outputs apart from the inputs, so that a step is as short where

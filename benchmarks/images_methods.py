@@ -147,7 +147,7 @@ AUGMENTED: dict[str, dict[str, dict[str, Any]]] = {
     "vgg16": _COLDER,
     "vgg16_bn": _COLDER,
     "resnet18": _COLDER,
-    # with the clip of images that are not augmented, ten times this, training diverged after eight epochs
+    # with the clip of images that are not augmented, ten times this, training diverged after ten epochs
     "vgg16_narrow": {"sgd": {"weight_decay": 5e-4}, "noisy_kfac": {"kl_clip": 1e-3}},
     "vgg16_bn_narrow": {},
 }
