@@ -3,7 +3,7 @@
 ``python benchmarks/images.py`` trains an MLP and a CNN on MNIST and Fashion-MNIST with SGD, AdamW, IVON, noisy K-FAC
 and noisy EK-FAC, makes an ensemble and Laplace fits of the networks of AdamW, trains AdamW once more for the seconds of
 noisy K-FAC, and writes ``benchmarks/results/images/<problem>/<method>-<seed>.json`` with figures, versions, machine and
-seed. ``--problems cifar10-vgg16-narrow`` is CIFAR-10 in the size of a CPU; the others of CIFAR-10 are for a GPU. A
+seed. Problems ``cifar10-vgg16-narrow…`` are CIFAR-10 in the size of a CPU; the others of CIFAR-10 are for a GPU. A
 result that exists is read; a training run that was stopped goes on from its last epoch, whose checkpoint is in
 ``.cache/images`` or in the folder that the environment variable ``BAYES_KFAC_CACHE`` names. IVON is left out where its
 package is missing.

@@ -84,27 +84,34 @@ def test_scores_are_those_of_the_mixture_and_of_its_members_written_out(yacht, v
         assert found["single"]["log_likelihood"][16][split] == pytest.approx(members, rel=1e-4)
 
 
-def test_folds_alone_choose(tmp_path):
+@pytest.mark.parametrize("variant", ["kron", "varying"])
+def test_folds_alone_choose(tmp_path, variant):
     """Temperature and noise of each split are where its folds are best predicted, whatever the test part says."""
     import regression
 
     rng = np.random.default_rng(0)
-    shape = (len(regression.NOISES), 2)
-    folder = tmp_path / "uci" / "recommended" / "kron" / "yacht"
+    noises = regression.grid(variant)
+    shape = (len(noises), 2)
+    folder = tmp_path / "uci" / "recommended" / variant / "yacht"
     folder.mkdir(parents=True)
     for place, tau in enumerate(regression.TEMPERATURES):
-        own = rng.normal(size=(len(regression.NOISES), 6)) - 10
+        own = rng.normal(size=(len(noises), 6)) - 10
         own[7, 1::2] += 10 * place  # the second split's folds: best at the lowest temperature
         own[9, 0::2] += 10 * (place == 0)  # the first split's: best at the highest
         test = rng.normal(size=shape)
         for part, values in (("folds", own), ("full", test)):
             figures = {"rmse": [float(place)] * values.shape[1], "log_likelihood": values.tolist()}
-            (folder / f"{part}-{tau}.json").write_text(json.dumps({"mixture": figures, "single": figures}))
+            (folder / f"{part}-{tau}.json").write_text(
+                json.dumps({"mixture": figures, "single": figures, "learned_noise": [1.0, 1.0]})
+            )
         if place == 0:
             first = test[9, 0]
-    found = regression.load("yacht", folder=tmp_path)
+    untuned = regression.load_untuned("yacht", variant, folder=tmp_path)
+    assert untuned["noise"] == pytest.approx([1.0, 1.0])
+    assert untuned["temperature"] == [1.0, 1.0]
+    found = regression.load("yacht", variant, folder=tmp_path)
     assert found["temperature"] == [regression.TEMPERATURES[0], regression.TEMPERATURES[-1]]
-    assert found["noise"] == pytest.approx([float(regression.NOISES[9]), float(regression.NOISES[7])])
+    assert found["noise"] == pytest.approx([float(noises[9]), float(noises[7])])
     assert found["rmse"] == [0.0, len(regression.TEMPERATURES) - 1]
     assert found["log_likelihood"] == pytest.approx([first, test[7, 1]])
 
