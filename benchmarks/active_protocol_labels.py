@@ -102,9 +102,9 @@ Labels that noisy K-FAC picked are worth more than random ones to other learners
 on yacht (by EPIG to the Gaussian process, by variance and EPIG to the forest), boston (by variance to the forest) and
 power (by BALD to the process, by EPIG to the forest). On concrete they are worth no more to either, whoever picked them
 and however: what noisy K-FAC gains there by its own labels is within the error as well. On energy and wine_red, where
-its gain is clear, others gain nothing that can be told from none: probably these labels
-keep the network from going far astray where it has none, which the table above says of the outer half, and learners
-that do not extrapolate so have no need of them. On kin8nm a Gaussian process does better with random labels.
+its gain is clear, others gain nothing that can be told from none: probably these labels keep the network from going far
+astray where it has none, which the table above says of the outer half, and learners that do not extrapolate so have no
+need of them. On kin8nm a Gaussian process does better with random labels.
 """
 
 

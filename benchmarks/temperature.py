@@ -164,9 +164,8 @@ HEAD = """## What temperature and damping do
 Noisy K-FAC on four sets at every temperature with every damping (`benchmarks/temperature.py`; ten of Gal's splits, a
 Gamma(6, 6) posterior over the noise as in the paper). The bound is that of temperature 1, whatever the posterior was
 trained at: it says how near a posterior is to the true one. Bars are standard errors over splits; the bound is a mean
-of all. Steps have an extrinsic damping of 0.01 and a KL clip of 0.002 for each network (0.02 for the ten together, when
-these results were made): with longer steps networks diverged at low temperatures, those with exact and optimal damping
-first.
+of all. Steps have an extrinsic damping of 0.01 and a KL clip of 0.002 for each network: with longer steps networks
+diverged at low temperatures, those with exact and optimal damping first.
 
 ![Bound, log-likelihood and calibration against temperature](images/evidence/temperature.png)
 
