@@ -4,8 +4,9 @@
 of the method's grid, without these images, and writes a file of its losses on them for each in
 ``benchmarks/results/images/tuning/<problem>/<method>``. Short runs favour too little regularisation: the best of each
 value of what regularises is then trained for as many epochs as the problem has, in ``<method>/full``, and these are
-printed, the best at the top; with ``--grid-only`` the grid's are. A result that exists is shown, not computed again. No
-test image is looked at. Settings are not taken over by themselves: they are written into ``images_methods.py``.
+printed, the best at the top; with ``--grid-only`` the grid's are. With ``--long`` all runs have that length, and are
+few. A result that exists is shown, not computed again. No test image is looked at. Settings are not taken over by
+themselves: they are written into ``images_methods.py``.
 """
 
 from __future__ import annotations
@@ -56,19 +57,34 @@ NARROW_NORMALIZED: dict[str, dict[str, list[Any]]] = {
     "ivon": {"lr": [0.2, 0.4], "hess_init": [1.0, 4.0], "weight_decay": [2e-4]},
     "noisy_kfac": {"kl_clip": [1e-2], "prior_precision": [30.0, 300.0, 1000.0, 3000.0]},
 }
-#: Augmented images ask for less of what regularises, which is tried alone.
-NARROW_AUGMENTED: dict[str, dict[str, list[Any]]] = {
-    "sgd": {"weight_decay": [5e-4, 5e-3]},
-    "adamw": {"weight_decay": [5e-2, 0.5]},
-    "noisy_kfac": {"prior_precision": [100.0, 300.0]},
+#: A step is small where the factors are old: refreshed every 20 steps, the clip of the others is not too large.
+_FRESH: dict[str, list[Any]] = {"inverse_every": [20], "warmup": [False]}
+NARROW_BOTH: dict[str, dict[str, list[Any]]] = {
+    "noisy_kfac": {"kl_clip": [1e-3, 1e-2], "prior_precision": [300.0, 3000.0], **_FRESH},
+}
+#: What is tried for as long as a problem has, with no grid before it.
+_DECAYS: dict[str, dict[str, list[Any]]] = {"sgd": {"weight_decay": [5e-4, 5e-3]}}
+LONG: dict[str, dict[str, dict[str, list[Any]]]] = {
+    "cifar10-vgg16-narrow": {"noisy_kfac": {"kl_clip": [1e-2], "prior_precision": [300.0], **_FRESH}},
+    "cifar10-vgg16-narrow-augmented": {
+        **_DECAYS,
+        "noisy_kfac": {"kl_clip": [1e-2], "prior_precision": [300.0], **_FRESH},
+    },
+    "cifar10-vgg16-narrow-bn": {"noisy_kfac": {"kl_clip": [1e-2], "prior_precision": [300.0, 1000.0], **_FRESH}},
+    "cifar10-vgg16-narrow-bn-augmented": {
+        **_DECAYS,
+        "noisy_kfac": {"kl_clip": [1e-2], "prior_precision": [100.0, 300.0], **_FRESH},
+    },
 }
 
 
-def grids(problem: str) -> dict[str, dict[str, list[Any]]]:
+def grids(problem: str, *, long: bool = False) -> dict[str, dict[str, list[Any]]]:
     """The grids of a problem."""
+    if long:
+        return LONG.get(problem, {})
     own = PROBLEMS[problem]
-    if own.augment and "narrow" in own.network:
-        return NARROW_AUGMENTED
+    if own.augment and own.network == "vgg16_bn_narrow":
+        return NARROW_BOTH
     return {"vgg16_narrow": NARROW, "vgg16_bn_narrow": NARROW_NORMALIZED}.get(own.network, GRIDS)
 
 
@@ -111,18 +127,21 @@ def main() -> None:
     own.add_argument("--methods", nargs="+", choices=tuple(TRAINERS), default=list(TRAINERS))
     own.add_argument("--epochs", type=int, default=3)
     own.add_argument("--grid-only", action="store_true", help="no longer runs of the best: these are printed")
+    own.add_argument("--long", action="store_true", help="what is tried at the problem's own length, and no grid")
     own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = own.parse_args()
+    own_epochs, known = PROBLEMS[options.problem].epochs, grids(options.problem, long=options.long)
     for method in options.methods:
-        names, values = zip(*grids(options.problem)[method].items(), strict=True)
-        todo = [dict(zip(names, chosen, strict=True)) for chosen in product(*values)]
-        found = sorted(run(jobs(options, method, todo, options.epochs), options.processes), key=loss)
-        if not options.grid_only:
+        if method not in known:
+            raise SystemExit(f"Nothing is tried of {method} on {options.problem}. Known: {', '.join(known) or 'none'}.")
+        *_, (last_name, last_values) = known[method].items()
+        todo = [dict(zip(known[method], chosen, strict=True)) for chosen in product(*known[method].values())]
+        epochs = own_epochs if options.long else options.epochs
+        found = sorted(run(jobs(options, method, todo, epochs), options.processes), key=loss)
+        if not (options.grid_only or options.long):
             tried = [one["arguments"]["settings"] for one in found]  # the best first
-            best = [next(one for one in tried if one[names[-1]] == value) for value in values[-1]]
-            found = sorted(
-                run(jobs(options, method, best, PROBLEMS[options.problem].epochs), options.processes), key=loss
-            )
+            best = [next(one for one in tried if one[last_name] == value) for value in last_values]
+            found = sorted(run(jobs(options, method, best, own_epochs), options.processes), key=loss)
         for one in found:
             last = one["curve"][-1] if "curve" in one else {}
             print(method, one["settings"], {key: round(value, 4) for key, value in last.items()} or "diverged")

@@ -331,6 +331,26 @@ def test_the_best_of_each_regularisation_is_trained_at_full_length(toy, monkeypa
     assert f"| mnist-mlp | sgd | 6, 2 | {images_tuning.loss(found[best[0]]):.3f} |" in images_report.tuning_table()
 
 
+def test_long_runs_have_the_length_of_their_problem_and_no_grid(toy, monkeypatch):
+    import images_tuning
+
+    monkeypatch.setitem(images_training.PROBLEMS, "mnist-mlp", images_training.Problem("mnist", "mlp", 2, 16))
+    monkeypatch.setattr(images_tuning, "HOLDOUT", 10)
+    monkeypatch.setattr(images_tuning, "LONG", {"mnist-mlp": {"sgd": {"lr": [0.1], "weight_decay": [0.0, 0.1]}}})
+    arguments = ["--problem", "mnist-mlp", "--long", "--device", "cpu", "--results", str(toy / "results")]
+    monkeypatch.setattr("sys.argv", ["images_tuning.py", *arguments, "--methods", "sgd"])
+    images_tuning.main()
+    folder = toy / "results" / "images" / "tuning" / "mnist-mlp"
+    found = [json.loads(path.read_text()) for path in folder.glob("*/*.json")]
+    assert not found
+    found = [json.loads(path.read_text()) for path in (folder / "sgd" / "full").glob("*.json")]
+    assert sorted(one["settings"]["weight_decay"] for one in found) == [0.0, 0.1]
+    assert {len(one["curve"]) for one in found} == {2}
+    monkeypatch.setattr("sys.argv", ["images_tuning.py", *arguments, "--methods", "adamw"])
+    with pytest.raises(SystemExit, match=r"Nothing is tried of adamw on mnist-mlp\. Known: sgd"):
+        images_tuning.main()
+
+
 def test_an_ensemble_averages_probabilities():
     models = [nn.Linear(4, 10) for _ in range(3)]
     x = torch.randint(256, (7, 1, 2, 2), dtype=torch.uint8)
