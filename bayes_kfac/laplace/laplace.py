@@ -428,7 +428,7 @@ class Laplace:
         if method == "validation":
             if noise or loader is None:
                 raise ArgumentError("method='validation' needs loader=, the validation data, and leaves noise=False.")
-            values = tuning.default_grid() if grid is None else list(grid)
+            values = tuning.values_of(grid)
             best = tuning.best_on_validation(
                 [
                     (v, partial(fitted.posterior, by_layer(v, self.layers), self.temperature, self._noise_scale))
@@ -473,7 +473,7 @@ class Laplace:
             This object.
         """
         fitted = self._check_fitted()
-        values = tuning.default_grid() if grid is None else list(grid)
+        values = tuning.values_of(grid)
         self.temperature = tuning.best_on_validation(
             [
                 (v, partial(fitted.posterior, self._priors, check_positive("temperature", v), self._noise_scale))

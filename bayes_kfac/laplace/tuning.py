@@ -30,9 +30,24 @@ TOLERANCE = 1e-13
 Value = TypeVar("Value")
 
 
-def default_grid() -> list[float]:
-    """21 values from 1e-4 to 1e4."""
-    return torch.logspace(-4, 4, 21, dtype=torch.float64).tolist()
+def values_of(grid: Iterable[Value] | None) -> list[Value] | list[float]:
+    """The values to try; by default 21 from 1e-4 to 1e4.
+
+    Args:
+        grid: What the user gave.
+
+    Returns:
+        A list of them, unchecked.
+
+    Raises:
+        ArgumentError: If it is no collection.
+    """
+    if grid is None:
+        return torch.logspace(-4, 4, 21, dtype=torch.float64).tolist()
+    try:
+        return list(grid)
+    except TypeError as error:
+        raise ArgumentError(f"grid={grid!r} is no collection. Allowed: values to try, such as [{grid!r}].") from error
 
 
 def maximize_evidence(

@@ -400,7 +400,7 @@ def test_the_loader_is_read_again_for_each_value() -> None:
 
 
 def test_the_default_grid_is_21_values_from_1e_minus_4_to_1e4() -> None:
-    grid = tuning.default_grid()
+    grid = tuning.values_of(None)
     assert len(grid) == 21
     assert grid == pytest.approx([10.0 ** (-4 + 0.4 * k) for k in range(21)])
     laplace, loader = validation()
@@ -442,6 +442,7 @@ def test_progress_over_the_grid_can_be_silent(capsys: pytest.CaptureFixture[str]
         ({"method": "validation"}, r"method='validation' needs loader="),
         ({"method": "validation", "loader": [(X, Y)], "noise": True}, "leaves noise=False"),
         ({"method": "validation", "loader": [(X, Y)], "grid": []}, r"grid=\[\] is empty"),
+        ({"method": "validation", "loader": [(X, Y)], "grid": 3}, r"grid=3 is no collection.*\[3\]"),
         ({"method": "validation", "loader": [(X, Y)], "grid": [1.0, -2.0]}, r"-2\.0.*out of range"),
         ({"method": "validation", "loader": [(X, Y)], "grid": ["one"]}, "'one' is not a number"),
         ({"method": "validation", "loader": []}, "yielded no example"),
@@ -463,7 +464,11 @@ def test_arguments_that_do_not_go_together_are_named(options: dict[str, Any], ma
 
 def test_wrong_temperature_grids_are_named() -> None:
     laplace = fit_net("mlp")
-    for grid, match in (([], r"grid=\[\] is empty"), ([0.0], r"temperature=0\.0 is out of range")):
+    for grid, match in (
+        (3, "grid=3 is no collection"),
+        ([], r"grid=\[\] is empty"),
+        ([0.0], r"temperature=0\.0 is out of range"),
+    ):
         with pytest.raises(ArgumentError, match=match):
             laplace.optimize_temperature([(X, Y)], grid=grid, progress=False)
     assert laplace.temperature == 1.0
