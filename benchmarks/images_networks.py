@@ -91,5 +91,6 @@ NETWORKS = {
     "vgg16_bn_narrow": partial(vgg16, width=16, batch_norm=True),
     "vgg16": vgg16,
     "vgg16_bn": partial(vgg16, batch_norm=True),
+    "resnet18_narrow": partial(resnet18, width=16),
     "resnet18": resnet18,
 }

@@ -55,6 +55,7 @@ TITLES = {
     "cifar10-vgg16-narrow-augmented": "CIFAR-10, narrow VGG16, augmented",
     "cifar10-vgg16-narrow-bn": "CIFAR-10, narrow VGG16 with batch normalisation",
     "cifar10-vgg16-narrow-bn-augmented": "CIFAR-10, narrow VGG16 with both",
+    "cifar10-resnet18-narrow": "CIFAR-10, narrow ResNet-18, augmented",
     "cifar10-vgg16": "CIFAR-10, VGG16",
     "cifar10-vgg16-augmented": "CIFAR-10, VGG16, augmented",
     "cifar10-vgg16-bn": "CIFAR-10, VGG16 with batch normalisation",

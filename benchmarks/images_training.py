@@ -56,6 +56,7 @@ PROBLEMS = {
     "cifar10-vgg16-narrow-augmented": replace(_NARROW, augment=True),
     "cifar10-vgg16-narrow-bn": replace(_NARROW, network="vgg16_bn_narrow"),
     "cifar10-vgg16-narrow-bn-augmented": replace(_NARROW, network="vgg16_bn_narrow", augment=True),
+    "cifar10-resnet18-narrow": replace(_NARROW, network="resnet18_narrow", augment=True),
     "cifar10-vgg16": Problem("cifar10", "vgg16", 60, 128),
     "cifar10-vgg16-augmented": Problem("cifar10", "vgg16", 60, 128, augment=True),
     "cifar10-vgg16-bn": Problem("cifar10", "vgg16_bn", 60, 128),

@@ -63,14 +63,18 @@ NARROW_BOTH: dict[str, dict[str, list[Any]]] = {
     "noisy_kfac": {"kl_clip": [1e-3, 1e-2], "prior_precision": [300.0, 3000.0], **_FRESH},
 }
 #: What is tried for as long as a problem has, with no grid before it.
-_DECAYS: dict[str, dict[str, list[Any]]] = {"sgd": {"weight_decay": [5e-4, 5e-3]}}
+_ADAMW: dict[str, dict[str, list[Any]]] = {"adamw": {"weight_decay": [0.5, 5.0]}}
+_DECAYS: dict[str, dict[str, list[Any]]] = {"sgd": {"weight_decay": [5e-4, 5e-3]}, **_ADAMW}
 LONG: dict[str, dict[str, dict[str, list[Any]]]] = {
     "cifar10-vgg16-narrow": {"noisy_kfac": {"kl_clip": [1e-2], "prior_precision": [300.0], **_FRESH}},
     "cifar10-vgg16-narrow-augmented": {
         **_DECAYS,
         "noisy_kfac": {"kl_clip": [1e-2], "prior_precision": [300.0], **_FRESH},
     },
-    "cifar10-vgg16-narrow-bn": {"noisy_kfac": {"kl_clip": [1e-2], "prior_precision": [300.0, 1000.0], **_FRESH}},
+    "cifar10-vgg16-narrow-bn": {
+        **_ADAMW,
+        "noisy_kfac": {"kl_clip": [1e-2], "prior_precision": [300.0, 1000.0], **_FRESH},
+    },
     "cifar10-vgg16-narrow-bn-augmented": {
         **_DECAYS,
         "noisy_kfac": {"kl_clip": [1e-2], "prior_precision": [100.0, 300.0], **_FRESH},

@@ -141,7 +141,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         check_types(model, likelihood)
         self.model, self._is_parallel = unwrapped(model)
         self.likelihood = likelihood
-        self.kl_clip = None if kl_clip is None else check_positive("kl_clip", kl_clip)
+        self.kl_clip = kl_clip
         self.statistics_schedule = as_schedule("statistics_every", statistics_every)
         self.inverse_schedule = as_schedule("inverse_every", inverse_every)
         self.generator = check_generator(generator)
@@ -210,6 +210,15 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
     @temperature.setter
     def temperature(self, value: float) -> None:
         self._blocks.temperature = check_positive("temperature", value)
+
+    @property
+    def kl_clip(self) -> float | None:
+        """The largest ``lr² · dᵀ F̄ d`` of a step; may be set on the way. A smaller ``lr`` shortens no clipped step."""
+        return self._kl_clip
+
+    @kl_clip.setter
+    def kl_clip(self, value: float | None) -> None:
+        self._kl_clip = None if value is None else check_positive("kl_clip", value)
 
     @property
     def warmup(self) -> bool:

@@ -253,6 +253,26 @@ def test_kl_clip_bounds_the_length_of_a_step() -> None:
     assert length == pytest.approx(1e-4, rel=1e-6)
 
 
+def test_the_clip_may_be_set_on_the_way() -> None:
+    """A smaller lr moves the weights as far as long as the clip holds; a smaller clip by its root less."""
+    lengths = {}
+    for lr, clip in ((0.1, 1e-4), (0.05, 1e-4), (0.1, 1e-6)):
+        model = two_layer_net()
+        before = blocks_of(model)
+        optimizer = make(model, damping="exact", warmup=False)
+        optimizer.param_groups[0]["lr"], optimizer.kl_clip = lr, clip
+        run_step(optimizer, *data(0))
+        assert optimizer.kl_clip == clip
+        lengths[lr, clip] = (blocks_of(model)["0"] - before["0"]).norm()
+    torch.testing.assert_close(lengths[0.05, 1e-4], lengths[0.1, 1e-4])
+    torch.testing.assert_close(lengths[0.1, 1e-6], 0.1 * lengths[0.1, 1e-4])
+    with pytest.raises(bk.errors.ArgumentError, match=r"kl_clip=-1\.0 is out of range"):
+        optimizer.kl_clip = -1.0
+    assert optimizer.kl_clip == 1e-6
+    optimizer.kl_clip = None
+    run_step(optimizer, *data(0))
+
+
 def test_statistics_and_step_do_not_depend_on_how_the_batch_is_split() -> None:
     """Two halves, each in its own context with half the loss, equal the whole batch in one."""
     x, y = data(0, 8)
