@@ -109,6 +109,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
 
     #: What the posterior says of how it was made.
     method: ClassVar[str] = "noisy natural gradient"
+    #: By how much ``kl_clip`` shortened the last step, a scalar on its device, or ``None``: 1 where it left it alone.
+    clip_factor: Tensor | None = None
 
     def __init__(
         self,
@@ -379,8 +381,9 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
     ) -> dict[str, Tensor]:
         """What a step adds to the mean of each layer."""
         changes = torch._foreach_mul(tuple(directions.values()), [-self._group(name)["lr"] for name in directions])
-        if self.kl_clip is not None:
-            torch._foreach_mul_(changes, self._clip(states, directions, self.kl_clip))
+        self.clip_factor = None if self.kl_clip is None else self._clip(states, directions, self.kl_clip)
+        if self.clip_factor is not None:
+            torch._foreach_mul_(changes, self.clip_factor)
         return dict(zip(directions, changes, strict=True))
 
     def _clip(self, states: States, directions: Mapping[str, Tensor], largest: float) -> Tensor:

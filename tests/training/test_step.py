@@ -230,17 +230,21 @@ def test_warmup_blends_towards_the_identity_as_an_average_started_there() -> Non
 def test_kl_clip_bounds_the_length_of_a_step() -> None:
     """The step is scaled so that lr² dᵀ F̄ d is the bound, and left alone where it is shorter."""
     x, y = data(0)
-    directions = {}
+    directions, factors = {}, {}
     for clip in (None, 1e-4, 1e4):
         model = two_layer_net()
         before = blocks_of(model)
         optimizer = make(model, kl_clip=clip, damping="exact", warmup=False)
+        assert optimizer.clip_factor is None
         run_step(optimizer, x, y)
+        factors[clip] = optimizer.clip_factor
         directions[clip] = {name: value - before[name] for name, value in blocks_of(model).items()}
     ratios = [directions[1e-4][name] / directions[None][name] for name in ("0", "2")]
     assert torch.allclose(ratios[0], ratios[0][0, 0].expand_as(ratios[0]))
     assert torch.allclose(ratios[1], ratios[0][0, 0].expand_as(ratios[1]))
     assert 0 < ratios[0][0, 0] < 1
+    torch.testing.assert_close(ratios[0][0, 0], factors[1e-4])
+    assert (factors[None], factors[1e4]) == (None, 1)
     for name in ("0", "2"):
         torch.testing.assert_close(directions[1e4][name], directions[None][name])
     clipped = {name: directions[1e-4][name].reshape(-1) for name in ("0", "2")}
@@ -269,8 +273,10 @@ def test_the_clip_may_be_set_on_the_way() -> None:
     with pytest.raises(bk.errors.ArgumentError, match=r"kl_clip=-1\.0 is out of range"):
         optimizer.kl_clip = -1.0
     assert optimizer.kl_clip == 1e-6
+    assert optimizer.clip_factor < 1
     optimizer.kl_clip = None
     run_step(optimizer, *data(0))
+    assert optimizer.clip_factor is None
 
 
 def test_statistics_and_step_do_not_depend_on_how_the_batch_is_split() -> None:
