@@ -57,35 +57,55 @@ NARROW_NORMALIZED: dict[str, dict[str, list[Any]]] = {
     "ivon": {"lr": [0.2, 0.4], "hess_init": [1.0, 4.0], "weight_decay": [2e-4]},
     "noisy_kfac": {"kl_clip": [1e-2], "prior_precision": [30.0, 300.0, 1000.0, 3000.0]},
 }
-#: A step is small where the factors are old: refreshed every 20 steps, the clip of the others is not too large.
-_FRESH: dict[str, list[Any]] = {"inverse_every": [20], "warmup": [False]}
+#: With factors that are refreshed five times as often, and without the warm-up.
+_FRESH: dict[str, Any] = {"inverse_every": 20, "warmup": False}
 NARROW_BOTH: dict[str, dict[str, list[Any]]] = {
-    "noisy_kfac": {"kl_clip": [1e-3, 1e-2], "prior_precision": [300.0, 3000.0], **_FRESH},
+    "noisy_kfac": {
+        "kl_clip": [1e-3, 1e-2],
+        "prior_precision": [300.0, 3000.0],
+        "inverse_every": [20],
+        "warmup": [False],
+    },
 }
-#: What is tried for as long as a problem has, with no grid before it.
-_ADAMW: dict[str, dict[str, list[Any]]] = {"adamw": {"weight_decay": [0.5, 5.0]}}
-_DECAYS: dict[str, dict[str, list[Any]]] = {"sgd": {"weight_decay": [5e-4, 5e-3]}, **_ADAMW}
-LONG: dict[str, dict[str, dict[str, list[Any]]]] = {
-    "cifar10-vgg16-narrow": {"noisy_kfac": {"kl_clip": [1e-2], "prior_precision": [300.0], **_FRESH}},
+
+
+def every(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """All combinations of a grid."""
+    return [dict(zip(grid, chosen, strict=True)) for chosen in product(*grid.values())]
+
+
+_ADAMW = {"adamw": every({"weight_decay": [0.5, 5.0]})}
+_DECAYS = {"sgd": every({"weight_decay": [5e-4, 5e-3]}), **_ADAMW}
+#: What is tried for as long as a problem has, with no grid before it. What came first had the larger step.
+LONG: dict[str, dict[str, list[dict[str, Any]]]] = {
+    "cifar10-vgg16-narrow": {
+        "noisy_kfac": [{"lr": 0.03, "kl_clip": 1e-2, "prior_precision": 300.0, "inverse_every": 20}],
+    },
     "cifar10-vgg16-narrow-augmented": {
         **_DECAYS,
-        "noisy_kfac": {"kl_clip": [1e-2], "prior_precision": [300.0], **_FRESH},
+        "noisy_kfac": [
+            {"kl_clip": 1e-2, "prior_precision": 300.0, **_FRESH},
+            {"lr": 0.03, "kl_clip": 1e-2, "prior_precision": 300.0, "inverse_every": 20},
+            {"lr": 0.1, "kl_clip": 1e-3, "prior_precision": 300.0, "inverse_every": 20},
+        ],
     },
     "cifar10-vgg16-narrow-bn": {
         **_ADAMW,
-        "noisy_kfac": {"kl_clip": [1e-2], "prior_precision": [300.0, 1000.0], **_FRESH},
+        "noisy_kfac": [{"lr": 0.03, "kl_clip": 1e-2, "prior_precision": 1000.0, **_FRESH}],
     },
     "cifar10-vgg16-narrow-bn-augmented": {
         **_DECAYS,
-        "noisy_kfac": {"kl_clip": [1e-2], "prior_precision": [100.0, 300.0], **_FRESH},
+        "noisy_kfac": [
+            {"kl_clip": 1e-2, "prior_precision": 300.0, **_FRESH},
+            *({"lr": lr, "kl_clip": 1e-2, "prior_precision": 300.0, **_FRESH} for lr in (0.03, 0.01)),
+            {"lr": 0.03, "kl_clip": 1e-2, "prior_precision": 1000.0, **_FRESH},
+        ],
     },
 }
 
 
-def grids(problem: str, *, long: bool = False) -> dict[str, dict[str, list[Any]]]:
+def grids(problem: str) -> dict[str, dict[str, list[Any]]]:
     """The grids of a problem."""
-    if long:
-        return LONG.get(problem, {})
     own = PROBLEMS[problem]
     if own.augment and own.network == "vgg16_bn_narrow":
         return NARROW_BOTH
@@ -134,18 +154,25 @@ def main() -> None:
     own.add_argument("--long", action="store_true", help="what is tried at the problem's own length, and no grid")
     own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = own.parse_args()
-    own_epochs, known = PROBLEMS[options.problem].epochs, grids(options.problem, long=options.long)
+    own_epochs = PROBLEMS[options.problem].epochs
+    known = LONG.get(options.problem, {}) if options.long else grids(options.problem)
+
+    def tried(method: str, todo: list[dict[str, Any]], epochs: int) -> list[dict[str, Any]]:
+        """Results, the best first."""
+        return sorted(run(jobs(options, method, todo, epochs), options.processes), key=loss)
+
     for method in options.methods:
         if method not in known:
             raise SystemExit(f"Nothing is tried of {method} on {options.problem}. Known: {', '.join(known) or 'none'}.")
-        *_, (last_name, last_values) = known[method].items()
-        todo = [dict(zip(known[method], chosen, strict=True)) for chosen in product(*known[method].values())]
-        epochs = own_epochs if options.long else options.epochs
-        found = sorted(run(jobs(options, method, todo, epochs), options.processes), key=loss)
-        if not (options.grid_only or options.long):
-            tried = [one["arguments"]["settings"] for one in found]  # the best first
-            best = [next(one for one in tried if one[last_name] == value) for value in last_values]
-            found = sorted(run(jobs(options, method, best, own_epochs), options.processes), key=loss)
+        if options.long:
+            found = tried(method, LONG[options.problem][method], own_epochs)
+        else:
+            grid = grids(options.problem)[method]
+            found = tried(method, every(grid), options.epochs)
+            if not options.grid_only:
+                ranked, last_name = [one["arguments"]["settings"] for one in found], list(grid)[-1]
+                best = [next(one for one in ranked if one[last_name] == value) for value in grid[last_name]]
+                found = tried(method, best, own_epochs)
         for one in found:
             last = one["curve"][-1] if "curve" in one else {}
             print(method, one["settings"], {key: round(value, 4) for key, value in last.items()} or "diverged")

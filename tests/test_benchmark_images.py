@@ -336,7 +336,7 @@ def test_long_runs_have_the_length_of_their_problem_and_no_grid(toy, monkeypatch
 
     monkeypatch.setitem(images_training.PROBLEMS, "mnist-mlp", images_training.Problem("mnist", "mlp", 2, 16))
     monkeypatch.setattr(images_tuning, "HOLDOUT", 10)
-    monkeypatch.setattr(images_tuning, "LONG", {"mnist-mlp": {"sgd": {"lr": [0.1], "weight_decay": [0.0, 0.1]}}})
+    monkeypatch.setattr(images_tuning, "LONG", {"mnist-mlp": {"sgd": [{"weight_decay": 0.0}, {"weight_decay": 0.1}]}})
     arguments = ["--problem", "mnist-mlp", "--long", "--device", "cpu", "--results", str(toy / "results")]
     monkeypatch.setattr("sys.argv", ["images_tuning.py", *arguments, "--methods", "sgd"])
     images_tuning.main()
