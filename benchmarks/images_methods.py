@@ -120,8 +120,8 @@ SETTINGS["vgg16"] = {
     "noisy_kfac": _VGG16,
     "noisy_ekfac": _VGG16,
 }
-#: What ``images_tuning.py`` chose; so few steps need a colder posterior than the paper's many, and a stronger prior. With
-#: a step size of 0.1 the clip would hold most of them.
+#: What ``images_tuning.py`` chose; so few steps need a colder posterior than the paper's many, and a stronger prior. Of
+#: steps of 0.1 the clip would hold most.
 _NARROW = {
     **_VGG16,
     "lr": 0.03,
