@@ -168,7 +168,7 @@ AUGMENTED: dict[str, dict[str, dict[str, Any]]] = {
         "adamw": {"weight_decay": 0.5},
         "noisy_kfac": {"lr": 0.1, "kl_clip": 1e-3},
     },
-    "vgg16_bn_narrow": {"adamw": {"weight_decay": 0.5}, "noisy_kfac": {"prior_precision": 300.0}},
+    "vgg16_bn_narrow": {"adamw": {"weight_decay": 0.5}, "noisy_kfac": {"prior_precision": 100.0}},
 }
 AUGMENTED["resnet18_narrow"] = AUGMENTED["vgg16_bn_narrow"]
 

@@ -98,7 +98,7 @@ LONG: dict[str, dict[str, list[dict[str, Any]]]] = {
         "noisy_kfac": [
             {"kl_clip": 1e-2, "prior_precision": 300.0, **_FRESH},
             *({"lr": lr, "kl_clip": 1e-2, "prior_precision": 300.0, **_FRESH} for lr in (0.03, 0.01)),
-            {"lr": 0.03, "kl_clip": 1e-2, "prior_precision": 1000.0, **_FRESH},
+            *({"lr": 0.03, "kl_clip": 1e-2, "prior_precision": prior, **_FRESH} for prior in (1000.0, 100.0)),
         ],
     },
 }
