@@ -164,8 +164,8 @@ folder that `BAYES_KFAC_DATA` names. What is worse than a peer stands here as pl
 - *Images*: of single trainings for the same epochs noisy K-FAC has the best loss on Fashion-MNIST and on MNIST's CNN,
   AdamW on MNIST's MLP; with the same seconds AdamW is level on Fashion-MNIST's CNN, and a deep ensemble is better on
   three of the four; Laplace tells strange images best. On a fifth of CIFAR-10, with a narrow VGG16, noisy K-FAC is far
-  ahead of single trainings where images are few, ahead with augmentation or batch normalisation, and behind SGD with
-  both. [More](#images)
+  ahead of single trainings where images are few, ahead with augmentation or batch normalisation, and behind SGD and
+  AdamW with both, but for calibration. [More](#cifar-10-in-the-size-of-a-cpu)
 - *Cost*: a step of noisy K-FAC on two cores takes three to five times one of AdamW, and on small regressions two to
   seven times the seconds of a plain network go by to a density near the best; Laplace is the cheap way.
   [More](#cost), [and on steps](#time-of-a-step)

@@ -31,8 +31,8 @@ _NOISY: dict[str, list[Any]] = {
     "extrinsic_damping": [1e-2, 3e-2],
     "temperature": [0.03, 0.1, 0.3, 1.0],
 }
-#: What is tried for each method, on top of its settings: all combinations, as many of each method. The last one
-#: regularises.
+#: What is tried for each method, on top of its settings (a result says what they were then): all combinations, as many
+#: of each method. The last one regularises.
 GRIDS: dict[str, dict[str, list[Any]]] = {
     "sgd": {"lr": [0.03, 0.06, 0.1, 0.2, 0.4, 0.8], "weight_decay": [2e-5, 1e-4, 5e-4, 2e-3]},
     "adamw": {"lr": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2], "weight_decay": [1e-2, 0.1, 0.5, 2.0]},
