@@ -155,7 +155,7 @@ def main() -> None:
     own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = own.parse_args()
     own_epochs = PROBLEMS[options.problem].epochs
-    known = LONG.get(options.problem, {}) if options.long else grids(options.problem)
+    known: dict[str, Any] = LONG.get(options.problem, {}) if options.long else grids(options.problem)
 
     def tried(method: str, todo: list[dict[str, Any]], epochs: int) -> list[dict[str, Any]]:
         """Results, the best first."""
@@ -165,9 +165,9 @@ def main() -> None:
         if method not in known:
             raise SystemExit(f"Nothing is tried of {method} on {options.problem}. Known: {', '.join(known) or 'none'}.")
         if options.long:
-            found = tried(method, LONG[options.problem][method], own_epochs)
+            found = tried(method, known[method], own_epochs)
         else:
-            grid = grids(options.problem)[method]
+            grid = known[method]
             found = tried(method, every(grid), options.epochs)
             if not options.grid_only:
                 ranked, last_name = [one["arguments"]["settings"] for one in found], list(grid)[-1]
