@@ -3,7 +3,8 @@
 ``python benchmarks/regression.py --processes 2`` trains noisy K-FAC on Gal's splits and keeps one file for each data
 set, temperature and part of the work in ``benchmarks/results/uci/recommended``; ``report.py`` joins them with the other
 methods. ``--variant ekfac`` and ``--variant diagonal`` do the same for noisy EK-FAC and noisy Adam, ``--variant
-varying`` for noisy K-FAC of networks that predict a noise for each input; with ``--untuned`` at temperature 1 alone.
+varying`` for noisy K-FAC of networks that predict a noise for each input, ``--variant defaults`` for noisy K-FAC with
+the settings that its optimizer has by default; with ``--untuned`` at temperature 1 alone.
 
 The recipe: five posteriors from different initial weights, each trained by noisy natural gradient with a noise that is
 learned, are one mixture. Which temperature they are trained at, and which noise they predict with, is where three
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,14 @@ DATA_SETS = (*SMALL, *LARGE)
 TEMPERATURES = (1.0, 0.3, 0.1)
 #: The structures that it is measured with, and what the optimizers are called.
 STRUCTURES = {"kron": "noisy K-FAC", "ekfac": "noisy EK-FAC", "diagonal": "noisy Adam"}
-#: What is measured, and its arguments: every structure with one noise for all inputs, and networks that predict it.
-VARIANTS: dict[str, dict[str, str]] = {
+#: Where the recipe is not what the optimizer does by default: how far it steps, and how old its factors get.
+DEFAULTS: dict[str, float] = {"lr": 0.1, "extrinsic_damping": 0.0, "statistics_every": 10, "inverse_every": 100}
+#: What is measured, and its arguments: every structure with one noise for all inputs, networks that predict it, and
+#: the optimizer's defaults.
+VARIANTS: dict[str, dict[str, Any]] = {
     **{structure: {"structure": structure} for structure in STRUCTURES},
     "varying": {"structure": "kron", "noise": "varying"},
+    "defaults": {"structure": "kron", "changes": DEFAULTS},
 }
 #: Of steps, by structure. Factored damping has cross terms, which damp by far more than its nominal size; what has none
 #: of them needs more.
@@ -162,6 +167,7 @@ def measure(
     seed: int,
     epochs: int,
     noise: str | None = None,
+    changes: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Train and judge: on the folds of the training parts, or on the training parts for the test parts."""
     parts = load_splits(data, splits)
@@ -172,7 +178,9 @@ def measure(
     steps_of_epoch = math.ceil(len(parts.train_x) / BATCH_SIZE)
     hidden = 100 if data == "protein" else 50
     own = recipe(structure, temperature, max(epochs, math.ceil(steps / steps_of_epoch)), hidden, noise)
-    checkpoint = cache() / "regression" / f"{data}-{noise or structure}-{temperature}-{part}-{steps}-{seed}.pt"
+    own = replace(own, **(changes or {}))
+    kind = "changed" if changes else noise or structure
+    checkpoint = cache() / "regression" / f"{data}-{kind}-{temperature}-{part}-{steps}-{seed}.pt"
     posterior, seconds = train(data, own, stack, seed, checkpoint, shown=False)
     checkpoint.unlink(missing_ok=True)
     draws = posterior.sample(own.test_samples, generator=torch.Generator().manual_seed(seed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import sys
@@ -49,6 +50,16 @@ def test_each_fold_holds_out_a_tenth_of_its_own_and_learns_from_all_others(yacht
     target = (parts.test_y / parts.scale)[0, 3]  # still that of its input
     row = (splits.train_x[:, 1] == parts.test_x[0, 3]).all(-1)
     torch.testing.assert_close(target, splits.train_y[row, 1][0])
+
+
+def test_the_variant_of_defaults_takes_nothing_but_what_the_optimizer_does_by_default():
+    import regression
+
+    import bayes_kfac as bk
+
+    changed = regression.replace(regression.recipe("kron", temperature=1.0, epochs=1), **regression.DEFAULTS)
+    known = inspect.signature(bk.NoisyNaturalGradient).parameters
+    assert changed.options() == {name: known[name].default for name in changed.options()}
 
 
 @pytest.mark.parametrize("variant", ["kron", "varying"])

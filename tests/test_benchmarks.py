@@ -94,6 +94,7 @@ def test_the_command_trains_prints_and_keeps_no_quick_result(tmp_path):
     }
     (kept / "toy.json").write_text(json.dumps(result))
     assert "2.000±1.000" in run(tmp_path, "--data", "toy").stdout
+    assert "No data set 'toys' in BAYES_KFAC_DATA's folder uci: it has toy." in run(tmp_path, "--data", "toys").stderr
 
 
 def test_missing_data_is_one_clear_sentence(tmp_path):
