@@ -120,6 +120,22 @@ def where_table(folder: Path = FOLDER) -> str:
     return "\n".join(lines) + "\n"
 
 
+def nuts_table(folder: Path = FOLDER) -> str:
+    """Hamiltonian Monte Carlo beside NUTS, and NUTS beside itself, by functions at the pool's inputs."""
+    lines = [
+        "| data | | means apart, in standard deviations | standard deviations: r | their ratio | seconds |",
+        "|---" * 6 + "|",
+    ]
+    for path in sorted((folder / "nuts").glob("*.json")):
+        result = json.loads(path.read_text())
+        times = result["processor_seconds"].values()
+        for name, seconds in zip(("HMC against NUTS", "NUTS against NUTS"), times, strict=True):
+            own = result[name]
+            cells = [f"{own['mean_difference']:.2f}", f"{own['std_correlation']:.2f}", f"{own['std_ratio']:.2f}"]
+            lines.append(f"| {path.stem} | {name} | {' | '.join(cells)} | {seconds:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
 def draw(folder: Path = FOLDER, image: Path = IMAGE) -> None:
     """Errors against labels: a row for each method, a panel for each data set."""
     from matplotlib import pyplot as plt
