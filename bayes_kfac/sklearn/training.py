@@ -140,6 +140,9 @@ def train_noisy(
         callbacks=[after_epoch],
         generator=plan.generator,
         progress=plan.progress,
+        # fresher than by default: of small networks that costs little, and while the noise falls curvature changes fast
+        statistics_every=5,
+        inverse_every=20,
         **plan.scale(batches),
         **plan.options,
     )

@@ -315,9 +315,10 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
 
         Raises:
             UsageError: If no gradient, or no statistics, came from inside :meth:`sampled_params`.
-            NonFiniteError: If gradients or statistics hold NaN or infinity; the state stays as it was. On an
-                accelerator steps that measure no curvature do not wait for the device to say so: they leave the mean
-                and its momentum where they were, and the next step that measures raises the error.
+            NonFiniteError: If gradients or statistics hold NaN or infinity, or gradients numbers so large that a step's
+                length may overflow (7e12 in float32); the state stays as it was. On an accelerator steps that measure
+                no curvature do not wait for the device to say so: they leave the mean and its momentum where they were,
+                and the next step that measures raises the error.
         """
         check_outside(self._sampler, "step()")
         losses = []

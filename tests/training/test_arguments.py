@@ -204,6 +204,23 @@ def test_non_finite_targets_are_found_in_the_gradients():
     assert all(torch.equal(a, b) for a, b in zip(before, optimizer.model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("kl_clip", [1e-3, None])
+def test_gradients_whose_step_would_overflow_are_refused_and_leave_the_state_as_it_was(kl_clip):
+    """They are finite, but the squares that the step's length sums up are not: the mean would become NaN."""
+    optimizer = make(kl_clip=kl_clip)
+    step(optimizer)
+    before = [parameter.detach().clone() for parameter in optimizer.model.parameters()]
+    blocks = optimizer.blocks
+    y = Y.clone()
+    y[0], y[1] = 1e24, -1e24
+    with pytest.raises(NonFiniteError, match=r"as large as \d\.\de\+2\d, and a step goes along none beyond 7e\+12"):
+        step(optimizer, X, y)
+    assert all(torch.equal(a, b) for a, b in zip(before, optimizer.model.parameters(), strict=True))
+    assert optimizer.blocks is blocks
+    step(optimizer)  # and training goes on
+    assert all(torch.isfinite(parameter).all() for parameter in optimizer.model.parameters())
+
+
 def test_several_samples_of_a_batch_that_is_not_finite_are_told_by_what_is_wrong():
     """The second sample begins the step anew, so that the count is off too."""
     optimizer = make(num_samples=2)
