@@ -88,7 +88,6 @@ def test_the_recipe_for_regression_is_that_of_the_benchmark(monkeypatch):
     assert options["num_samples"] == 1  # the rest is the default of the library
     for name in ("TEMPERATURES", "MEMBERS", "EPOCHS", "STEPS", "BATCH_SIZE"):
         assert own[name] == measured[name]
-    assert own["NOISES"] == measured["NOISES"].tolist()
 
 
 TABLES = [
