@@ -341,22 +341,23 @@ deviation (`likelihoods.HeteroscedasticGaussian`), with three times the step siz
 NOISE_NOTES = """
 Nothing tuned, that is the best density of all methods on this page on boston, naval, wine_red and yacht, the Gaussian
 process among them, and better than the ensemble of networks that predict their noise on six of the eight sets. On
-kin8nm and power that ensemble is better, and on power one noise is too; on energy, and on concrete by little, one noise with a
-chosen temperature is. There is nothing to choose, it seems: of yacht and boston, on which temperatures and factors on
-the noise were tried on held-out tenths as well (without `--untuned`), every split chose temperature 1, and lower ones
-were far worse.
+kin8nm and power that ensemble is better, and on power one noise is too; on energy, and on concrete by little, one noise
+with a chosen temperature is. There is nothing to choose, it seems: of yacht and boston, on which temperatures and
+factors on the noise were tried on held-out tenths as well (without `--untuned`), every split chose temperature 1, and
+lower ones were far worse.
 
-Errors are worse than with one noise on all sets but naval and wine_red, on yacht by far: where the noise is large the mean learns
-slowly. A Kronecker product averages the precisions of outputs apart from the inputs, so that a step is as short where
-the noise is large as where it is small. In a trial of one network on one split of yacht, for 10 000 steps, the root
-mean squared error of *training* was 6.0 with Kronecker factors and 1.1 with one dense block and an extrinsic damping of
-1, whose density on test data was worse (-0.69 for 0.32). The step size is three times that of one noise, by held-out
-tenths of splits 0 to 4 of four sets; with that of one noise, which was looked at first, on test data, yacht had 0.033
-and an error of 3.9, energy -0.675, kin8nm 1.311, power -2.784, boston -2.318, concrete -2.903 and wine_red -0.915: a
-larger step is better where errors were far off, and worse on kin8nm and power, which had no part in the choice.
+Errors are worse than with one noise on all sets but naval and wine_red, on yacht by far: where the noise is large the
+mean learns slowly. A Kronecker product averages the precisions of outputs apart from the inputs, so that a step is as
+short where the noise is large as where it is small. In a trial of one network on one split of yacht, for 10 000 steps,
+the root mean squared error of *training* was 6.0 with Kronecker factors and 1.1 with one dense block and an extrinsic
+damping of 1, whose density on test data was worse (-0.69 for 0.32). The step size is three times that of one noise, by
+held-out tenths of splits 0 to 4 of four sets; with that of one noise, which was looked at first, on test data, yacht
+had 0.033 and an error of 3.9, energy -0.675, kin8nm 1.311, power -2.784, boston -2.318, concrete -2.903 and wine_red
+-0.915: a larger step is better where errors were far off, and worse on kin8nm and power, which had no part in the
+choice.
 
-Protein, some of whose inputs lie 20 to 51 standard deviations out, is lost to this recipe. A log-scale that is linear in
-an input so far out is ±20 to ±200 there, its exponential explodes, and within the first epoch training ends in a
+Protein, some of whose inputs lie 20 to 51 standard deviations out, is lost to this recipe. A log-scale that is linear
+in an input so far out is ±20 to ±200 there, its exponential explodes, and within the first epoch training ends in a
 `NonFiniteError`, with a third of the step size too. What helps is a smaller step together with bounds, a clip of 1e-4
 and log-scales within ±8 by a tanh in the network: after three epochs single networks had, at the weights' mean, a test
 log-likelihood of -1.08 and an error of 0.90 for standardised targets. With the bounds alone errors grew, with the clip
@@ -380,14 +381,14 @@ On kin8nm they have the best density, on power and protein they are level with n
 errors are worse: the noise is not the same everywhere there, which one noise for all inputs cannot say. Three held-out
 tenths are few examples on the smallest sets: on boston and yacht what they choose is worse than not to choose. (Tried
 on yacht, for -0.705±0.067: ten tenths, -0.684±0.043; five networks in the place of two to choose by, -0.907±0.254;
-multiples of the learned noise in the place of noises, which is no better on the other sets either, -0.743±0.082.)
-There is less to choose, it turned out: the noise that training learns at temperature 1 is about right for the mixtures
-of lower temperatures too. With it, and the temperature alone chosen, boston has -2.423 and yacht -0.606, naval 8.154
-and energy -0.437, and the others what they have within 0.004. By the tenths alone, two to choose and the third to
-judge, that is better on all five small sets (by 0.026±0.020 on boston, 0.039±0.010 on concrete, 0.018±0.006 on energy,
-0.009±0.005 on wine_red and 0.346±0.200 on yacht), so that on a small table it is the rule to take, and `examples/regression.py`
-does; for noisy EK-FAC and noisy Adam, whose noise at temperature 1 is too large, it is not. The tables are as they
-were, for it was seen on them first.
+multiples of the learned noise in the place of noises, which is no better on the other sets either, -0.743±0.082.) There
+is less to choose, it turned out: the noise that training learns at temperature 1 is about right for the mixtures of
+lower temperatures too. With it, and the temperature alone chosen, boston has -2.423 and yacht -0.606, naval 8.154 and
+energy -0.437, and the others what they have within 0.004. By the tenths alone, two to choose and the third to judge,
+that is better on all five small sets (by 0.026±0.020 on boston, 0.039±0.010 on concrete, 0.018±0.006 on energy,
+0.009±0.005 on wine_red and 0.346±0.200 on yacht), so that on a small table it is the rule to take, and
+`examples/regression.py` does; for noisy EK-FAC and noisy Adam, whose noise at temperature 1 is too large, it is not.
+The tables are as they were, for it was seen on them first.
 
 A temperature below 1 makes the mean better where the function is rich (concrete, energy, power), but the noise that
 training learns beside it is too small, so that both have to be chosen together, or the noise taken from temperature 1.

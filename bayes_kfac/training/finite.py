@@ -43,7 +43,7 @@ def check_finite(
             raise NonFiniteError(f"Layer {name!r}: the batch's {statistic!r} statistic {outcome}")
     for kind, tensors in (("Layer", gradients), ("Parameter", deterministic)):
         for name, gradient in tensors.items():
-            largest = float(gradient.abs().max())
+            largest = float(gradient.abs().max()) if gradient.numel() else 0.0
             if not math.isfinite(largest):
                 raise NonFiniteError(f"{kind} {name!r}: the gradient {outcome}")
             if largest >= (limit := _too_large(gradient.dtype)):
@@ -61,7 +61,10 @@ def _too_large(dtype: torch.dtype) -> float:
 
 def _can_be_stepped_along(*gradients: Mapping[str, Tensor]) -> Tensor:
     """Whether all entries are finite and none is too large, ``[]``, where the gradients are."""
-    norms = torch.stack(torch._foreach_norm([own for part in gradients for own in part.values()], math.inf))
+    entries = [own for part in gradients for own in part.values() if own.numel()]
+    if not entries:
+        return torch.ones((), dtype=torch.bool)
+    norms = torch.stack(torch._foreach_norm(entries, math.inf))
     return (norms < _too_large(norms.dtype)).all()  # which NaN is not
 
 

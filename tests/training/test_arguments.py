@@ -221,6 +221,28 @@ def test_gradients_whose_step_would_overflow_are_refused_and_leave_the_state_as_
     assert all(torch.isfinite(parameter).all() for parameter in optimizer.model.parameters())
 
 
+def test_a_count_of_samples_that_is_off_is_named_where_there_is_no_gradient():
+    optimizer = make(num_samples=2)
+    with optimizer.sampled_params():
+        optimizer.model(X)
+    with pytest.raises(UsageError, match="num_samples=2, but"):
+        optimizer.step()
+
+
+def test_a_parameter_without_entries_is_no_hindrance():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.nothing = nn.Linear(3, 1), nn.Parameter(torch.zeros(0))
+
+        def forward(self, x):
+            return self.first(x) + self.nothing.sum()
+
+    optimizer = make(model=Net(), others="deterministic")
+    step(optimizer)
+    assert optimizer.steps == 1
+
+
 def test_several_samples_of_a_batch_that_is_not_finite_are_told_by_what_is_wrong():
     """The second sample begins the step anew, so that the count is off too."""
     optimizer = make(num_samples=2)
