@@ -186,7 +186,7 @@ def train_laplace(
             found = laplace.optimize_prior_precision().prior_precision
             precisions.update({name: min(max(float(d), PRIOR_BOUNDS[0]), PRIOR_BOUNDS[1]) for name, d in found.items()})
         if isinstance(likelihood, bk.likelihoods.Gaussian):
-            set_noise(likelihood, expected_squares(laplace.posterior(), batches))
+            set_noise(likelihood, expected_squares(laplace.posterior(), batches, plan.temperature))
 
     record = find_mode(network, likelihood, batches, held, plan, penalty, tune)
     tune()
@@ -217,7 +217,7 @@ def update_laplace(prior: bk.Posterior, total: float, batches: Batches, plan: Pl
 
     def tune() -> None:
         if isinstance(likelihood, bk.likelihoods.Gaussian):
-            new, share = expected_squares(fitted().posterior(), batches), batches.examples.total
+            new, share = expected_squares(fitted().posterior(), batches, plan.temperature), batches.examples.total
             set_noise(likelihood, (total * old_noise + share * new) / (total + share))
 
     record = find_mode(network, likelihood, batches, None, plan, prior.penalty, tune)
@@ -226,23 +226,26 @@ def update_laplace(prior: bk.Posterior, total: float, batches: Batches, plan: Pl
 
 
 @torch.no_grad()
-def expected_squares(posterior: bk.Posterior, batches: Batches) -> Tensor:
-    """The mean over examples of ``E[(target − output)²]`` under the posterior, ``[outputs]``.
+def expected_squares(posterior: bk.Posterior, batches: Batches, temperature: float) -> Tensor:
+    """The mean over examples of ``E[(target − output)²]`` under the posterior at temperature 1, ``[outputs]``.
 
     As the noise's variance it is the M-step of expectation maximisation, whose fixed point is the residuals' sum of
     squares over ``num_data`` less the number of directions that the data determine, as that of the evidence is (MacKay
-    1992); the residuals alone are too small where a network follows the noise.
+    1992); the residuals alone are too small where a network follows the noise. A colder network follows it further,
+    and its posterior is narrower: beside that the noise would vanish. So the variance is taken over the temperature,
+    ``((N/τ) F + δ I)⁻¹ / τ = (N F + τδ I)⁻¹``, which is that of temperature 1 around the same weights.
 
     Args:
         posterior: The posterior.
         batches: The examples; of many, some are looked at.
+        temperature: That of the posterior.
 
     Returns:
         The means, by the examples' weights.
     """
     chosen = torch.linspace(0, len(batches.inputs) - 1, min(len(batches.inputs), LOOKED_AT)).long()
     output = posterior.output(batches.inputs[chosen])
-    squares = (output.mean - batches.targets[chosen]).square() + output.variance
+    squares = (output.mean - batches.targets[chosen]).square() + output.variance / temperature
     weights = batches.weights[chosen] / batches.weights[chosen].sum()
     return weights @ squares
 

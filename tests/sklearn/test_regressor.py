@@ -52,19 +52,25 @@ def linear_posterior(x, y, noise, precision):
     return covariance @ a.T @ y / noise**2, covariance
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
 @pytest.mark.parametrize("structure", ["dense", "kron"])
-def test_without_hidden_layers_it_is_bayesian_linear_regression(structure):
-    """Mean, epistemic variance and noise are those in closed form, whatever the units; one output: kron is exact."""
-    model = quick(hidden_layer_sizes=(), structure=structure, prior_precision=2.0, max_iter=250, learning_rate_init=0.1)
+def test_without_hidden_layers_it_is_bayesian_linear_regression(structure, temperature):
+    """Mean, epistemic variance and noise are those in closed form, whatever the units; one output: kron is exact.
+
+    Below temperature 1 the prior is by as much weaker, the covariance by as much smaller, and the noise what it would
+    be at temperature 1 with that prior.
+    """
+    options = {"prior_precision": 2.0, "temperature": temperature, "max_iter": 250, "learning_rate_init": 0.1}
+    model = quick(hidden_layer_sizes=(), structure=structure, **options)
     model.fit(X, Y)
     sx, sy = model.input_scaling_, model.target_scaling_
     a = np.column_stack([sx(X), np.ones(len(X))])
     noise = float(model.posterior_.likelihood.noise_scale)
-    mean, covariance = linear_posterior(sx(X), sy(Y[:, None])[:, 0], noise, 2.0)
+    mean, covariance = linear_posterior(sx(X), sy(Y[:, None])[:, 0], noise, 2.0 * temperature)
     new = np.column_stack([sx(NEW), np.ones(len(NEW))])
     found, joint = model.predict(NEW, return_cov=True)
     np.testing.assert_allclose(found, new @ mean * sy.scale + sy.location, rtol=1e-4)
-    expected = (new @ covariance @ new.T + noise**2 * np.eye(len(NEW))) * sy.scale**2
+    expected = (temperature * new @ covariance @ new.T + noise**2 * np.eye(len(NEW))) * sy.scale**2
     np.testing.assert_allclose(joint, expected, rtol=1e-6, atol=1e-6 * expected.max())
     # the noise's fixed point: residuals over the degrees of freedom that are left
     squares = ((sy(Y[:, None])[:, 0] - a @ mean) ** 2).sum()
