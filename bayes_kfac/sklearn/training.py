@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -103,6 +103,10 @@ def train_noisy(
 ) -> tuple[bk.Posterior, Record]:
     """Train a posterior by noisy natural gradient.
 
+    Below temperature 1 the noise of a regression is learned by a training at temperature 1 first, and kept: beside a
+    colder posterior, which follows the targets further, it would be learned too small, and down to nothing where the
+    network can follow them all the way.
+
     Args:
         network: The network; ends at the posterior's mean.
         likelihood: What its output means; its noise is learned.
@@ -113,6 +117,10 @@ def train_noisy(
     Returns:
         The posterior, and how training went.
     """
+    if plan.temperature < 1 and isinstance(likelihood, bk.likelihoods.Gaussian):
+        bayes = replace(plan, temperature=1.0)
+        warm, _ = train_noisy(copy.deepcopy(network), copy.deepcopy(likelihood), batches, held, bayes)
+        set_noise(likelihood, cast(bk.likelihoods.Gaussian, warm.likelihood).noise_scale.square())
     record = Record()
     best: list[bk.Posterior] = []
 

@@ -360,3 +360,13 @@ def test_an_update_of_a_noisy_regressor_is_that_of_laplace_in_steps_and_their_si
     assert model.n_iter_ == 1000  # of one batch each
     for name, value in expected.posterior_.mean.items():
         assert torch.equal(model.posterior_.mean[name], value)
+
+
+def test_noisy_training_below_temperature_one_keeps_the_noise_of_one():
+    """Beside a colder posterior a noise would be learned too small, and the intervals would hold nothing."""
+    options = {"method": "noisy", "hidden_layer_sizes": (20,), "max_iter": 60}
+    warm, cold = (quick(**options, temperature=temperature).fit(X, Y) for temperature in (1.0, 0.1))
+    torch.testing.assert_close(cold.posterior_.likelihood.noise_scale, warm.posterior_.likelihood.noise_scale)
+    spread = [own.predict_distribution(NEW).epistemic_variance.mean() for own in (warm, cold)]
+    assert spread[1] < spread[0]
+    assert cold.n_iter_ == 60
