@@ -386,16 +386,15 @@ is less to choose, it turned out: the noise that training learns at temperature 
 lower temperatures too. With it, and the temperature alone chosen, boston has -2.423 and yacht -0.606, naval 8.154 and
 energy -0.437, and the others what they have within 0.004. By the tenths alone, two to choose and the third to judge,
 that is better on all five small sets (by 0.026±0.020 on boston, 0.039±0.010 on concrete, 0.018±0.006 on energy,
-0.009±0.005 on wine_red and 0.346±0.200 on yacht), so that on a small table it is the rule to take, and
-`examples/regression.py` does; for noisy EK-FAC and noisy Adam, whose noise at temperature 1 is too large, it is not.
-The tables are as they were, for it was seen on them first.
+0.009±0.005 on wine_red and 0.346±0.200 on yacht); of noisy EK-FAC and noisy Adam, whose noise at temperature 1 is too
+large, it is not. The tables are as they were, for it was seen on them first.
 
 A temperature below 1 makes the mean better where the function is rich (concrete, energy, power), but the noise that
 training learns beside it is too small, so that both have to be chosen together, or the noise taken from temperature 1.
 What has been tried last is to train with that noise, too, in the place of a noise of their own: on the held-out tenths
 of boston mixtures had -2.551 at 0.3 and -2.640 at 0.1, where those of the tables, with the same noise, have -2.666 and
--2.875, and errors of 3.12 and 3.27 in the place of 3.29 and 3.71. The scikit-learn estimators train so; the other sets
-are yet to be run.
+-2.875, and errors of 3.12 and 3.27 in the place of 3.29 and 3.71. The scikit-learn estimators train so, and
+`examples/regression.py`; the other sets are yet to be run.
 
 How long one trains matters. With 6000 steps or 25 epochs, and two samples a step, kin8nm had a log-likelihood of 1.216
 and was behind the ensemble, concrete one of -2.913, energy of -0.466, naval of 8.110, power of -2.800, protein of

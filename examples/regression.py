@@ -2,8 +2,8 @@
 
 Five posteriors from different initial weights, each trained by noisy natural gradient with a noise that is learned, are
 one mixture. Which temperature they are trained at is where a held-out tenth of the training rows is best predicted, by
-networks that learn from the other nine; the noise is always that which training learns at temperature 1, as beside a
-lower one it learns too little. What it is worth on nine published sets is on the page of evidence in the documentation.
+networks that learn from the other nine. Colder ones are given the noise that was learned at temperature 1: one of their
+own would be too small. What the recipe is worth on nine published sets is on the page of evidence in the documentation.
 
 ``python examples/regression.py table.csv`` reads numbers with the target in the last column, or takes scikit-learn's
 diabetes; sets a tenth aside as the test, and prints what the mixture predicts there with nothing tuned and tuned.
@@ -56,26 +56,24 @@ def read(path: Path | None, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     return *parts, float(unit)
 
 
-def train(x: Tensor, y: Tensor, *, temperature: float, members: int, steps: int | None, seed: int) -> bk.Mixture:
-    """Posteriors from different initial weights."""
+def train(
+    x: Tensor, y: Tensor, *, temperature: float, members: int, steps: int | None, seed: int, noise: float | None = None
+) -> bk.Mixture:
+    """Posteriors from different initial weights; the noise is learned where none is given."""
     loader = DataLoader(TensorDataset(x, y), BATCH_SIZE, shuffle=True)
     epochs = max(EPOCHS, math.ceil(STEPS / len(loader))) if steps is None else math.ceil(steps / len(loader))
     found = []
     for member in range(members):
         torch.manual_seed(seed + member)
         model = nn.Sequential(nn.Linear(x.shape[1], 50), nn.ReLU(), nn.Linear(50, 1))
-        likelihood = bk.likelihoods.Gaussian("learned")
-        found.append(
-            bk.fit(
-                model,
-                likelihood,
-                loader,
-                epochs=epochs,
-                temperature=temperature,
-                **OPTIONS,
-            )
-        )
+        likelihood = bk.likelihoods.Gaussian("learned" if noise is None else noise)
+        found.append(bk.fit(model, likelihood, loader, epochs=epochs, temperature=temperature, **OPTIONS))
     return bk.Mixture(found)
+
+
+def learned_noise(mixture: bk.Mixture) -> float:
+    """The mean of the members' noise, a standard deviation."""
+    return float(torch.stack([member.likelihood.noise_scale for member in mixture.members]).mean())
 
 
 def log_likelihood(mixture: bk.Mixture, x: Tensor, y: Tensor) -> float:
@@ -84,24 +82,17 @@ def log_likelihood(mixture: bk.Mixture, x: Tensor, y: Tensor) -> float:
     return float(mixture.predict(x, "sampling", num_samples=100, generator=generator).log_prob(y).mean())
 
 
-def with_noise_of(mixture: bk.Mixture, warm: bk.Mixture) -> bk.Mixture:
-    """The mixture with the noise that another has learned, the mean of its members'."""
-    scales = [posterior.likelihood.noise_scale for posterior in warm.members]
-    return mixture.with_likelihood(bk.likelihoods.Gaussian(float(torch.stack(scales).mean())))
-
-
-def choose(x: Tensor, y: Tensor, *, steps: int | None, seed: int) -> float:
+def choose(x: Tensor, y: Tensor, **size: int | None) -> float:
     """The temperature whose mixture predicts a held-out tenth best."""
     tenth = len(x) // 10  # the rows are in random order
-    found = {
-        temperature: train(x[tenth:], y[tenth:], temperature=temperature, members=2, steps=steps, seed=seed)
-        for temperature in TEMPERATURES
+    rows = x[tenth:], y[tenth:]
+    warm = train(*rows, temperature=1.0, members=2, **size)
+    colder = {
+        temperature: train(*rows, temperature=temperature, members=2, noise=learned_noise(warm), **size)
+        for temperature in TEMPERATURES[1:]
     }
-    scores = {
-        temperature: log_likelihood(with_noise_of(mixture, found[1.0]), x[:tenth], y[:tenth])
-        for temperature, mixture in found.items()
-    }
-    return max(scores, key=lambda temperature: scores[temperature])
+    scores = {tau: log_likelihood(own, x[:tenth], y[:tenth]) for tau, own in {1.0: warm, **colder}.items()}
+    return max(scores, key=lambda tau: scores[tau])
 
 
 def main() -> None:
@@ -117,7 +108,7 @@ def main() -> None:
     temperature = choose(x, y, **size)
     tuned = plain
     if temperature != 1:
-        tuned = with_noise_of(train(x, y, temperature=temperature, members=MEMBERS, **size), plain)
+        tuned = train(x, y, temperature=temperature, members=MEMBERS, noise=learned_noise(plain), **size)
     print(f"the held-out tenth chooses temperature {temperature:g}")
     for name, mixture in (("nothing tuned", plain), ("tuned", tuned)):
         error = (mixture.predict(test_x).mean - test_y).square().mean().sqrt() * unit
