@@ -42,8 +42,7 @@ was tried is counted, but for one short run with both, which refreshed every 100
 MARKS = """VGG16 (32-64-128-256-256) in the noisy K-FAC paper, recalled and not checked: accuracies of noisy K-FAC
 85.5 % plain, 89.4 % augmented, 88.2 % with batch normalisation, 92.0 % with both, after 150 epochs; its ECE .089 plain
 and .025 with batch normalisation, as read off the figure in the authors' repository. That is all of CIFAR-10 and a
-network twice as wide: a GPU's work, for which `images.py` has the problems, and which was not run. Nor was ResNet-18,
-of which it has a narrow one in the size of a CPU too.
+network twice as wide: a GPU's work, for which `images.py` has the problems, as for ResNet-18, and which was not run.
 
 """
 
