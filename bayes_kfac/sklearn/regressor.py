@@ -44,7 +44,7 @@ class BayesianMLPRegressor(MultiOutputMixin, RegressorMixin, BayesianMLP):  # ty
         prior_precision: The precision of the weights' Gaussian prior, or ``"marginal_likelihood"`` to find one for
             each layer from the training data.
         temperature: The weight of the prior against the data; by default 1, which is Bayes. Below it the noise is
-            still that of 1: noisy natural gradient learns it by a training at 1 first, which doubles the cost.
+            still that of 1: noisy natural gradient trains at 1 first and goes on from there, which doubles the cost.
         batch_size: The most examples in a step.
         learning_rate_init: The first step size, which decays along a half cosine; by default 0.01 for Laplace (Adam)
             and 0.1 for noisy natural gradient.

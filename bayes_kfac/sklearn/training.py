@@ -103,9 +103,9 @@ def train_noisy(
 ) -> tuple[bk.Posterior, Record]:
     """Train a posterior by noisy natural gradient.
 
-    Below temperature 1 the noise of a regression is learned by a training at temperature 1 first, and kept: beside a
-    colder posterior, which follows the targets further, it would be learned too small, and down to nothing where the
-    network can follow them all the way.
+    Below temperature 1 a regression is trained at temperature 1 first, and goes on from there with the noise that was
+    learned: beside a colder posterior, which follows the targets further, it would be learned too small, and down to
+    nothing where the network can follow them all the way.
 
     Args:
         network: The network; ends at the posterior's mean.
@@ -119,7 +119,7 @@ def train_noisy(
     """
     if plan.temperature < 1 and isinstance(likelihood, bk.likelihoods.Gaussian):
         bayes = replace(plan, temperature=1.0)
-        warm, _ = train_noisy(copy.deepcopy(network), copy.deepcopy(likelihood), batches, held, bayes)
+        warm, _ = train_noisy(network, copy.deepcopy(likelihood), batches, held, bayes)
         set_noise(likelihood, cast(bk.likelihoods.Gaussian, warm.likelihood).noise_scale.square())
     record = Record()
     best: list[bk.Posterior] = []
