@@ -88,9 +88,9 @@ def section(folder: Path = HERE / "results") -> str:
 HEAD = """## What a step starts
 
 Operations of a step that neither measures nor refreshes, beside those of the forward and backward pass
-(`benchmarks/launches.py`; counts, no times). On a GPU each takes the host some microseconds. Noisy K-FAC has nine for a
-layer: two products for its sample and two for its direction, the draw, a dot product, two that join weight and bias,
-and the CPU's look for NaN; an accelerator judges all layers at once, and reads nothing back.
+(`benchmarks/launches.py`; counts, no times). On a GPU each takes the host some microseconds. Noisy K-FAC has eight for
+a layer: two products for its sample and two for its direction, the draw, a dot product, and two that join weight and
+bias. The look for NaN is one for all layers, whose answer an accelerator does not read back.
 
 """
 

@@ -281,4 +281,4 @@ def test_gradients_that_are_not_finite_change_no_weight_and_are_reported_with_th
     before, after, at, message = elsewhere.submit(there, spoil).result()
     assert_close(after, before, rtol=0, atol=0)
     assert at == 20
-    assert message.startswith("The gradients of a step since curvature was last measured held NaN or infinity.")
+    assert message.startswith("The gradients of a step since curvature was last measured held NaN, infinity")
