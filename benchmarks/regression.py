@@ -179,7 +179,7 @@ def measure(
     hidden = 100 if data == "protein" else 50
     own = recipe(structure, temperature, max(epochs, math.ceil(steps / steps_of_epoch)), hidden, noise)
     own = replace(own, **(changes or {}))
-    kind = "changed" if changes else noise or structure
+    kind = "-".join([noise or structure, *(f"{name}={value:g}" for name, value in (changes or {}).items())])
     checkpoint = cache() / "regression" / f"{data}-{kind}-{temperature}-{part}-{steps}-{seed}.pt"
     posterior, seconds = train(data, own, stack, seed, checkpoint, shown=False)
     checkpoint.unlink(missing_ok=True)

@@ -3,7 +3,8 @@
 Five posteriors from different initial weights, each trained by noisy natural gradient with a noise that is learned, are
 one mixture. Which temperature they are trained at is where a held-out tenth of the training rows is best predicted, by
 networks that learn from the other nine. Colder ones are given the noise that was learned at temperature 1: one of their
-own would be too small. What the recipe is worth on nine published sets is on the page of evidence in the documentation.
+own would be too small. What the recipe is worth on nine published sets, whose noise was chosen by held-out rows too, is
+on the page of evidence in the documentation.
 
 ``python examples/regression.py table.csv`` reads numbers with the target in the last column, or takes scikit-learn's
 diabetes; sets a tenth aside as the test, and prints what the mixture predicts there with nothing tuned and tuned.

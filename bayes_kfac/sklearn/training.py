@@ -109,7 +109,7 @@ def train_noisy(
 
     Args:
         network: The network; ends at the posterior's mean.
-        likelihood: What its output means; its noise is learned.
+        likelihood: What its output means; its noise is learned, and kept from then on below temperature 1.
         batches: The training examples.
         held: The validation examples.
         plan: How to train.
@@ -118,8 +118,8 @@ def train_noisy(
         The posterior, and how training went.
     """
     if plan.temperature < 1 and isinstance(likelihood, bk.likelihoods.Gaussian):
-        bayes = replace(plan, temperature=1.0)
-        warm, _ = train_noisy(network, copy.deepcopy(likelihood), batches, held, bayes)
+        at_one = replace(plan, temperature=1.0)
+        warm, _ = train_noisy(network, copy.deepcopy(likelihood), batches, held, at_one)
         set_noise(likelihood, cast(bk.likelihoods.Gaussian, warm.likelihood).noise_scale.square())
     record = Record()
     best: list[bk.Posterior] = []
