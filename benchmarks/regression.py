@@ -46,9 +46,10 @@ TEMPERATURES = (1.0, 0.3, 0.1)
 STRUCTURES = {"kron": "noisy K-FAC", "ekfac": "noisy EK-FAC", "diagonal": "noisy Adam"}
 #: Where the recipe is not what the optimizer does by default: how far it steps, and how old its factors get.
 DEFAULTS: dict[str, float] = {"lr": 0.1, "extrinsic_damping": 0.0, "statistics_every": 10, "inverse_every": 100}
-#: What is measured, and its arguments: every structure with one noise for all inputs, networks that predict it, and
-#: the optimizer's defaults.
+#: What is measured, and its arguments: Kronecker factors with colder networks that go on from those of temperature 1,
+#: every structure with networks that learn afresh, networks that predict a noise, and the optimizer's defaults.
 VARIANTS: dict[str, dict[str, Any]] = {
+    "cooled": {"structure": "kron", "cooled": True},
     **{structure: {"structure": structure} for structure in STRUCTURES},
     "varying": {"structure": "kron", "noise": "varying"},
     "defaults": {"structure": "kron", "changes": DEFAULTS},
@@ -168,8 +169,13 @@ def measure(
     epochs: int,
     noise: str | None = None,
     changes: dict[str, float] | None = None,
+    *,
+    cooled: bool = False,
 ) -> dict[str, Any]:
-    """Train and judge: on the folds of the training parts, or on the training parts for the test parts."""
+    """Train and judge: on the folds of the training parts, or on the training parts for the test parts.
+
+    Cooled networks are first trained at temperature 1, and keep the noise that they have learned there.
+    """
     parts = load_splits(data, splits)
     if part == "folds":
         parts = folds(parts, num_folds(data), seed)
@@ -180,15 +186,25 @@ def measure(
     own = recipe(structure, temperature, max(epochs, math.ceil(steps / steps_of_epoch)), hidden, noise)
     own = replace(own, **(changes or {}))
     kind = "-".join([noise or structure, *(f"{name}={value:g}" for name, value in (changes or {}).items())])
-    checkpoint = cache() / "regression" / f"{data}-{kind}-{temperature}-{part}-{steps}-{seed}.pt"
-    posterior, seconds = train(data, own, stack, seed, checkpoint, shown=False)
-    checkpoint.unlink(missing_ok=True)
+
+    def checkpoint(temperature: float, *, cooled: bool) -> Path:
+        name = f"{data}-{kind}{'-cooled' * cooled}-{temperature}-{part}-{steps}-{seed}.pt"
+        return cache() / "regression" / name
+
+    start, before = None, 0.0
+    if cooled:  # what is kept of temperature 1 serves the other temperatures too
+        at_one = checkpoint(1.0, cooled=False)
+        start, before = train(data, replace(own, temperature=1.0), stack, seed, at_one, shown=False)
+        own = replace(own, noise_lr=0.0)
+    last = checkpoint(temperature, cooled=cooled)
+    posterior, seconds = train(data, own, stack, seed, last, start=start, shown=False)
+    last.unlink(missing_ok=True)
     draws = posterior.sample(own.test_samples, generator=torch.Generator().manual_seed(seed))
     outputs = posterior.predict(stack.test_x, draws=draws).outputs
     learned = torch.ones(members, parts.train_x.shape[1])  # once what is predicted
     if noise is None:
         learned = posterior.likelihood.noise.variance().detach().sqrt().reshape(members, -1)
-    found = {"seconds": seconds, "networks": stack.train_x.shape[1], "learned_noise": learned.mean(0).tolist()}
+    found = {"seconds": before + seconds, "networks": stack.train_x.shape[1], "learned_noise": learned.mean(0).tolist()}
     return {**found, "recipe": asdict(own), **judge(outputs, parts, members)}
 
 
@@ -200,23 +216,23 @@ def jobs(folder: Path, data: list[str], variant: str, *, quick: bool) -> list[Jo
             return {"splits": 2, "steps": 30, "epochs": 0, "seed": SEED}
         return {"splits": 5 if name == "protein" else 20, "steps": STEPS, "epochs": EPOCHS, "seed": SEED}
 
-    return [
-        Job(
-            folder / "uci" / "recommended" / variant / name / f"{part}-{temperature}.json",
-            measure,
-            {
-                "data": name,
-                **VARIANTS[variant],
-                "temperature": temperature,
-                "part": part,
-                "seed": SEED,
-                **size(name),
-            },
-        )
-        for name in data
-        for part in PARTS
-        for temperature in TEMPERATURES
-    ]
+    def job(name: str, part: str, temperature: float) -> Job:
+        own = VARIANTS[measured_as(variant, temperature)]
+        arguments = {"data": name, **own, "temperature": temperature, "part": part, **size(name)}
+        return Job(path(folder, variant, name, part, temperature), measure, arguments)
+
+    return [job(name, part, temperature) for name in data for part in PARTS for temperature in TEMPERATURES]
+
+
+def measured_as(variant: str, temperature: float) -> str:
+    """The variant whose networks these are: at temperature 1, where they have not yet cooled, Kronecker factors'."""
+    return "kron" if variant == "cooled" and temperature == 1 else variant
+
+
+def path(folder: Path, variant: str, data: str, part: str, temperature: float) -> Path:
+    """The file of a job's figures."""
+    own = measured_as(variant, temperature)
+    return folder / "uci" / "recommended" / own / data / f"{part}-{temperature}.json"
 
 
 # -- what is chosen ---------------------------------------------------------------------------------------------------
@@ -293,8 +309,7 @@ def load_untuned(
 
 
 def _read(data: str, variant: str, part: str, temperature: float, folder: Path) -> dict[str, Any]:
-    path = folder / "uci" / "recommended" / variant / data / f"{part}-{temperature}.json"
-    return json.loads(path.read_text())
+    return json.loads(path(folder, variant, data, part, temperature).read_text())
 
 
 def table(data: list[str], variant: str, folder: Path, *, untuned: bool) -> list[str]:

@@ -168,9 +168,20 @@ def load_splits(name: str, num_splits: int) -> Splits:
 
 
 def train(
-    name: str, recipe: Recipe, splits: Splits, seed: int, checkpoint: Path, *, shown: bool = True
+    name: str,
+    recipe: Recipe,
+    splits: Splits,
+    seed: int,
+    checkpoint: Path,
+    *,
+    start: bk.Posterior | None = None,
+    shown: bool = True,
 ) -> tuple[bk.Posterior, float]:
-    """Train all splits at once; returns the last epoch's posterior and the seconds that it took."""
+    """Train all splits at once, from a posterior's mean and noise or afresh.
+
+    Returns:
+        The last epoch's posterior, and the seconds that it took.
+    """
     num_data, replicas, features = splits.train_x.shape
     generator = torch.Generator().manual_seed(seed)
     outputs = 2 if recipe.noise_prior == "varying" else 1
@@ -178,6 +189,9 @@ def train(
         ReplicatedMLP(replicas, features, recipe.hidden, generator, outputs),
         recipe.likelihood(replicas),
     )
+    if start is not None:
+        model.load_state_dict(start.model.state_dict())
+        likelihood.load_state_dict(start.likelihood.state_dict())
     optimizer = ReplicatedNoisyNaturalGradient(
         model, likelihood, num_data=num_data, **recipe.options(), generator=generator
     )
