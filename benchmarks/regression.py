@@ -29,7 +29,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ import torch
 from jobs import Job, cache, parser, results_folder, run
 from torch import Tensor
 from uci import HERE, Recipe, Splits, load_splits, summary, train
+
+import bayes_kfac as bk
 
 SMALL = ("boston", "concrete", "energy", "wine_red", "yacht")
 LARGE = ("kin8nm", "naval", "power", "protein")
@@ -46,10 +50,10 @@ TEMPERATURES = (1.0, 0.3, 0.1)
 STRUCTURES = {"kron": "noisy K-FAC", "ekfac": "noisy EK-FAC", "diagonal": "noisy Adam"}
 #: Where the recipe is not what the optimizer does by default: how far it steps, and how old its factors get.
 DEFAULTS: dict[str, float] = {"lr": 0.1, "extrinsic_damping": 0.0, "statistics_every": 10, "inverse_every": 100}
-#: What is measured, and its arguments: Kronecker factors with colder networks that go on from those of temperature 1,
-#: every structure with networks that learn afresh, networks that predict a noise, and the optimizer's defaults.
+#: What is measured, and its arguments: Kronecker factors with a noise that colder networks bound by that of temperature
+#: 1, every structure with a noise that is free, networks that predict it, and the optimizer's defaults.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "cooled": {"structure": "kron", "cooled": True},
+    "bounded": {"structure": "kron"},
     **{structure: {"structure": structure} for structure in STRUCTURES},
     "varying": {"structure": "kron", "noise": "varying"},
     "defaults": {"structure": "kron", "changes": DEFAULTS},
@@ -169,12 +173,11 @@ def measure(
     epochs: int,
     noise: str | None = None,
     changes: dict[str, float] | None = None,
-    *,
-    cooled: bool = False,
+    minimum: list[float] | None = None,
 ) -> dict[str, Any]:
     """Train and judge: on the folds of the training parts, or on the training parts for the test parts.
 
-    Cooled networks are first trained at temperature 1, and keep the noise that they have learned there.
+    The noise that is learned stays above a minimum of each split, where there is one.
     """
     parts = load_splits(data, splits)
     if part == "folds":
@@ -186,61 +189,55 @@ def measure(
     own = recipe(structure, temperature, max(epochs, math.ceil(steps / steps_of_epoch)), hidden, noise)
     own = replace(own, **(changes or {}))
     kind = "-".join([noise or structure, *(f"{name}={value:g}" for name, value in (changes or {}).items())])
-
-    def checkpoint(temperature: float, *, cooled: bool) -> Path:
-        name = f"{data}-{kind}{'-cooled' * cooled}-{temperature}-{part}-{steps}-{seed}.pt"
-        return cache() / "regression" / name
-
-    start, before = None, 0.0
-    if cooled:  # what is kept of temperature 1 serves the other temperatures too
-        at_one = checkpoint(1.0, cooled=False)
-        start, before = train(data, replace(own, temperature=1.0), stack, seed, at_one, shown=False)
-        own = replace(own, noise_lr=0.0)
-    last = checkpoint(temperature, cooled=cooled)
-    posterior, seconds = train(data, own, stack, seed, last, start=start, shown=False)
-    last.unlink(missing_ok=True)
+    likelihood = None
+    if minimum is not None:
+        kind += "-bounded"
+        noise_of = torch.tensor(minimum).repeat(members)[:, None]
+        likelihood = bk.likelihoods.Gaussian(bk.likelihoods.BoundedNoise(noise_of))
+    checkpoint = cache() / "regression" / f"{data}-{kind}-{temperature}-{part}-{steps}-{seed}.pt"
+    posterior, seconds = train(data, own, stack, seed, checkpoint, likelihood=likelihood, shown=False)
+    checkpoint.unlink(missing_ok=True)
     draws = posterior.sample(own.test_samples, generator=torch.Generator().manual_seed(seed))
     outputs = posterior.predict(stack.test_x, draws=draws).outputs
     learned = torch.ones(members, parts.train_x.shape[1])  # once what is predicted
     if noise is None:
         learned = posterior.likelihood.noise.variance().detach().sqrt().reshape(members, -1)
-    found = {"seconds": before + seconds, "networks": stack.train_x.shape[1], "learned_noise": learned.mean(0).tolist()}
+    found = {"seconds": seconds, "networks": stack.train_x.shape[1], "learned_noise": learned.mean(0).tolist()}
     return {**found, "recipe": asdict(own), **judge(outputs, parts, members)}
 
 
-def jobs(folder: Path, data: list[str], variant: str, *, quick: bool) -> list[Job]:
-    """A job for every data set, temperature and part."""
-
-    def size(name: str) -> dict[str, int]:
-        if quick:
-            return {"splits": 2, "steps": 30, "epochs": 0, "seed": SEED}
-        return {"splits": 5 if name == "protein" else 20, "steps": STEPS, "epochs": EPOCHS, "seed": SEED}
+def jobs(folder: Path, data: list[str], variant: str, temperatures: Sequence[float], *, quick: bool) -> list[Job]:
+    """A job for every data set, part and temperature; bounded noises need the results of temperature 1."""
 
     def job(name: str, part: str, temperature: float) -> Job:
-        own = VARIANTS[measured_as(variant, temperature)]
-        arguments = {"data": name, **own, "temperature": temperature, "part": part, **size(name)}
-        return Job(path(folder, variant, name, part, temperature), measure, arguments)
+        size = {"splits": 5 if name == "protein" else 20, "steps": STEPS, "epochs": EPOCHS}
+        if quick:
+            size = {"splits": 2, "steps": 30, "epochs": 0}
+        arguments = {"data": name, **VARIANTS[variant], "temperature": temperature, "part": part, "seed": SEED, **size}
+        if variant == "bounded" and temperature != 1:
+            arguments["minimum"] = read(name, variant, part, 1.0, folder)["learned_noise"]
+        return Job(path(name, variant, part, temperature, folder), measure, arguments)
 
-    return [job(name, part, temperature) for name in data for part in PARTS for temperature in TEMPERATURES]
+    return [job(name, part, temperature) for name in data for part in PARTS for temperature in temperatures]
 
 
-def measured_as(variant: str, temperature: float) -> str:
-    """The variant whose networks these are: at temperature 1, where they have not yet cooled, Kronecker factors'."""
-    return "kron" if variant == "cooled" and temperature == 1 else variant
-
-
-def path(folder: Path, variant: str, data: str, part: str, temperature: float) -> Path:
-    """The file of a job's figures."""
-    own = measured_as(variant, temperature)
+def path(data: str, variant: str, part: str, temperature: float, folder: Path) -> Path:
+    """The file of a job's figures; what is to bound noises is what Kronecker factors learn at temperature 1."""
+    own = "kron" if variant == "bounded" and temperature == 1 else variant
     return folder / "uci" / "recommended" / own / data / f"{part}-{temperature}.json"
+
+
+def read(data: str, variant: str, part: str, temperature: float, folder: Path) -> dict[str, Any]:
+    """The figures of a job that is done."""
+    return json.loads(path(data, variant, part, temperature, folder).read_text())
 
 
 # -- what is chosen ---------------------------------------------------------------------------------------------------
 
 
-def is_complete(data: str, variant: str = "kron", folder: Path = HERE / "results") -> bool:
+def is_complete(data: str, variant: str = "bounded", folder: Path = HERE / "results") -> bool:
     """Whether all of a data set's jobs are done."""
-    return all(job.path.exists() for job in jobs(folder, [data], variant, quick=False))
+    return all(path(data, variant, part, tau, folder).exists() for part in PARTS for tau in TEMPERATURES)
 
 
 def grid(variant: str) -> Tensor:
@@ -248,8 +245,16 @@ def grid(variant: str) -> Tensor:
     return MULTIPLES if "noise" in VARIANTS[variant] else NOISES
 
 
-def load(data: str, variant: str = "kron", kind: str = "mixture", folder: Path = HERE / "results") -> dict[str, Any]:
-    """Figures of each split, with the temperature and the noise that the folds of its training part choose.
+def learned(found: dict[str, Any], variant: str) -> Tensor:
+    """The place in the grid that is nearest to the noise which was learned, ``[splits]``."""
+    noise = torch.tensor(found["learned_noise"])
+    return (grid(variant)[:, None].log() - noise.log()).abs().argmin(0)
+
+
+def load(data: str, variant: str = "bounded", kind: str = "mixture", folder: Path = HERE / "results") -> dict[str, Any]:
+    """Figures of each split at the temperature that the folds of its training part choose.
+
+    They choose the noise with it, but for networks whose noise was bounded when it was learned.
 
     Args:
         data: The data set.
@@ -261,25 +266,31 @@ def load(data: str, variant: str = "kron", kind: str = "mixture", folder: Path =
         ``rmse``, ``log_likelihood``, ``temperature`` and ``noise`` (of ``"varying"`` its multiple), each a list over
         splits.
     """
-    noises = grid(variant)
-    read = {part: [_read(data, variant, part, tau, folder)[kind] for tau in TEMPERATURES] for part in PARTS}
-    held_out = torch.tensor([one["log_likelihood"] for one in read["folds"]])  # [temperatures, noises, folds × splits]
+
+    def figures(part: str) -> tuple[Tensor, Tensor, Tensor]:  # of temperatures, noises, splits; errors without noises
+        found = [read(data, variant, part, tau, folder) for tau in TEMPERATURES]
+        rmse, density = (torch.tensor([own[kind][key] for own in found]) for key in ("rmse", "log_likelihood"))
+        if variant != "bounded":
+            return rmse, density, grid(variant)[None, :, None].expand_as(density)
+        place = torch.stack([learned(own, variant) for own in found])[:, None]
+        return rmse, density.gather(1, place), grid(variant)[place]
+
+    _, held_out, _ = figures("folds")
+    rmse, density, noises = figures("full")
     held_out = held_out.unflatten(-1, (num_folds(data), -1)).mean(-2)
-    rmse = torch.tensor([one["rmse"] for one in read["full"]])
-    density = torch.tensor([one["log_likelihood"] for one in read["full"]])
     best = held_out.flatten(0, 1).argmax(0)
-    tau, noise, split = best // len(noises), best % len(noises), torch.arange(held_out.shape[-1])
+    tau, noise, split = best // held_out.shape[1], best % held_out.shape[1], torch.arange(held_out.shape[-1])
     return {
         "rmse": rmse[tau, split].tolist(),
         "log_likelihood": density[tau, noise, split].tolist(),
         "temperature": [TEMPERATURES[index] for index in tau],
-        "noise": noises[noise].tolist(),
+        "noise": noises[tau, noise, split].tolist(),
     }
 
 
 def load_untuned(
     data: str,
-    variant: str = "kron",
+    variant: str = "bounded",
     kind: str = "mixture",
     folder: Path = HERE / "results",
     temperature: float = 1.0,
@@ -296,20 +307,15 @@ def load_untuned(
     Returns:
         As :func:`load`.
     """
-    read = _read(data, variant, "full", temperature, folder)
-    noises, learned = grid(variant), torch.tensor(read["learned_noise"])
-    noise = (noises[:, None].log() - learned.log()).abs().argmin(0)
-    density = torch.tensor(read[kind]["log_likelihood"])
+    found = read(data, variant, "full", temperature, folder)
+    place = learned(found, variant)
+    density = torch.tensor(found[kind]["log_likelihood"])
     return {
-        "rmse": read[kind]["rmse"],
-        "log_likelihood": density.gather(0, noise[None])[0].tolist(),
-        "temperature": [temperature] * len(noise),
-        "noise": noises[noise].tolist(),
+        "rmse": found[kind]["rmse"],
+        "log_likelihood": density.gather(0, place[None])[0].tolist(),
+        "temperature": [temperature] * len(place),
+        "noise": grid(variant)[place].tolist(),
     }
-
-
-def _read(data: str, variant: str, part: str, temperature: float, folder: Path) -> dict[str, Any]:
-    return json.loads(path(folder, variant, data, part, temperature).read_text())
 
 
 def table(data: list[str], variant: str, folder: Path, *, untuned: bool) -> list[str]:
@@ -329,14 +335,19 @@ def main() -> None:
     """Run what is asked for and not yet there; print the table."""
     own = parser(__doc__)
     own.add_argument("--data", nargs="+", choices=DATA_SETS, default=list(DATA_SETS), metavar="NAME")
-    own.add_argument("--variant", default="kron", choices=tuple(VARIANTS), help="what is measured")
+    own.add_argument("--variant", default="bounded", choices=tuple(VARIANTS), help="what is measured")
     own.add_argument("--untuned", action="store_true", help="at temperature 1 alone, with nothing held out")
     arguments = own.parse_args()
     with results_folder(arguments) as folder:
-        todo = jobs(folder, arguments.data, arguments.variant, quick=arguments.quick)
+        warm, colder = (
+            partial(jobs, folder, arguments.data, arguments.variant, temperatures, quick=arguments.quick)
+            for temperatures in (TEMPERATURES[:1], TEMPERATURES[1:])
+        )
         if arguments.untuned:
-            todo = [job for job in todo if job.arguments["part"] == "full" and job.arguments["temperature"] == 1]
-        run(todo, arguments.processes)
+            run([job for job in warm() if job.arguments["part"] == "full"], arguments.processes)
+        else:
+            run(warm(), arguments.processes)
+            run(colder(), arguments.processes)
         print("\n".join(table(arguments.data, arguments.variant, folder, untuned=arguments.untuned)))
 
 

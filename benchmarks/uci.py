@@ -174,24 +174,15 @@ def train(
     seed: int,
     checkpoint: Path,
     *,
-    start: bk.Posterior | None = None,
+    likelihood: bk.likelihoods.Likelihood | None = None,
     shown: bool = True,
 ) -> tuple[bk.Posterior, float]:
-    """Train all splits at once, from a posterior's mean and noise or afresh.
-
-    Returns:
-        The last epoch's posterior, and the seconds that it took.
-    """
+    """Train all splits at once; returns the last epoch's posterior and the seconds that it took."""
     num_data, replicas, features = splits.train_x.shape
     generator = torch.Generator().manual_seed(seed)
     outputs = 2 if recipe.noise_prior == "varying" else 1
-    model, likelihood = (
-        ReplicatedMLP(replicas, features, recipe.hidden, generator, outputs),
-        recipe.likelihood(replicas),
-    )
-    if start is not None:
-        model.load_state_dict(start.model.state_dict())
-        likelihood.load_state_dict(start.likelihood.state_dict())
+    model = ReplicatedMLP(replicas, features, recipe.hidden, generator, outputs)
+    likelihood = likelihood or recipe.likelihood(replicas)
     optimizer = ReplicatedNoisyNaturalGradient(
         model, likelihood, num_data=num_data, **recipe.options(), generator=generator
     )

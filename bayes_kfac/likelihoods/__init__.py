@@ -5,11 +5,12 @@ from bayes_kfac.likelihoods.bernoulli import Bernoulli
 from bayes_kfac.likelihoods.categorical import Categorical
 from bayes_kfac.likelihoods.gaussian import Gaussian
 from bayes_kfac.likelihoods.heteroscedastic import HeteroscedasticGaussian
-from bayes_kfac.likelihoods.noise import FixedNoise, GammaNoise, LearnedNoise, Noise
+from bayes_kfac.likelihoods.noise import BoundedNoise, FixedNoise, GammaNoise, LearnedNoise, Noise
 from bayes_kfac.likelihoods.poisson import Poisson
 
 __all__ = [
     "Bernoulli",
+    "BoundedNoise",
     "Categorical",
     "FixedNoise",
     "GammaNoise",

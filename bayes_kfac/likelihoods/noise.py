@@ -1,7 +1,8 @@
 """Observation noise of a regression: what is believed about its precision ``1 / noise_scale²``.
 
-Three beliefs, one contract: a known scale, a maximum-likelihood estimate, and the Gamma posterior of the noisy K-FAC
-paper. Scales are in the units of the target and of any shape that broadcasts against one example's output.
+Four beliefs, one contract: a known scale, a maximum-likelihood estimate, one that is bounded below, and the Gamma
+posterior of the noisy K-FAC paper. Scales are in the units of the target and of any shape that broadcasts against one
+example's output.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ class Noise(nn.Module, ABC):
             scale: The standard deviation, in the target's units.
 
         Raises:
-            ArgumentError: If the belief is more than one scale.
+            ArgumentError: If the belief is more than one scale, or not any.
         """
         raise ArgumentError(
-            f"{type(self).__name__} is more than one scale. Use likelihoods.Gaussian('learned') to have it tuned."
+            f"{type(self).__name__} cannot be set to a scale. Use likelihoods.Gaussian('learned') to have it tuned."
         )
 
 
@@ -127,6 +128,57 @@ class LearnedNoise(Noise):
 
     def config(self) -> dict[str, Any]:  # noqa: D102
         return {"kind": "learned", "scale": self.log_scale.exp().tolist()}
+
+
+class BoundedNoise(Noise):
+    """Noise whose scale is fitted by maximum likelihood and stays above a bound, ``scale² = minimum² + excess²``.
+
+    For training at a temperature below 1, beside which a noise is learned too small: with the noise that was learned at
+    temperature 1 as its bound, it begins as large as any and ends no smaller.
+
+    Args:
+        minimum: The bound, in the target's units.
+        excess: Where the fit of the excess starts, in the target's units: a number, or one for each bound.
+
+    Raises:
+        ArgumentError: If either is not positive, or the excess has another shape than the bound.
+
+    Example:
+        >>> from bayes_kfac.likelihoods import BoundedNoise, Gaussian
+        >>> Gaussian(BoundedNoise(0.75)).noise_scale  # where it starts
+        tensor(1.2500)
+    """
+
+    minimum: Tensor
+
+    def __init__(self, minimum: Scale, excess: Scale = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("minimum", _positive("minimum", minimum))
+        start = _positive("excess", excess).to(self.minimum)
+        if start.shape not in {(), self.minimum.shape}:
+            raise ArgumentError(
+                f"excess has shape {tuple(start.shape)} and minimum {tuple(self.minimum.shape)}. Allowed: one number, "
+                "or the same shape."
+            )
+        self.log_excess = nn.Parameter(start.log().expand_as(self.minimum).clone())
+
+    def precision(self) -> Tensor:  # noqa: D102
+        return 1 / self.variance()
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"minimum={self.minimum!r}, excess={self.log_excess.detach().exp()!r}"
+
+    def log_precision(self) -> Tensor:  # noqa: D102
+        return -self.variance().log()
+
+    def variance(self) -> Tensor:  # noqa: D102
+        return self.minimum**2 + (2 * self.log_excess).exp()
+
+    def distribution(self, mean: Tensor) -> Distribution:  # noqa: D102
+        return Normal(mean, self.variance().sqrt().to(mean).expand_as(mean))
+
+    def config(self) -> dict[str, Any]:  # noqa: D102
+        return {"kind": "bounded", "minimum": self.minimum.tolist(), "excess": self.log_excess.exp().tolist()}
 
 
 class GammaNoise(Noise):
@@ -214,7 +266,7 @@ def noise_from(noise_scale: Scale | str | Noise | dict[str, Any]) -> Noise:
     if isinstance(noise_scale, Noise):
         return noise_scale
     if isinstance(noise_scale, dict):
-        kinds = {"fixed": FixedNoise, "learned": LearnedNoise, "gamma": GammaNoise}
+        kinds = {"fixed": FixedNoise, "learned": LearnedNoise, "bounded": BoundedNoise, "gamma": GammaNoise}
         arguments = {name: value for name, value in noise_scale.items() if name != "kind"}
         return kinds[noise_scale["kind"]](**arguments)
     if isinstance(noise_scale, str):

@@ -8,7 +8,7 @@ from operator import length_hint
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 
@@ -194,6 +194,11 @@ def _num_data(loader: Iterable[Any]) -> int:
         raise ArgumentError(
             f"loader is a data set ({type(loader).__name__}), which yields single examples. Pass batches of it: "
             "DataLoader(data, batch_size=32, shuffle=True)."
+        )
+    if isinstance(loader, tuple | list) and loader and isinstance(loader[0], Tensor):
+        raise ArgumentError(
+            f"loader is a {type(loader).__name__} of tensors. Pass batches of them: "
+            "DataLoader(TensorDataset(inputs, targets), batch_size=32, shuffle=True)."
         )
     raise ArgumentError(
         f"num_data=None, but the loader ({type(loader).__name__}) has no dataset with a length. Pass num_data=, "

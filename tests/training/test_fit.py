@@ -165,6 +165,13 @@ def test_a_data_set_in_the_place_of_a_loader_is_refused():
         bk.fit(regression_net(), bk.likelihoods.Gaussian(1.0), loader(*diabetes()).dataset, epochs=1, progress=False)
 
 
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_tensors_in_the_place_of_a_loader_are_refused(kind):
+    """They are what a loader is made of; that ``num_data`` is missing would lead astray."""
+    with pytest.raises(ArgumentError, match=rf"loader is a {kind.__name__} of tensors.*DataLoader\(TensorDataset\("):
+        bk.fit(regression_net(), bk.likelihoods.Gaussian(1.0), kind(diabetes()), epochs=1, progress=False)
+
+
 def test_a_chain_of_streams_without_a_length_needs_num_data():
     """It has a ``len()``, which raises."""
 
