@@ -17,7 +17,7 @@ from torch.distributions import Distribution, Laplace
 
 from bayes_kfac import Posterior
 from bayes_kfac.errors import ArgumentError, BayesKfacError
-from bayes_kfac.likelihoods import Bernoulli, Categorical, GammaNoise, Gaussian, LearnedNoise, Likelihood
+from bayes_kfac.likelihoods import Bernoulli, BoundedNoise, Categorical, GammaNoise, Gaussian, LearnedNoise, Likelihood
 from tests.curvature.modules.cases import CASES
 from tests.helpers import randn, record, rng, seeded
 from tests.posteriors import DAMPING_KINDS, FAMILIES, random_posterior
@@ -120,6 +120,7 @@ LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
     "fixed-per-output": lambda: Gaussian([0.1, 0.7]),
     "learned": lambda: Gaussian(LearnedNoise(torch.tensor(1 / 3, dtype=torch.float64))),
     "learned-per-output": lambda: Gaussian(LearnedNoise([0.1, 0.7])).double(),
+    "bounded": lambda: Gaussian(BoundedNoise([0.1, 0.7])).double(),
     "gamma": lambda: Gaussian(moved_gamma()),
     "categorical": Categorical,
     "bernoulli": Bernoulli,

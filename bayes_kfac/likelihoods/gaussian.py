@@ -88,7 +88,7 @@ class Gaussian(Likelihood):
 
     def _elementwise(self, output: Tensor, target: Tensor) -> Tensor:
         # E over the belief about the precision; for a known scale, the log-density itself
-        precision, log_precision = self.noise.precision(), self.noise.log_precision()
+        precision, log_precision = self.noise.expectations()
         return 0.5 * (precision * (output - target) ** 2 - log_precision + math.log(2 * math.pi))
 
     def _precision(self, output: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,10 @@ class Noise(nn.Module, ABC):
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """What rebuilds this belief through :func:`noise_from`."""
+
+    def expectations(self) -> tuple[Tensor, Tensor]:
+        """The expected precision and the expected logarithm, of one look at the parameters."""
+        return self.precision(), self.log_precision()
 
     def kl(self) -> Tensor:
         """KL of the belief from its prior; 0 where there is no prior."""
@@ -131,54 +135,84 @@ class LearnedNoise(Noise):
 
 
 class BoundedNoise(Noise):
-    """Noise whose scale is fitted by maximum likelihood and stays above a bound, ``scale² = minimum² + excess²``.
+    """Noise whose scale is fitted by maximum likelihood and is no smaller than a bound.
 
     For training at a temperature below 1, beside which a noise is learned too small: with the noise that was learned at
     temperature 1 as its bound, it begins as large as any and ends no smaller.
 
     Args:
         minimum: The bound, in the target's units.
-        excess: Where the fit of the excess starts, in the target's units: a number, or one for each bound.
+        scale: Where the fit starts, in the target's units: a number, or one for each bound.
 
     Raises:
-        ArgumentError: If either is not positive, or the excess has another shape than the bound.
+        ArgumentError: If either is not positive, or they have different shapes.
 
     Example:
         >>> from bayes_kfac.likelihoods import BoundedNoise, Gaussian
-        >>> Gaussian(BoundedNoise(0.75)).noise_scale  # where it starts
-        tensor(1.2500)
+        >>> Gaussian(BoundedNoise(0.5)).noise_scale, Gaussian(BoundedNoise(0.5, scale=0.1)).noise_scale
+        (tensor(1.), tensor(0.5000))
     """
 
     minimum: Tensor
 
-    def __init__(self, minimum: Scale, excess: Scale = 1.0) -> None:
+    def __init__(self, minimum: Scale, scale: Scale = 1.0) -> None:
         super().__init__()
         self.register_buffer("minimum", _positive("minimum", minimum))
-        start = _positive("excess", excess).to(self.minimum)
+        start = _positive("noise_scale", scale).to(self.minimum)
         if start.shape not in {(), self.minimum.shape}:
             raise ArgumentError(
-                f"excess has shape {tuple(start.shape)} and minimum {tuple(self.minimum.shape)}. Allowed: one number, "
+                f"scale has shape {tuple(start.shape)} and minimum {tuple(self.minimum.shape)}. Allowed: one number, "
                 "or the same shape."
             )
-        self.log_excess = nn.Parameter(start.log().expand_as(self.minimum).clone())
+        self.log_scale = nn.Parameter(start.expand_as(self.minimum).log())
 
     def precision(self) -> Tensor:  # noqa: D102
-        return 1 / self.variance()
+        return (-2 * self._bounded()).exp()
+
+    def expectations(self) -> tuple[Tensor, Tensor]:  # noqa: D102
+        log_precision = self.log_precision()  # whose gradient is of the whole loss, so that the bound sees its sign
+        return log_precision.exp(), log_precision
 
     def extra_repr(self) -> str:  # noqa: D102
-        return f"minimum={self.minimum!r}, excess={self.log_excess.detach().exp()!r}"
+        return f"minimum={self.minimum!r}, scale={self._bounded().detach().exp()!r}"
 
     def log_precision(self) -> Tensor:  # noqa: D102
-        return -self.variance().log()
+        return -2 * self._bounded()
 
     def variance(self) -> Tensor:  # noqa: D102
-        return self.minimum**2 + (2 * self.log_excess).exp()
+        return (2 * self._bounded()).exp()
 
     def distribution(self, mean: Tensor) -> Distribution:  # noqa: D102
-        return Normal(mean, self.variance().sqrt().to(mean).expand_as(mean))
+        return Normal(mean, self._bounded().exp().to(mean).expand_as(mean))
 
     def config(self) -> dict[str, Any]:  # noqa: D102
-        return {"kind": "bounded", "minimum": self.minimum.tolist(), "excess": self.log_excess.exp().tolist()}
+        return {"kind": "bounded", "minimum": self.minimum.tolist(), "scale": self._bounded().exp().tolist()}
+
+    def _bounded(self) -> Tensor:
+        return cast(Tensor, _AtLeast.apply(self.log_scale, self.minimum.log()))  # type: ignore[no-untyped-call]
+
+
+class _AtLeast(torch.autograd.Function):
+    """``max(value, low)``, whose gradient vanishes only where a descent would go further below.
+
+    That of ``clamp`` vanishes wherever the value is below, so that it never comes back.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, low: Tensor) -> Tensor:
+        return torch.maximum(value, low)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        value, low = ctx.saved_tensors
+        (gradient,) = gradients
+        return torch.where((value > low) | (gradient < 0), gradient, 0), None
 
 
 class GammaNoise(Noise):

@@ -18,6 +18,7 @@ from bayes_kfac.curvature import output_gradients
 from bayes_kfac.errors import ArgumentError, BayesKfacError, TargetError
 from bayes_kfac.likelihoods import (
     Bernoulli,
+    BoundedNoise,
     Categorical,
     GammaNoise,
     Gaussian,
@@ -73,6 +74,7 @@ CASES = {
     "gaussian-per-output": Case(lambda: gaussian(noise_scale=[0.3, 1.0, 2.0]), (3,)),
     "gaussian-broadcast": Case(lambda: gaussian(noise_scale=[[0.3], [1.5]]), (2, 3)),
     "gaussian-learned": Case(lambda: gaussian(noise_scale=LearnedNoise([0.5, 1.7])), (2,)),
+    "gaussian-bounded": Case(lambda: gaussian(noise_scale=BoundedNoise([0.5, 1.7])), (2,)),
     "gaussian-learned-image": Case(lambda: gaussian(noise_scale="learned"), (2, 2, 2)),
     "gaussian-gamma": Case(lambda: moved_gamma(()), (2,)),
     "gaussian-gamma-per-output": Case(lambda: moved_gamma((3,)), (2, 3)),

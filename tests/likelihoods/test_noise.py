@@ -1,4 +1,4 @@
-"""Learned noise reaches the maximum-likelihood estimate; the Gamma belief reaches its conjugate posterior."""
+"""Learned noise reaches the maximum-likelihood estimate, above its bound; the Gamma belief, its conjugate posterior."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch.distributions import Gamma, kl_divergence
 from torch.testing import assert_close
 
 from bayes_kfac.errors import ArgumentError
-from bayes_kfac.likelihoods import FixedNoise, GammaNoise, Gaussian, LearnedNoise, Likelihood
-from bayes_kfac.likelihoods.noise import noise_from
+from bayes_kfac.likelihoods import BoundedNoise, FixedNoise, GammaNoise, Gaussian, LearnedNoise, Likelihood, Noise
+from bayes_kfac.likelihoods.noise import Scale, noise_from
 
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 
@@ -92,6 +92,52 @@ def test_gradient_descent_with_adam_gets_there_too() -> None:
         likelihood(output, target).backward()
         optimizer.step()
     assert_close(likelihood.noise_scale, target.square().mean().sqrt(), rtol=1e-4, atol=0.0)
+
+
+def test_bounded_noise_reaches_maximum_likelihood_above_its_bound() -> None:
+    """Bounds on either side of the root mean squared residual, each output for itself."""
+    output, target = residual_data(50, 2)
+    estimate = (target - output).square().mean(0).sqrt()
+    bound = estimate * torch.tensor([0.5, 1.5], dtype=torch.float64)
+    likelihood = Gaussian(BoundedNoise(bound))
+    assert_close(likelihood.noise_scale, torch.ones(2, dtype=torch.float64))
+    optimizer = torch.optim.Adam(likelihood.parameters(), lr=1e-2)
+    for _ in range(1000):
+        optimizer.zero_grad()
+        likelihood(output, target).backward()
+        optimizer.step()
+    assert_close(likelihood.noise_scale, torch.stack([estimate[0], bound[1]]), rtol=1e-4, atol=0.0)
+
+
+def test_bounded_noise_comes_back_from_its_bound_as_soon_as_residuals_grow() -> None:
+    """It does not go on below, from where it would take as many steps back."""
+    output, target = residual_data(50)
+    likelihood = Gaussian(BoundedNoise(1.0, scale=1.2)).double()
+    optimizer = torch.optim.Adam(likelihood.parameters(), lr=1e-2)
+    for residuals, steps in ((target, 1000), (10 * target, 300)):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            likelihood(output, residuals).backward()
+            optimizer.step()
+    assert_close(likelihood.noise_scale, (10 * target).square().mean().sqrt(), rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("minimum", "scale", "message"),
+    [
+        (0.0, 1.0, r"minimum=0.0 is out of range. Allowed: finite numbers > 0."),
+        (1.0, -1.0, r"noise_scale=-1.0 is out of range. Allowed: finite numbers > 0."),
+        ([1.0, 2.0], [1.0, 2.0, 3.0], r"scale has shape \(3,\) and minimum \(2,\). Allowed: one number"),
+    ],
+)
+def test_what_cannot_bound_a_noise_is_refused(minimum: Scale, scale: Scale, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        BoundedNoise(minimum, scale)
+
+
+def test_bounded_noise_is_not_set_to_a_scale() -> None:
+    with pytest.raises(ArgumentError, match=r"BoundedNoise cannot be set to a scale\. Use likelihoods\.Gaussian"):
+        Gaussian(BoundedNoise(0.5)).set_noise_scale(0.1)
 
 
 # The Gamma belief
@@ -214,11 +260,16 @@ def test_gradients_reach_the_belief_through_the_criterion() -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1), (2, 3)])
-@pytest.mark.parametrize("kind", ["fixed", "learned", "gamma"])
+@pytest.mark.parametrize("kind", ["fixed", "learned", "bounded", "gamma"])
 def test_noise_of_any_shape_is_rebuilt(kind: str, shape: tuple[int, ...]) -> None:
     """``config()`` keeps kind, shape and values; ``state_dict()`` the rest."""
     scale = torch.linspace(0.5, 2.0, math.prod(shape)).reshape(shape)
-    noise = {"fixed": FixedNoise(scale), "learned": LearnedNoise(scale), "gamma": GammaNoise(3.0, 0.75, shape)}[kind]
+    noise = {
+        "fixed": FixedNoise(scale),
+        "learned": LearnedNoise(scale),
+        "bounded": BoundedNoise(scale, 0.9),
+        "gamma": GammaNoise(3.0, 0.75, shape),
+    }[kind]
     with torch.no_grad():
         for parameter in noise.parameters():
             parameter.mul_(1.5)
@@ -232,8 +283,8 @@ def test_noise_of_any_shape_is_rebuilt(kind: str, shape: tuple[int, ...]) -> Non
     assert_close(rebuilt.kl(), noise.kl())
 
 
-def test_three_beliefs_agree_where_they_must() -> None:
-    """A sharp Gamma belief, a learned scale and a fixed one are the same noise."""
+def test_beliefs_agree_where_they_must() -> None:
+    """A sharp Gamma belief, a learned scale, one above a bound and a fixed one are the same noise."""
     sharp = 1e8
     output, target = residual_data(6, 2)
     losses = [
@@ -241,14 +292,15 @@ def test_three_beliefs_agree_where_they_must() -> None:
         for noise in (
             FixedNoise(torch.tensor(0.5, dtype=torch.float64)),
             LearnedNoise(torch.tensor(0.5, dtype=torch.float64)),
+            BoundedNoise(torch.tensor(0.3, dtype=torch.float64), 0.5),
             gamma_at(sharp, sharp / 4),
         )
     ]
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-7)
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-7)
 
 
-@pytest.mark.parametrize("noise", [FixedNoise(0.5), LearnedNoise(0.5), GammaNoise()])
-def test_density_follows_the_outputs_dtype(noise: FixedNoise | LearnedNoise | GammaNoise) -> None:
+@pytest.mark.parametrize("noise", [FixedNoise(0.5), LearnedNoise(0.5), BoundedNoise(0.5), GammaNoise()])
+def test_density_follows_the_outputs_dtype(noise: Noise) -> None:
     mean = torch.zeros(3, 2, dtype=torch.float64)
     assert noise.distribution(mean).log_prob(mean).dtype == torch.float64
     assert Gaussian(noise).sample_gradient(mean, 2, None).dtype == torch.float64
@@ -267,8 +319,9 @@ def test_the_noise_does_not_follow_the_tensor_it_was_made_from() -> None:
     [
         (FixedNoise(0.3), "scale=tensor(0.3000)"),
         (LearnedNoise([0.5, 2.0]), "scale=tensor([0.5000, 2.0000])"),
+        (BoundedNoise(0.5, 0.1), "minimum=tensor(0.5000), scale=tensor(0.5000)"),
         (GammaNoise(1.0, 1.0), "concentration=tensor(1.), rate=tensor(1.)"),
     ],
 )
-def test_a_printed_likelihood_shows_its_noise(noise: FixedNoise | LearnedNoise | GammaNoise, shown: str) -> None:
+def test_a_printed_likelihood_shows_its_noise(noise: Noise, shown: str) -> None:
     assert f"{type(noise).__name__}({shown})" in repr(Gaussian(noise))
