@@ -67,7 +67,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         fisher: ``"mc"``, ``"exact"``, ``"empirical"``, or ``"recursive"`` (KFRA, of chains of layers).
         sharing: How positions that share weights are summed: ``"expand"`` or ``"reduce"``.
         prior_precision: The precision ``δ`` of the prior ``N(0, I/δ)``.
-        temperature: The weight ``τ`` of the KL term; 1 is Bayes.
+        temperature: The weight ``τ`` of the KL term; 1 is Bayes. Below it a learned noise wants a bound:
+            :class:`bayes_kfac.likelihoods.BoundedNoise`.
         extrinsic_damping: ``γ_ex``, on the scale of one example's Fisher.
         momentum: The decay of the gradient's debiased moving average, before preconditioning.
         statistics_decay: The decay *per step* of the curvature statistics' debiased moving average: a measurement after
