@@ -255,41 +255,56 @@ def learned(found: dict[str, Any], variant: str) -> Tensor:
     return (grid(variant)[:, None].log() - noise.log()).abs().argmin(0)
 
 
-def load(data: str, variant: str = "bounded", kind: str = "mixture", folder: Path = HERE / "results") -> dict[str, Any]:
-    """Figures of each split at the temperature that the folds of its training part choose.
-
-    They choose the noise with it, but for networks whose noise was bounded when it was learned.
+def choices(data: str, variant: str, kind: str, part: str, folder: Path) -> dict[str, Tensor]:
+    """Temperatures with the noises that are tried, or that was learned where it was bounded, and what comes of each.
 
     Args:
         data: The data set.
         variant: One of ``VARIANTS``.
         kind: ``"mixture"``, or ``"single"`` for the mean over single posteriors.
+        part: One of ``PARTS``.
         folder: Where all results are.
 
     Returns:
-        ``rmse``, ``log_likelihood``, ``temperature`` and ``noise`` (of ``"varying"`` its multiple), each a list over
-        splits.
+        ``rmse``, ``log_likelihood``, ``temperature`` and ``noise`` (of ``"varying"`` its multiple), each
+        ``[choices, splits]``, of folds ``[choices, folds × splits]``.
     """
-
-    def figures(part: str) -> tuple[Tensor, Tensor, Tensor]:  # of temperatures, noises, splits; errors without noises
-        found = [read(data, variant, part, tau, folder) for tau in TEMPERATURES]
-        rmse, density = (torch.tensor([own[kind][key] for own in found]) for key in ("rmse", "log_likelihood"))
-        if variant != "bounded":
-            return rmse, density, grid(variant)[None, :, None].expand_as(density)
+    found = [read(data, variant, part, tau, folder) for tau in TEMPERATURES]
+    density = torch.tensor([own[kind]["log_likelihood"] for own in found])  # [temperatures, noises, splits]
+    noise = grid(variant)[None, :, None].expand_as(density)
+    if variant == "bounded":
         place = torch.stack([learned(own, variant) for own in found])[:, None]
-        return rmse, density.gather(1, place), grid(variant)[place]
+        density, noise = density.gather(1, place), noise.gather(1, place)
+    rmse = torch.tensor([own[kind]["rmse"] for own in found])[:, None].expand_as(density)
+    temperature = torch.tensor(TEMPERATURES, dtype=torch.float64)[:, None, None].expand_as(density)
+    values = {"rmse": rmse, "log_likelihood": density, "temperature": temperature, "noise": noise}
+    return {name: own.flatten(0, 1) for name, own in values.items()}
 
-    _, held_out, _ = figures("folds")
-    rmse, density, noises = figures("full")
-    held_out = held_out.unflatten(-1, (num_folds(data), -1)).mean(-2)
-    best = held_out.flatten(0, 1).argmax(0)
-    tau, noise, split = best // held_out.shape[1], best % held_out.shape[1], torch.arange(held_out.shape[-1])
-    return {
-        "rmse": rmse[tau, split].tolist(),
-        "log_likelihood": density[tau, noise, split].tolist(),
-        "temperature": [TEMPERATURES[index] for index in tau],
-        "noise": noises[tau, noise, split].tolist(),
-    }
+
+def load(data: str, variant: str = "bounded", kind: str = "mixture", folder: Path = HERE / "results") -> dict[str, Any]:
+    """Figures of each split at the temperature that the folds of its training part choose, and noise if it is free.
+
+    Args:
+        data: The data set.
+        variant: One of ``VARIANTS``.
+        kind: As in :func:`choices`.
+        folder: Where all results are.
+
+    Returns:
+        ``rmse``, ``log_likelihood``, ``temperature`` and ``noise``, each a list over splits.
+    """
+    held_out = choices(data, variant, kind, "folds", folder)["log_likelihood"].unflatten(-1, (num_folds(data), -1))
+    best = held_out.mean(1).argmax(0)[None]
+    return {name: own.gather(0, best)[0].tolist() for name, own in choices(data, variant, kind, "full", folder).items()}
+
+
+def by_tenths(
+    data: str, variant: str = "bounded", kind: str = "mixture", folder: Path = HERE / "results"
+) -> list[float]:
+    """Log-likelihoods of held-out tenths, each at what the other tenths of its split choose: a mean for each split."""
+    held_out = choices(data, variant, kind, "folds", folder)["log_likelihood"].unflatten(-1, (num_folds(data), -1))
+    best = (held_out.sum(1, keepdim=True) - held_out).argmax(0)[None]
+    return held_out.gather(0, best)[0].mean(0).tolist()
 
 
 def load_untuned(
@@ -304,7 +319,7 @@ def load_untuned(
     Args:
         data: The data set.
         variant: One of ``VARIANTS``.
-        kind: As in :func:`load`.
+        kind: As in :func:`choices`.
         folder: Where all results are.
         temperature: The temperature.
 

@@ -164,6 +164,19 @@ same splits, and choose what they choose on each split's training part alone.
 """
 
 
+def free_or_bounded() -> str:
+    """What the noise is best done with, by the held-out tenths of the small sets alone."""
+    heads = [f"{own}, {kind}" for own in ("five", "one") for kind in ("noise free", "noise bounded", "gain")]
+    lines = ["| data | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+    for data in filter(regression.is_complete, regression.SMALL):
+        cells = []
+        for kind in ("mixture", "single"):
+            free, bounded = (np.array(regression.by_tenths(data, variant, kind)) for variant in ("kron", "bounded"))
+            cells += [summary(free), summary(bounded), summary(bounded - free, "+")]
+        lines.append("| " + " | ".join([data, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def by_temperature() -> str:
     """Log-likelihoods at each temperature, with the noise that is learned, below temperature 1 above its bound."""
     heads = [f"{kind}, τ = {tau:g}" for kind in ("five", "one") for tau in regression.TEMPERATURES]
@@ -219,6 +232,9 @@ def section() -> str:
             "\n### What the held-out tenths chose\n\nHow many splits at each temperature τ, and the median of what is "
             "learned as noise, for targets of variance 1.\n\n",
             chosen(),
+            "\nOf the small sets, log-likelihoods of each held-out tenth at what the two others choose, temperature and "
+            "noise where that of colder networks is free, or the temperature alone.\n\n",
+            free_or_bounded(),
             "\n### At each temperature\n\nLog-likelihoods with nothing chosen.\n\n",
             by_temperature(),
             SETTINGS,

@@ -37,7 +37,7 @@ samples; mean ± standard error over ten 90/10 splits (Gal's, 0 to 9). `python b
 column *bayes_kfac*; `python benchmarks/uci_reference.py` the *plain recipe*: the paper's code written out without the
 library, on the same splits, of the small sets alone. The *re-run* is an earlier one of the same recipe on splits of its
 own; the paper's figures are quoted from memory and were not checked against it. Both differ from ours by the splits as
-well: compare with the plain recipe first. Naval, power and protein, which take one to many hours, were not run.
+well: compare with the plain recipe first. Naval and protein, which take one to many hours, were not run.
 
 This page is written by `python benchmarks/report.py` from the files in `benchmarks/results/uci`.
 

@@ -127,6 +127,23 @@ def test_folds_alone_choose(tmp_path, variant):
     assert found["log_likelihood"] == pytest.approx([first, test[7, 1]])
 
 
+def test_tenths_are_judged_by_what_the_others_choose(tmp_path):
+    import regression
+
+    rng = np.random.default_rng(1)
+    held_out = rng.normal(size=(len(regression.TEMPERATURES), len(regression.NOISES), 3, 2))
+    for tau, density in zip(regression.TEMPERATURES, held_out, strict=True):
+        path = regression.path("yacht", "kron", "folds", tau, tmp_path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figures = {"rmse": [0.0] * 6, "log_likelihood": density.reshape(-1, 6).tolist()}
+        path.write_text(json.dumps({"mixture": figures, "single": figures}))
+    flat, expected = held_out.reshape(-1, 3, 2), []
+    for split in range(2):
+        own = [np.delete(flat, fold, axis=1)[:, :, split].mean(1).argmax() for fold in range(3)]
+        expected.append(np.mean([flat[choice, fold, split] for fold, choice in enumerate(own)]))
+    assert regression.by_tenths("yacht", "kron", folder=tmp_path) == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_noise_that_was_bounded_is_not_chosen(tmp_path):
     """The folds choose the temperature by what was learned, though another noise would predict them better."""
     import regression
