@@ -232,7 +232,7 @@ def section() -> str:
             "\n### What the held-out tenths chose\n\nHow many splits at each temperature τ, and the median of what is "
             "learned as noise, for targets of variance 1.\n\n",
             chosen(),
-            "\nOf the small sets, log-likelihoods of each held-out tenth at what the two others choose, temperature and "
+            "\nOf the small sets: log-likelihoods of held-out tenths at what the two others choose, temperature and "
             "noise where that of colder networks is free, or the temperature alone.\n\n",
             free_or_bounded(),
             "\n### At each temperature\n\nLog-likelihoods with nothing chosen.\n\n",
