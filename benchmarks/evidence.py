@@ -29,8 +29,8 @@ folder that `BAYES_KFAC_DATA` names. What is worse than a peer stands here as pl
 
 **In short**
 
-- *Small regressions*: five noisy K-FAC posteriors by one recipe, temperature and noise chosen on held-out rows, have a
-  better density than five plain networks on five of nine UCI sets, and a level one on four. [More](#uci-regression)
+- *Small regressions*: five noisy K-FAC posteriors by one recipe, the temperature chosen on held-out rows, have a better
+  density and error than five plain networks on six of nine UCI sets, and level ones on three. [More](#uci-regression)
   With a noise for each input, nothing tuned, densities are the best of all on four sets, and errors worse.
   [More](#a-noise-for-each-input)
 - *The true posterior*: of what was compared with NUTS, noisy training comes nearest in the marginals of the function;
