@@ -174,6 +174,7 @@ def train(
     seed: int,
     checkpoint: Path,
     *,
+    model: ReplicatedMLP | None = None,
     likelihood: bk.likelihoods.Likelihood | None = None,
     shown: bool = True,
 ) -> tuple[bk.Posterior, float]:
@@ -181,7 +182,7 @@ def train(
     num_data, replicas, features = splits.train_x.shape
     generator = torch.Generator().manual_seed(seed)
     outputs = 2 if recipe.noise_prior == "varying" else 1
-    model = ReplicatedMLP(replicas, features, recipe.hidden, generator, outputs)
+    model = model or ReplicatedMLP(replicas, features, recipe.hidden, generator, outputs)
     likelihood = likelihood or recipe.likelihood(replicas)
     optimizer = ReplicatedNoisyNaturalGradient(
         model, likelihood, num_data=num_data, **recipe.options(), generator=generator
