@@ -1,4 +1,4 @@
-"""The recommended recipe's folds, scores and choices are what they are called; temperatures and dampings run."""
+"""The recommended recipe's folds, scores and choices are what they are called; temperatures, dampings and units run."""
 
 from __future__ import annotations
 
@@ -199,4 +199,24 @@ def test_a_quick_look_prints_its_table_and_keeps_nothing(yacht, script, further,
     printed = capsys.readouterr().out
     assert "| yacht" in printed
     assert "nan" not in printed
+    assert not (tmp_path / "results").exists()
+
+
+def test_units_in_use_are_those_that_move_the_output(yacht, tmp_path, monkeypatch, capsys):
+    import units
+
+    model = units.ReplicatedMLP(2, 1, 4, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.hidden.weight.copy_(torch.tensor([1.0, 1.0, -1.0, 0.0])[:, None].expand(2, 4, 1))
+        model.hidden.bias.copy_(torch.tensor([0.0, 0.0, -9.0, 5.0]).expand(2, 4))  # one is off, one constant
+        model.output.weight.copy_(torch.tensor([[1.0, 1e-3, 1.0, 1.0], [1.0, -1.0, 1.0, 1.0]])[:, None])
+    inputs = torch.linspace(-1, 1, 11)[:, None, None].expand(11, 2, 1)
+    assert units.used(model, inputs) == [1, 2]
+
+    monkeypatch.setattr(units, "DATA_SETS", ("yacht",))
+    monkeypatch.setattr("sys.argv", ["units.py", "--quick", "--results", str(tmp_path / "results")])
+    units.main()
+    printed = capsys.readouterr().out
+    assert all(row in printed for row in units.ROWS)
+    assert "| yacht |" in printed
     assert not (tmp_path / "results").exists()
