@@ -357,7 +357,7 @@ and wine_red. Nothing tuned, they are better than laplace-torch in log-likelihoo
 ensemble they are behind on concrete, by a little on wine_red, and ahead or level elsewhere. A single posterior, tuned,
 is better than laplace-torch on concrete, energy, naval, power, protein, wine_red and yacht, and level on boston and
 kin8nm. The paper's recipe is ahead of the five on power alone, in log-likelihood by 0.012±0.004 on its ten splits, and
-behind in error; it trains ten times as long there, with ten samples a step.
+behind in error; it takes ten times as many epochs there, and ten samples a step.
 
 What is worse, and why. A Gaussian process with a length scale for each input has the best error on boston and, by far,
 on yacht, and the best density on both but for noisy K-FAC with a noise for each input. Plain networks that predict
