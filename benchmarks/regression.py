@@ -81,6 +81,11 @@ def num_folds(data: str) -> int:
     return 1 if data in LARGE else 3
 
 
+def num_epochs(num_data: int, steps: int) -> int:
+    """How many passes over the data are so many steps."""
+    return math.ceil(steps / math.ceil(num_data / BATCH_SIZE))
+
+
 def recipe(structure: str, temperature: float, epochs: int, hidden: int = 50, noise: str | None = None) -> Recipe:
     """The recommended recipe at one temperature; a noise is learned, or ``"varying"``: predicted for each input."""
     return Recipe(
@@ -188,9 +193,8 @@ def measure(
         parts = folds(parts, num_folds(data), seed)
     members = FOLD_MEMBERS if part == "folds" else MEMBERS
     stack = repeated(parts, members)
-    steps_of_epoch = math.ceil(len(parts.train_x) / BATCH_SIZE)
     hidden = 100 if data == "protein" else 50
-    own = recipe(structure, temperature, max(epochs, math.ceil(steps / steps_of_epoch)), hidden, noise)
+    own = recipe(structure, temperature, max(epochs, num_epochs(len(parts.train_x), steps)), hidden, noise)
     own = replace(own, **(changes or {}))
     kind = "-".join([noise or structure, *(f"{name}={value:g}" for name, value in (changes or {}).items())])
     likelihood = None
@@ -249,7 +253,7 @@ def grid(variant: str) -> Tensor:
     return MULTIPLES if "noise" in VARIANTS[variant] else NOISES
 
 
-def learned(found: dict[str, Any], variant: str) -> Tensor:
+def nearest(found: dict[str, Any], variant: str) -> Tensor:
     """The place in the grid that is nearest to the noise which was learned, ``[splits]``."""
     noise = torch.tensor(found["learned_noise"])
     return (grid(variant)[:, None].log() - noise.log()).abs().argmin(0)
@@ -273,12 +277,18 @@ def choices(data: str, variant: str, kind: str, part: str, folder: Path) -> dict
     density = torch.tensor([own[kind]["log_likelihood"] for own in found])  # [temperatures, noises, splits]
     noise = grid(variant)[None, :, None].expand_as(density)
     if variant == "bounded":
-        place = torch.stack([learned(own, variant) for own in found])[:, None]
+        place = torch.stack([nearest(own, variant) for own in found])[:, None]
         density, noise = density.gather(1, place), noise.gather(1, place)
     rmse = torch.tensor([own[kind]["rmse"] for own in found])[:, None].expand_as(density)
     temperature = torch.tensor(TEMPERATURES, dtype=torch.float64)[:, None, None].expand_as(density)
     values = {"rmse": rmse, "log_likelihood": density, "temperature": temperature, "noise": noise}
     return {name: own.flatten(0, 1) for name, own in values.items()}
+
+
+def held_out(data: str, variant: str, kind: str, folder: Path) -> Tensor:
+    """Log-likelihoods of all choices on the held-out tenths, ``[choices, folds, splits]``."""
+    found = choices(data, variant, kind, "folds", folder)["log_likelihood"]
+    return found.unflatten(-1, (num_folds(data), -1))
 
 
 def load(data: str, variant: str = "bounded", kind: str = "mixture", folder: Path = HERE / "results") -> dict[str, Any]:
@@ -293,18 +303,17 @@ def load(data: str, variant: str = "bounded", kind: str = "mixture", folder: Pat
     Returns:
         ``rmse``, ``log_likelihood``, ``temperature`` and ``noise``, each a list over splits.
     """
-    held_out = choices(data, variant, kind, "folds", folder)["log_likelihood"].unflatten(-1, (num_folds(data), -1))
-    best = held_out.mean(1).argmax(0)[None]
+    best = held_out(data, variant, kind, folder).mean(1).argmax(0)[None]
     return {name: own.gather(0, best)[0].tolist() for name, own in choices(data, variant, kind, "full", folder).items()}
 
 
 def by_tenths(
     data: str, variant: str = "bounded", kind: str = "mixture", folder: Path = HERE / "results"
 ) -> list[float]:
-    """Log-likelihoods of held-out tenths, each at what the other tenths of its split choose: a mean for each split."""
-    held_out = choices(data, variant, kind, "folds", folder)["log_likelihood"].unflatten(-1, (num_folds(data), -1))
-    best = (held_out.sum(1, keepdim=True) - held_out).argmax(0)[None]
-    return held_out.gather(0, best)[0].mean(0).tolist()
+    """Log-likelihoods of held-out tenths, each at what the others choose: means of splits with several tenths."""
+    found = held_out(data, variant, kind, folder)
+    best = (found.sum(1, keepdim=True) - found).argmax(0)[None]
+    return found.gather(0, best)[0].mean(0).tolist()
 
 
 def load_untuned(
@@ -327,7 +336,7 @@ def load_untuned(
         As :func:`load`.
     """
     found = read(data, variant, "full", temperature, folder)
-    place = learned(found, variant)
+    place = nearest(found, variant)
     density = torch.tensor(found[kind]["log_likelihood"])
     return {
         "rmse": found[kind]["rmse"],

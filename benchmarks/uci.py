@@ -178,7 +178,10 @@ def train(
     likelihood: bk.likelihoods.Likelihood | None = None,
     shown: bool = True,
 ) -> tuple[bk.Posterior, float]:
-    """Train all splits at once; returns the last epoch's posterior and the seconds that it took."""
+    """Train all splits at once; returns the last epoch's posterior and the seconds that it took.
+
+    A model or a likelihood that is given is trained on, in the place of a new one by the recipe.
+    """
     num_data, replicas, features = splits.train_x.shape
     generator = torch.Generator().manual_seed(seed)
     outputs = 2 if recipe.noise_prior == "varying" else 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from jobs import Job, cache, parser, results_folder, run
 from replicas import ReplicatedMLP
 from torch import Tensor
-from uci import HERE, load_splits, summary, train
+from uci import HERE, Recipe, load_splits, summary, train
 
 import bayes_kfac as bk
 
@@ -41,21 +40,20 @@ def used(model: ReplicatedMLP, inputs: Tensor) -> list[int]:
 def measure(data: str, splits: int, steps: int, seed: int) -> dict[str, Any]:
     """Units in use in each row of the table."""
     parts = load_splits(data, splits)
-    epochs = math.ceil(steps / math.ceil(len(parts.train_x) / regression.BATCH_SIZE))
-    warm = regression.recipe("kron", 1.0, epochs)
+    warm = regression.recipe("kron", 1.0, regression.num_epochs(len(parts.train_x), steps))
     cold = replace(warm, temperature=0.1)
 
-    def trained(row: str, **options: Any) -> bk.Posterior:
+    def trained(row: str, recipe: Recipe, **options: Any) -> bk.Posterior:
         checkpoint = cache() / "units" / f"{data}-{ROWS.index(row)}-{steps}-{seed}.pt"
-        posterior, _ = train(data, warm if row == ROWS[0] else cold, parts, seed, checkpoint, shown=False, **options)
+        posterior, _ = train(data, recipe, parts, seed, checkpoint, shown=False, **options)
         checkpoint.unlink(missing_ok=True)
         return posterior
 
-    first = trained(ROWS[0])
+    first = trained(ROWS[0], warm)
     noise = first.likelihood.noise_scale
     bounded = bk.likelihoods.Gaussian(bk.likelihoods.BoundedNoise(noise))
     going_on = {"likelihood": bk.likelihoods.Gaussian(noise), "model": copy.deepcopy(first.model)}
-    found = [first, trained(ROWS[1], likelihood=bounded), trained(ROWS[2], **going_on)]
+    found = [first, trained(ROWS[1], cold, likelihood=bounded), trained(ROWS[2], cold, **going_on)]
     return {"used": {row: used(own.model, parts.train_x) for row, own in zip(ROWS, found, strict=True)}}
 
 

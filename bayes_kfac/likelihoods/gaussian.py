@@ -67,9 +67,7 @@ class Gaussian(Likelihood):
         return self.noise.distribution(output)
 
     def at_noise_scale(self, nll: Tensor, num_targets: float, noise_scale: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        precision, log_precision = (
-            own.detach().double() for own in (self.noise.precision(), self.noise.log_precision())
-        )
+        precision, log_precision = (own.detach().double() for own in self.noise.expectations())
         if precision.numel() != 1 or type(self.noise).set_scale is Noise.set_scale:  # a belief is more than one scale
             return super().at_noise_scale(nll, num_targets, noise_scale)
         constant = num_targets * math.log(2 * math.pi)

@@ -100,7 +100,26 @@ class FixedNoise(Noise):
         return {"kind": "fixed", "scale": self.scale.tolist()}
 
 
-class LearnedNoise(Noise):
+class _ScaleNoise(Noise):
+    """Noise of one scale for each entry, which is a parameter."""
+
+    @abstractmethod
+    def _log_scale(self) -> Tensor: ...
+
+    def precision(self) -> Tensor:
+        return (-2 * self._log_scale()).exp()
+
+    def log_precision(self) -> Tensor:
+        return -2 * self._log_scale()
+
+    def variance(self) -> Tensor:
+        return (2 * self._log_scale()).exp()
+
+    def distribution(self, mean: Tensor) -> Distribution:
+        return Normal(mean, self._log_scale().exp().to(mean).expand_as(mean))
+
+
+class LearnedNoise(_ScaleNoise):
     """Noise whose scale is a parameter, fitted by maximum likelihood.
 
     Args:
@@ -111,30 +130,21 @@ class LearnedNoise(Noise):
         super().__init__()
         self.log_scale = nn.Parameter(_positive("noise_scale", scale).log())
 
-    def precision(self) -> Tensor:  # noqa: D102
-        return (-2 * self.log_scale).exp()
-
     def extra_repr(self) -> str:  # noqa: D102
         return f"scale={self.log_scale.detach().exp()!r}"
-
-    def log_precision(self) -> Tensor:  # noqa: D102
-        return -2 * self.log_scale
-
-    def variance(self) -> Tensor:  # noqa: D102
-        return (2 * self.log_scale).exp()
 
     def set_scale(self, scale: float) -> None:  # noqa: D102
         with torch.no_grad():
             self.log_scale.fill_(math.log(check_positive("noise_scale", scale)))
 
-    def distribution(self, mean: Tensor) -> Distribution:  # noqa: D102
-        return Normal(mean, self.log_scale.exp().to(mean).expand_as(mean))
-
     def config(self) -> dict[str, Any]:  # noqa: D102
         return {"kind": "learned", "scale": self.log_scale.exp().tolist()}
 
+    def _log_scale(self) -> Tensor:
+        return self.log_scale
 
-class BoundedNoise(Noise):
+
+class BoundedNoise(_ScaleNoise):
     """Noise whose scale is fitted by maximum likelihood and is no smaller than a bound.
 
     For training at a temperature below 1, beside which a noise is learned too small: with the noise that was learned at
@@ -158,7 +168,7 @@ class BoundedNoise(Noise):
     def __init__(self, minimum: Scale, scale: Scale = 1.0) -> None:
         super().__init__()
         self.register_buffer("minimum", _positive("minimum", minimum))
-        start = _positive("noise_scale", scale).to(self.minimum)
+        start = _positive("scale", scale).to(self.minimum)
         if start.shape not in {(), self.minimum.shape}:
             raise ArgumentError(
                 f"scale has shape {tuple(start.shape)} and minimum {tuple(self.minimum.shape)}. Allowed: one number, "
@@ -166,29 +176,17 @@ class BoundedNoise(Noise):
             )
         self.log_scale = nn.Parameter(start.expand_as(self.minimum).log())
 
-    def precision(self) -> Tensor:  # noqa: D102
-        return (-2 * self._bounded()).exp()
-
     def expectations(self) -> tuple[Tensor, Tensor]:  # noqa: D102
         log_precision = self.log_precision()  # whose gradient is of the whole loss, so that the bound sees its sign
         return log_precision.exp(), log_precision
 
     def extra_repr(self) -> str:  # noqa: D102
-        return f"minimum={self.minimum!r}, scale={self._bounded().detach().exp()!r}"
-
-    def log_precision(self) -> Tensor:  # noqa: D102
-        return -2 * self._bounded()
-
-    def variance(self) -> Tensor:  # noqa: D102
-        return (2 * self._bounded()).exp()
-
-    def distribution(self, mean: Tensor) -> Distribution:  # noqa: D102
-        return Normal(mean, self._bounded().exp().to(mean).expand_as(mean))
+        return f"minimum={self.minimum!r}, scale={self._log_scale().detach().exp()!r}"
 
     def config(self) -> dict[str, Any]:  # noqa: D102
-        return {"kind": "bounded", "minimum": self.minimum.tolist(), "scale": self._bounded().exp().tolist()}
+        return {"kind": "bounded", "minimum": self.minimum.tolist(), "scale": self._log_scale().exp().tolist()}
 
-    def _bounded(self) -> Tensor:
+    def _log_scale(self) -> Tensor:
         return cast(Tensor, _AtLeast.apply(self.log_scale, self.minimum.log()))  # type: ignore[no-untyped-call]
 
 

@@ -126,7 +126,7 @@ def test_bounded_noise_comes_back_from_its_bound_as_soon_as_residuals_grow() -> 
     ("minimum", "scale", "message"),
     [
         (0.0, 1.0, r"minimum=0.0 is out of range. Allowed: finite numbers > 0."),
-        (1.0, -1.0, r"noise_scale=-1.0 is out of range. Allowed: finite numbers > 0."),
+        (1.0, -1.0, r"scale=-1.0 is out of range. Allowed: finite numbers > 0."),
         ([1.0, 2.0], [1.0, 2.0, 3.0], r"scale has shape \(3,\) and minimum \(2,\). Allowed: one number"),
     ],
 )
