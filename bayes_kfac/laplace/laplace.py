@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -197,9 +198,9 @@ class Laplace:
         super().__setattr__(name, value)
 
     @property
-    def prior_precision(self) -> dict[str, Tensor]:
-        """The precision of each layer's prior; may be set, in the forms of the constructor."""
-        return self._prior_precision
+    def prior_precision(self) -> Mapping[str, Tensor]:
+        """The precision of each layer's prior, to be read; may be set as a whole, in the forms of the constructor."""
+        return MappingProxyType(self._prior_precision)
 
     @prior_precision.setter
     def prior_precision(self, value: PriorPrecision) -> None:
@@ -417,7 +418,7 @@ class Laplace:
             >>> model = torch.nn.Linear(1, 1, bias=False)
             >>> _ = torch.nn.init.constant_(model.weight, 2.0)
             >>> laplace = bk.Laplace(model, bk.likelihoods.Gaussian(0.1)).fit([(x, 2 * x)], progress=False)
-            >>> laplace.optimize_prior_precision().prior_precision
+            >>> dict(laplace.optimize_prior_precision().prior_precision)
             {'(root)': tensor(0.2500)}
         """
         fitted = self._check_fitted()

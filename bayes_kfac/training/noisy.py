@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -244,9 +245,9 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         return self._blocks.layers
 
     @property
-    def prior_precision(self) -> dict[str, float]:
-        """The prior's precision of each layer."""
-        return {name: self._group(name)["prior_precision"] for name in self.layers}
+    def prior_precision(self) -> Mapping[str, float]:
+        """The prior's precision of each layer, to be read; it is set in ``param_groups``."""
+        return MappingProxyType({name: self._group(name)["prior_precision"] for name in self.layers})
 
     @property
     def blocks(self) -> Mapping[str, BlockState]:

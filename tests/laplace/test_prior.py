@@ -79,6 +79,14 @@ def test_without_a_prior_it_is_one() -> None:
     assert fit_net("mlp").posterior().prior_precision == {"0": 1.0, "2": 1.0}
 
 
+def test_a_prior_is_set_as_a_whole_which_is_where_it_is_checked() -> None:
+    laplace = fit_net("mlp")
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        laplace.prior_precision["0"] = -5.0
+    laplace.prior_precision = {**laplace.prior_precision, "0": 5.0}
+    assert laplace.posterior().prior_precision == {"0": 5.0, "2": 1.0}
+
+
 # The three dampings in the coordinates in which the prior is white
 
 

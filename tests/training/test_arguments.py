@@ -279,6 +279,8 @@ def test_groups_set_options_for_parts_of_the_model():
     posterior = optimizer.posterior()
     assert posterior.prior_precision == {"0": 1.0, "2": 9.0}
     assert [group["prior_precision"] for group in optimizer.param_groups] == [9.0, 1.0]
+    with pytest.raises(TypeError, match="does not support item assignment"):  # where it would change nothing
+        optimizer.prior_precision["0"] = 5.0
 
 
 def test_bad_groups_are_named():
