@@ -2,9 +2,10 @@
 
 ``python benchmarks/regression.py --processes 2`` trains noisy K-FAC on Gal's splits and keeps one file for each data
 set, temperature and part of the work in ``benchmarks/results/uci/recommended``; ``report.py`` joins them with the other
-methods. ``--variant kron``, ``ekfac`` and ``diagonal`` are noisy K-FAC, noisy EK-FAC and noisy Adam with a noise that
-is free at every temperature, and chosen, ``varying`` is noisy K-FAC of networks that predict a noise for each input,
-``defaults`` with the settings that its optimizer has by default; with ``--untuned`` at temperature 1 alone.
+methods. ``--variant ekfac-bounded`` and ``diagonal-bounded`` are noisy EK-FAC and noisy Adam by the same recipe;
+``kron``, ``ekfac`` and ``diagonal`` are the three with a noise that is free at every temperature, and chosen;
+``varying`` is noisy K-FAC of networks that predict a noise for each input, ``defaults`` with the settings that its
+optimizer has by default; with ``--untuned`` at temperature 1 alone.
 
 The recipe: five posteriors from different initial weights, each trained by noisy natural gradient with a noise that is
 learned, are one mixture. Which temperature they are trained at is where three tenths of the *training part* of a split
@@ -54,10 +55,12 @@ TEMPERATURES = (1.0, 0.3, 0.1)
 STRUCTURES = {"kron": "noisy K-FAC", "ekfac": "noisy EK-FAC", "diagonal": "noisy Adam"}
 #: Where the recipe is not what the optimizer does by default: how far it steps, and how old its factors get.
 DEFAULTS: dict[str, float] = {"lr": 0.1, "extrinsic_damping": 0.0, "statistics_every": 10, "inverse_every": 100}
-#: What is measured, and its arguments: Kronecker factors with a noise that colder networks bound by that of temperature
-#: 1, every structure with a noise that is free, networks that predict it, and the optimizer's defaults.
+#: Where the noise of colder networks is bounded by that of temperature 1, and where it is free: the same at 1 itself.
+BOUNDED = {"bounded": "kron", "ekfac-bounded": "ekfac", "diagonal-bounded": "diagonal"}
+#: What is measured, and its arguments: every structure with a noise that is bounded and one that is free, networks that
+#: predict it, and the optimizer's defaults.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "bounded": {"structure": "kron"},
+    **{variant: {"structure": structure} for variant, structure in BOUNDED.items()},
     **{structure: {"structure": structure} for structure in STRUCTURES},
     "varying": {"structure": "kron", "noise": "varying"},
     "defaults": {"structure": "kron", "changes": DEFAULTS},
@@ -222,7 +225,7 @@ def jobs(folder: Path, data: list[str], variant: str, temperatures: Sequence[flo
         if quick:
             size = {"splits": 2, "steps": 30, "epochs": 0}
         arguments = {"data": name, **VARIANTS[variant], "temperature": temperature, "part": part, "seed": SEED, **size}
-        if variant == "bounded" and temperature != 1:
+        if variant in BOUNDED and temperature != 1:
             arguments["minimum"] = read(name, variant, part, 1.0, folder)["learned_noise"]
         return Job(path(name, variant, part, temperature, folder), measure, arguments)
 
@@ -230,8 +233,8 @@ def jobs(folder: Path, data: list[str], variant: str, temperatures: Sequence[flo
 
 
 def path(data: str, variant: str, part: str, temperature: float, folder: Path) -> Path:
-    """The file of a job's figures; what is to bound noises is what Kronecker factors learn at temperature 1."""
-    own = "kron" if variant == "bounded" and temperature == 1 else variant
+    """The file of a job's figures; what is to bound noises is what is learned at temperature 1."""
+    own = BOUNDED.get(variant, variant) if temperature == 1 else variant
     return folder / "uci" / "recommended" / own / data / f"{part}-{temperature}.json"
 
 
@@ -276,7 +279,7 @@ def choices(data: str, variant: str, kind: str, part: str, folder: Path) -> dict
     found = [read(data, variant, part, tau, folder) for tau in TEMPERATURES]
     density = torch.tensor([own[kind]["log_likelihood"] for own in found])  # [temperatures, noises, splits]
     noise = grid(variant)[None, :, None].expand_as(density)
-    if variant == "bounded":
+    if variant in BOUNDED:
         place = torch.stack([nearest(own, variant) for own in found])[:, None]
         density, noise = density.gather(1, place), noise.gather(1, place)
     rmse = torch.tensor([own[kind]["rmse"] for own in found])[:, None].expand_as(density)

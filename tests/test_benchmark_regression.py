@@ -144,7 +144,8 @@ def test_tenths_are_judged_by_what_the_others_choose(tmp_path):
     assert regression.by_tenths("yacht", "kron", folder=tmp_path) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_noise_that_was_bounded_is_not_chosen(tmp_path):
+@pytest.mark.parametrize(("variant", "bounding"), [("bounded", "kron"), ("diagonal-bounded", "diagonal")])
+def test_a_noise_that_was_bounded_is_not_chosen(tmp_path, variant, bounding):
     """The folds choose the temperature by what was learned, though another noise would predict them better."""
     import regression
 
@@ -153,7 +154,7 @@ def test_a_noise_that_was_bounded_is_not_chosen(tmp_path):
     expected = {}
     for tau, place in learned.items():
         for part, count in (("folds", 6), ("full", 2)):
-            path = regression.path("yacht", "bounded", part, tau, tmp_path)
+            path = regression.path("yacht", variant, part, tau, tmp_path)
             path.parent.mkdir(parents=True, exist_ok=True)
             density = rng.normal(size=(len(noises), count)) - 10
             density[2] = 5.0  # the best of all, were it chosen
@@ -164,20 +165,21 @@ def test_a_noise_that_was_bounded_is_not_chosen(tmp_path):
             figures = {"rmse": [tau] * count, "log_likelihood": density.tolist()}
             found = {"mixture": figures, "single": figures, "learned_noise": [1.01 * noises[place]] * count}
             path.write_text(json.dumps(found))
-    assert {path.parent.parent.name for path in tmp_path.rglob("*-1.0.json")} == {"kron"}
-    found = regression.load("yacht", folder=tmp_path)
+    assert {path.parent.parent.name for path in tmp_path.rglob("*-1.0.json")} == {bounding}
+    found = regression.load("yacht", variant, folder=tmp_path)
     assert found["temperature"] == [0.3, 0.3]
     assert found["rmse"] == pytest.approx([0.3, 0.3])
     assert found["log_likelihood"] == pytest.approx(expected[0.3])
     assert found["noise"] == pytest.approx([noises[18]] * 2)
 
 
-def test_colder_networks_learn_no_smaller_noise_than_temperature_1(yacht, tmp_path):
+@pytest.mark.parametrize("variant", ["bounded", "ekfac-bounded"])
+def test_colder_networks_learn_no_smaller_noise_than_temperature_1(yacht, tmp_path, variant):
     import regression
 
     for temperatures in ((1.0,), (0.1,)):
-        found = regression.run(regression.jobs(tmp_path, ["yacht"], "bounded", temperatures, quick=True))
-    warm = [regression.read("yacht", "bounded", part, 1.0, tmp_path)["learned_noise"] for part in regression.PARTS]
+        found = regression.run(regression.jobs(tmp_path, ["yacht"], variant, temperatures, quick=True))
+    warm = [regression.read("yacht", variant, part, 1.0, tmp_path)["learned_noise"] for part in regression.PARTS]
     assert [own["arguments"]["minimum"] for own in found] == warm
     for own, bound in zip(found, warm, strict=True):
         assert np.all(np.array(own["learned_noise"]) >= np.array(bound) - 1e-6)
