@@ -227,7 +227,8 @@ def damped_inverse_cholesky(factor: Tensor, names: Sequence[str], damping: Tenso
     """:func:`inverse_cholesky` of ``F + D``, where ``F`` is positive semi-definite but for rounding.
 
     Where rounding outweighs ``D``, what is negative of ``F`` is left out, in float64: ``D`` counts however small it is,
-    and no variance is above that of ``D`` alone.
+    and no variance is above that of ``D`` alone. So it is where rounding comes near to ``-D``, and variances would be
+    above twice that of ``D`` alone.
 
     Args:
         factor: ``F``, symmetric factors ``[..., n, n]`` or ``[..., 1, n]``.
@@ -244,14 +245,17 @@ def damped_inverse_cholesky(factor: Tensor, names: Sequence[str], damping: Tenso
     if is_diagonal(precision):
         return inverse_cholesky(precision, names)
     lower, failed = _cholesky(symmetrize(precision.flip(-2, -1)))
+    inverse = _inverse_transpose(lower)
+    root = damping.sqrt() if is_diagonal(damping) else cholesky(damping, names)
+    failed |= ~(_largest_eigenvalue(left_product(transpose(root), inverse)) <= 2)
     if bool(failed.any()):
         values, vectors = eigh(factor.double(), names)
-        root = dense(damping.sqrt()) if is_diagonal(damping) else cholesky(damping, names)
-        lower = _lower(torch.cat([vectors * values.sqrt().unsqueeze(-2), root.double()], dim=-1).flip(-2))
+        lower = _lower(torch.cat([vectors * values.sqrt().unsqueeze(-2), dense(root).double()], dim=-1).flip(-2))
         failed = ~(diagonal(lower) > 0).all(-1)
         if bool(failed.any()):
             raise NotPositiveDefiniteError(_describe("Cholesky factorisation", precision, failed, names))
-    return _inverse_transpose(lower).to(factor)
+        inverse = _inverse_transpose(lower)
+    return inverse.to(factor)
 
 
 def psd_root(matrix: Tensor, names: Sequence[str]) -> Tensor:
@@ -351,6 +355,15 @@ def _lower(root: Tensor) -> Tensor:
     """:func:`triangular_root` of matrices ``[..., n, k]`` with ``k ≥ n``."""
     lower = torch.linalg.qr(root.mT)[1].mT
     return lower * diagonal(lower).sign().unsqueeze(-2)
+
+
+def _largest_eigenvalue(root: Tensor) -> Tensor:
+    """That of ``R Rᵀ``, from below, near where it stands out: three power steps from the largest of its diagonal."""
+    largest = root.square().sum(-1).argmax(-1, keepdim=True)
+    vector = torch.zeros_like(root[..., 0]).scatter_(-1, largest, 1.0).unsqueeze(-1)
+    for _ in range(3):
+        vector = torch.nn.functional.normalize(root @ (root.mT @ vector), dim=-2)
+    return (root.mT @ vector).square().sum((-2, -1))
 
 
 def _inverse_transpose(lower: Tensor) -> Tensor:

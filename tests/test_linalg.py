@@ -395,6 +395,20 @@ def test_damping_counts_where_float32_rounding_outweighs_it(scale, damping):
     assert_close((x @ white).square().sum(-1), ((x @ exact) * x).sum(-1), rtol=0.01, atol=1e-12)
 
 
+@pytest.mark.parametrize("damping", ["row", "matrix"])
+@pytest.mark.parametrize("share", [0.4, 0.9, 0.99, 0.9999, 1.1])
+def test_rounding_that_cancels_the_damping_is_left_out(share, damping):
+    """A negative eigenvalue near ``-D`` leaves almost nothing of a direction's precision, though no root fails."""
+    basis = torch.linalg.qr(torch.randn(40, 40, generator=rng(0), dtype=torch.float64))[0]
+    row = torch.logspace(-5, -3, 40, dtype=torch.float64)[None]
+    white = torch.logspace(2, 6, 40, dtype=torch.float64).index_fill(0, torch.tensor([0]), -share)
+    factor = ((basis * white) @ basis.mT) * row.sqrt() * row.sqrt().mT
+    matrix = row if damping == "row" else torch.diag(row[0])
+    covariance = linalg.gram(linalg.damped_inverse_cholesky(factor, ["layer"], matrix) * row.mT.sqrt())
+    largest = torch.linalg.eigvalsh(covariance)[-1]
+    assert_close(largest, torch.tensor(1 / (1 - share) if share < 0.5 else 1.0).double(), rtol=0.05, atol=0.0)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("place", ["factor", "damping"])
 def test_a_damped_inverse_root_of_what_is_not_finite_is_an_error_that_names_the_layer(place, value):

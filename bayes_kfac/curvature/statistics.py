@@ -69,8 +69,26 @@ class Statistics:
         )
 
     def moving_average(self, batch: Statistics, decay: float) -> Statistics:
-        """One step of an exponential moving average, ``decay · self + (1 − decay) · batch``."""
-        return self * decay + batch * (1 - decay)
+        """One step of an exponential moving average, ``decay · self + (1 − decay) · batch``.
+
+        It is taken of the averages, which a batch that shows the same leaves as they are. Sums that hardly change any
+        more are rounded the same way at every step, which adds up to ``ε / (1 − decay)``: in float32, for a memory of
+        10 000 steps, their averages were off by 3e-4, which is more than many a damping.
+
+        Args:
+            batch: What a batch shows.
+            decay: The weight of what was there.
+
+        Returns:
+            The average's statistics, with counts that are averaged too.
+        """
+        counts = {name: decay * own + (1 - decay) * batch.counts[name] for name, own in self.counts.items()}
+        sums = {}
+        for name in self.sums:
+            weight = (1 - decay) * batch.counts[name] / (counts[name] or 1.0)
+            sums[name] = self.mean(name).lerp(batch.mean(name), weight) * counts[name]
+        columns = {name: own * decay + batch.columns[name] * (1 - decay) for name, own in self.columns.items()}
+        return Statistics(sums, counts, self.frame, columns)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Statistics:
         """The statistics with a function applied to every tensor: a move to another device or dtype."""
