@@ -64,7 +64,7 @@ def unpack(batch: Any) -> Batch:
     fields_of_tuple = getattr(batch, "_fields", ("inputs", "target", "mask"))
     if isinstance(batch, tuple | list) and (len(batch) == 2 or (len(batch) == 3 and fields_of_tuple[2] == "mask")):
         inputs, *others = batch
-        return Batch(_arguments(inputs), *others)
+        return _with_examples(Batch(_arguments(inputs), *others))
     has_names = isinstance(batch, Mapping) or is_dataclass(batch) or hasattr(batch, "_fields")
     named = _named(batch) if has_names else {}
     found = [name for name in TARGET_NAMES if name in named]
@@ -75,7 +75,34 @@ def unpack(batch: Any) -> Batch:
             f"exactly one of the fields {', '.join(TARGET_NAMES)}."
         )
     target, mask = named.pop(found[0]), named.pop("mask", None)
-    return Batch(named, target, mask)
+    return _with_examples(Batch(named, target, mask))
+
+
+def _with_examples(batch: Batch) -> Batch:
+    """The batch, unless it is a single example, which nothing here has a meaning for."""
+    if isinstance(batch.target, Tensor) and batch.target.ndim == 0:
+        raise ArgumentError(
+            "loader yielded a target without a dimension: a single example. Allowed: batches, whose first dimension is "
+            "that of examples. Pass DataLoader(data, batch_size=32, shuffle=True)."
+        )
+    return batch
+
+
+def check_has_batch(inputs: Any, output: Tensor) -> None:
+    """Refuse one example in the place of a batch, whose outputs would pass for examples.
+
+    Args:
+        inputs: What the model was called with.
+        output: What it returned.
+
+    Raises:
+        ArgumentError: If the input is one row of numbers and the output another number of them.
+    """
+    if isinstance(inputs, Tensor) and inputs.ndim == output.ndim == 1 and len(inputs) != len(output):
+        raise ArgumentError(
+            f"The model made an output of shape {tuple(output.shape)} of an input of shape {tuple(inputs.shape)}: "
+            "a single example's. Allowed: batches, whose first dimension is that of examples, such as inputs[None]."
+        )
 
 
 def inputs_of(batch: Any, device: torch.device) -> Any:

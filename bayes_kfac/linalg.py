@@ -36,6 +36,11 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
+def leaving_inference_mode() -> AbstractContextManager[None]:
+    """Tensors made inside may be differentiated later, wherever the caller is."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
 def all_finite(tensors: Collection[Tensor]) -> bool:
     """Whether no tensor holds NaN or infinity; where none does, one number is read back from the device."""
     sums = [tensor.sum() for tensor in tensors]

@@ -132,13 +132,13 @@ class Posterior:
         """
         num_samples = check_count("num_samples", num_samples)
         check_generator(generator)
-        with linalg.full_precision(self.device):
-            noise = self.blocks.sample(self.blocks.standard_normal(generator, (num_samples,)))
         values: dict[str, Tensor] = {}
-        for name, layer in self.layers.items():
-            for key, perturbation in layer.tensors(noise[name]).items():
-                mean = self.mean[key]
-                values[key] = (mean + perturbation).to(mean.dtype)
+        with linalg.leaving_inference_mode(), linalg.full_precision(self.device):
+            noise = self.blocks.sample(self.blocks.standard_normal(generator, (num_samples,)))
+            for name, layer in self.layers.items():
+                for key, perturbation in layer.tensors(noise[name]).items():
+                    mean = self.mean[key]
+                    values[key] = (mean + perturbation).to(mean.dtype)
         return Draws(values)
 
     def predict(
@@ -357,7 +357,8 @@ class Posterior:
         Returns:
             A new posterior.
         """
-        return self._with(blocks=self.blocks.as_prior(), provenance=replace(self.provenance, damping="optimal"))
+        with linalg.leaving_inference_mode():
+            return self._with(blocks=self.blocks.as_prior(), provenance=replace(self.provenance, damping="optimal"))
 
     def distribution(self, layer: str) -> MatrixNormal:
         """The posterior of one layer's ``[weight, bias]`` as a Pyro distribution over ``(*blocks, out, in)``.

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bayes_kfac import likelihoods
+from bayes_kfac import likelihoods, linalg
 from bayes_kfac.curvature import check_initialized, find_layers
 from bayes_kfac.errors import ArgumentError, check_file
 from bayes_kfac.likelihoods import Likelihood
@@ -118,12 +118,14 @@ def load(posterior_type: type[Posterior], path: Path, model: nn.Module, likeliho
     Raises:
         ArgumentError: If the file is not a saved posterior, or not one of this architecture.
     """
-    header, tensors = _read(path, next(model.parameters()).device)
-    if "members" in header:
-        raise ArgumentError(
-            f"path={str(path)!r} holds a mixture of {len(header['members'])} posteriors. Read it with Mixture.load()."
-        )
-    return _unpacked(posterior_type, path, header, tensors, model, likelihood)
+    with linalg.leaving_inference_mode():
+        header, tensors = _read(path, next(model.parameters()).device)
+        if "members" in header:
+            raise ArgumentError(
+                f"path={str(path)!r} holds a mixture of {len(header['members'])} posteriors. Read it with "
+                "Mixture.load()."
+            )
+        return _unpacked(posterior_type, path, header, tensors, model, likelihood)
 
 
 def load_members(
@@ -143,13 +145,16 @@ def load_members(
     Raises:
         ArgumentError: If the file is not a saved mixture, or not one of this architecture.
     """
-    header, tensors = _read(path, next(model.parameters()).device)
-    if "members" not in header:
-        raise ArgumentError(f"path={str(path)!r} holds one posterior, not a mixture. Read it with Posterior.load().")
-    return [
-        _unpacked(posterior_type, path, own, _under(f"member/{index}/", tensors), model, likelihood)
-        for index, own in enumerate(header["members"])
-    ]
+    with linalg.leaving_inference_mode():
+        header, tensors = _read(path, next(model.parameters()).device)
+        if "members" not in header:
+            raise ArgumentError(
+                f"path={str(path)!r} holds one posterior, not a mixture. Read it with Posterior.load()."
+            )
+        return [
+            _unpacked(posterior_type, path, own, _under(f"member/{index}/", tensors), model, likelihood)
+            for index, own in enumerate(header["members"])
+        ]
 
 
 def _unpacked(

@@ -237,6 +237,26 @@ def _no_state_dict() -> UsageError:
     )
 
 
+def wants_noise(observation_noise: object) -> bool:
+    """Whether noise is to be added, the likelihood's or variances that are given.
+
+    Args:
+        observation_noise: What was passed.
+
+    Returns:
+        Whether it is.
+
+    Raises:
+        ArgumentError: If it is neither a boolean nor a tensor.
+    """
+    if not isinstance(observation_noise, bool | Tensor):
+        raise ArgumentError(
+            f"observation_noise={observation_noise!r} is not allowed. Allowed: True for the likelihood's noise, False "
+            "for none, or a tensor of variances."
+        )
+    return observation_noise is not False
+
+
 def check_tensor(name: str, value: object) -> None:
     """See that an argument is a tensor.
 

@@ -20,7 +20,7 @@ from linear_operator import to_linear_operator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bayes_kfac.botorch.base import Surrogate, check_finite, check_tensor
+from bayes_kfac.botorch.base import Surrogate, check_finite, check_tensor, wants_noise
 from bayes_kfac.botorch.conditioning import Observations, moments, observed
 from bayes_kfac.botorch.fitting import BATCH_SIZE, check_network, default_network, fit_prior
 from bayes_kfac.errors import ArgumentError, check_count, check_positive
@@ -173,7 +173,7 @@ class LinearizedSurrogate(Surrogate, FantasizeMixin):
         chosen = self._chosen(output_indices)
         check_broadcast("X", X, self.batch_shape)
         mean, covariance = moments(self.weight_posterior.linearized, X, self._of_network(chosen), self._given)
-        if observation_noise is not False:
+        if wants_noise(observation_noise):
             noise = self._noise(observation_noise, mean, chosen).expand_as(mean)
             covariance = covariance + torch.diag_embed(noise.flatten(-2))
         operator = to_linear_operator(covariance)

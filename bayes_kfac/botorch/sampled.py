@@ -11,7 +11,7 @@ from botorch.models.transforms.outcome import OutcomeTransform
 from botorch.posteriors.ensemble import EnsemblePosterior
 from torch import Tensor
 
-from bayes_kfac.botorch.base import Surrogate
+from bayes_kfac.botorch.base import Surrogate, wants_noise
 from bayes_kfac.errors import check_generator
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.prediction import Draws, check_draws, sampled_outputs
@@ -80,7 +80,7 @@ class SampledSurrogate(Surrogate):
         outputs = sampled_outputs(weights.model, weights.mean, self.draws, X.flatten(0, -2)).flatten(2)
         # [draws, batch, m] to batch_shape x draws x q x m
         values = outputs[..., self._of_network(chosen)].unflatten(1, X.shape[:-1]).movedim(0, -3)
-        if observation_noise is not False:
+        if wants_noise(observation_noise):
             variance = self._noise(observation_noise, values[..., 0, :, :], chosen)
             variance = variance.unsqueeze(-3) if variance.ndim > 1 else variance
             values = values + variance.sqrt() * self._standard_noise(values)

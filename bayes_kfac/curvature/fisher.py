@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bayes_kfac import linalg
 from bayes_kfac.errors import UsageError, check_choice
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.likelihoods.base import check_examples
@@ -46,7 +47,7 @@ def output_gradients(
         generator: The source of randomness for ``"mc"``.
 
     Returns:
-        ``[columns, batch, ...]``, without a graph.
+        ``[columns, batch, ...]``, without a graph, in the output's dtype.
 
     Raises:
         UsageError: If ``fisher="empirical"`` comes without targets.
@@ -54,7 +55,8 @@ def output_gradients(
     """
     check_choice("fisher", fisher, FISHER_KINDS)
     check_examples(output)
-    output = output.detach()
+    dtype, output = output.dtype, output.detach()
+    output = output.to(linalg.algebra_dtype(dtype))  # 16 bits are too few for small probabilities and large precisions
     if fisher in ("exact", "recursive"):
         gradients = likelihood.fisher_root(output)
     elif fisher == "mc":
@@ -63,6 +65,6 @@ def output_gradients(
         raise UsageError("fisher='empirical' needs the targets: call likelihood(output, target) in the loop.")
     else:
         gradients = likelihood.target_gradient(output, target, mask).unsqueeze(0)
-    if mask is None:
-        return gradients
-    return torch.where(likelihood.output_mask(mask, output), gradients, torch.zeros_like(gradients))
+    if mask is not None:
+        gradients = torch.where(likelihood.output_mask(mask, output), gradients, torch.zeros_like(gradients))
+    return gradients.to(dtype)

@@ -238,6 +238,11 @@ class Meter:
             return
         passes, origin = _find(self._passes, output)
         if not passes:  # a detached output is being logged, or it is another model's
+            if self.recorder.is_recording and mask is not None and output.requires_grad:
+                raise UnsupportedModelError(
+                    "The likelihood was called with a mask inside of the model, where the curvature would not know of "
+                    "it. Call it in the loop: likelihood(model(inputs), target, mask)."
+                )
             return
         if mask is not None and target is not None:
             check_mask(mask, target)

@@ -296,6 +296,11 @@ class PullBack:
                 )
 
     def _pull_back(self, edges: Sequence[Any], output_gradients: Tensor) -> Sequence[Tensor | None]:
+        if not self.output.requires_grad:
+            raise UsageError(
+                f"The model's output does not depend on the layers {', '.join(self.layers)}, or none of its graph was "
+                "kept. Choose layers that the forward pass uses, and let it run without torch.no_grad() or detach()."
+            )
         own = torch.autograd.graph.get_gradient_edge(self.output)
         return gradients_at(edges, own, output_gradients, create_graph=self.create_graph)
 

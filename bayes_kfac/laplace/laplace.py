@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from bayes_kfac import structures
+from bayes_kfac import linalg, structures
 from bayes_kfac.curvature import (
     Frame,
     Recorder,
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 #: What is settled when a Laplace is made: layers and blocks, or the measurement, are of it.
 SETTLED = ("model", "likelihood", "structure", "fisher", "num_data", "prior")
+#: So are these, which are no attributes.
+ARGUMENTS = ("damping", "sharing", "subset", "others")
 
 
 class Laplace:
@@ -58,8 +60,9 @@ class Laplace:
         likelihood: What its output means; copied, and again by a fit, which stays what it was if this one changes.
         structure: The family of the posterior's blocks: one of ``bayes_kfac.structures.available()``, or a structure
             with options of its own.
-        subset: Which parameters have a posterior: ``"all"``, ``"last_layer"``, ``"requires_grad"``, a list of names of
-            parameters or modules, or a function of a parameter's name and the parameter. The others stay at the mode.
+        subset: Which parameters have a posterior: ``"all"``, ``"last_layer"`` (that which is defined last),
+            ``"requires_grad"``, a list of names of parameters or modules, or a function of a parameter's name and the
+            parameter. The others stay at the mode.
         damping: How the prior enters a block: ``"exact"``, ``"factored"`` or ``"optimal"``.
         fisher: ``"exact"`` (the generalised Gauss-Newton), ``"mc"``, ``"empirical"``, or ``"recursive"`` (KFRA, of
             chains of layers; it averages over each batch, and depends on how the data are cut into batches).
@@ -126,8 +129,8 @@ class Laplace:
         self.fisher = fisher
         self.temperature = temperature
         self.num_data = None if num_data is None else check_count("num_data", num_data)
-        self.memory_budget = check_count("memory_budget", memory_budget)
-        self.generator = check_generator(generator)
+        self.memory_budget = memory_budget
+        self.generator = generator
         parameters = choose_parameters(self.model, subset)
         self.layers, self.reasons = find_covered(self.model, parameters, others)
         self.structures = self.structure.for_layers(self.layers)
@@ -156,6 +159,9 @@ class Laplace:
         Returns:
             What :meth:`fit` would return with that curvature.
 
+        Raises:
+            ArgumentError: If ``trainer`` is none.
+
         Example:
             >>> import bayes_kfac as bk, torch
             >>> x, y = torch.eye(4), torch.tensor([0, 1, 1, 0])
@@ -168,6 +174,10 @@ class Laplace:
             >>> bool(laplace.log_marginal_likelihood() < 0)  # of class labels, in nats
             True
         """
+        if not hasattr(trainer, "blocks"):
+            raise ArgumentError(
+                f"trainer={trainer!r} is not allowed. Allowed: an optimizer of this library, such as NoisyKFAC."
+            )
         own = {parameter for layer in trainer.layers.values() for parameter in layer.parameters.values()}
         laplace = cls(
             trainer.model,
@@ -191,7 +201,11 @@ class Laplace:
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse what would be set and not counted."""
-        if name in SETTLED and name in self.__dict__:
+        if name == "generator":
+            check_generator(value)
+        if name == "memory_budget":
+            check_count("memory_budget", value)
+        if (name in SETTLED and name in self.__dict__) or name in ARGUMENTS:
             raise AttributeError(
                 f"{name} is settled when a Laplace is made. Make a new one with the other {name}, and fit it."
             )
@@ -255,7 +269,7 @@ class Laplace:
 
         Structures that take several (:attr:`passes` above 1: ``"ekfac"``, ``"tekfac"`` and the sums of Kronecker
         products) measure the new data in coordinates that the old data gave, which one fit to all would choose anew:
-        close to it where the new data are like the old.
+        close to it where the new data are like the old. Columns of ``"mfac"`` are of batches, and depend on them.
 
         Args:
             loader: The new data, as for :meth:`fit`.
@@ -372,11 +386,12 @@ class Laplace:
         priors = self._priors if prior_precision is None else by_layer(prior_precision, self.layers)
         temperature = self.temperature if temperature is None else temperature
         noise = self._noise_scale if noise_scale is None else noise_scale
-        return fitted.evidence(
-            priors,
-            checked("temperature", temperature).to(device, torch.float64),
-            None if noise is None else checked("noise_scale", noise).to(device, torch.float64),
-        )
+        with linalg.leaving_inference_mode():  # what is decomposed here is kept
+            return fitted.evidence(
+                priors,
+                checked("temperature", temperature).to(device, torch.float64),
+                None if noise is None else checked("noise_scale", noise).to(device, torch.float64),
+            )
 
     def optimize_prior_precision(
         self,
@@ -441,6 +456,8 @@ class Laplace:
             )
             self.prior_precision = by_layer(best, self.layers)
             return self
+        if not isinstance(noise, bool):
+            raise ArgumentError(f"noise={noise!r} is not allowed. Allowed: True, to choose its scale too, or False.")
         if loader is not None or grid is not None or predict:
             raise ArgumentError("loader=, grid= and arguments of predict are for method='validation'.")
         with torch.inference_mode(False), torch.enable_grad():
@@ -474,12 +491,9 @@ class Laplace:
             This object.
         """
         fitted = self._check_fitted()
-        values = tuning.values_of(grid)
+        values = [check_positive("temperature", value) for value in tuning.values_of(grid)]
         self.temperature = tuning.best_on_validation(
-            [
-                (v, partial(fitted.posterior, self._priors, check_positive("temperature", v), self._noise_scale))
-                for v in values
-            ],
+            [(v, partial(fitted.posterior, self._priors, v, self._noise_scale)) for v in values],
             loader,
             progress=progress,
             predict=predict,
@@ -497,7 +511,8 @@ class Laplace:
         Raises:
             UsageError: If nothing was fitted.
         """
-        return self._check_fitted().posterior(self._priors, self.temperature, self._noise_scale)
+        with linalg.leaving_inference_mode():
+            return self._check_fitted().posterior(self._priors, self.temperature, self._noise_scale)
 
     def summary(self) -> Summary:
         """For each parameter: its block, structure, shape, and why where it has none."""

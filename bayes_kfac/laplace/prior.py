@@ -33,7 +33,7 @@ def by_layer(prior_precision: PriorPrecision, layers: Mapping[str, Layer]) -> di
     """
     if not isinstance(prior_precision, Mapping):
         value = checked("prior_precision", prior_precision)
-        return {name: as_prior(value, layer) for name, layer in layers.items()}
+        return {name: _as_precision(value, layer) for name, layer in layers.items()}
     home = {parameter: name for name, layer in layers.items() for parameter in layer.parameters}
     if unknown := sorted(set(prior_precision) - set(layers) - set(home)):
         raise ArgumentError(
@@ -44,8 +44,19 @@ def by_layer(prior_precision: PriorPrecision, layers: Mapping[str, Layer]) -> di
 
 
 def as_prior(value: Tensor, layer: Layer) -> Tensor:
-    """A layer's precisions on its device, in the dtype of its statistics."""
+    """A prior's tensors on a layer's device, in the dtype of its statistics."""
     return value.to(layer.template)
+
+
+def _as_precision(value: Tensor, layer: Layer) -> Tensor:
+    """:func:`as_prior` of precisions, which must not vanish or overflow in that dtype."""
+    found = as_prior(value, layer)
+    if bool(((found == 0) | found.isinf()).any()):
+        raise ArgumentError(
+            f"prior_precision has values between {value.min():.3g} and {value.max():.3g}, which are 0 or infinite in "
+            f"the {found.dtype} of layer {layer.name!r}. Allowed: what that dtype can hold; or use float64."
+        )
+    return found
 
 
 def _of_layer(layer: Layer, given: Mapping[str, float | Tensor]) -> Tensor:
@@ -57,17 +68,15 @@ def _of_layer(layer: Layer, given: Mapping[str, float | Tensor]) -> Tensor:
         shapes = [layer.shape] if alone is None else [layer.shape, tuple(alone.shape)]
         value = checked(f"prior_precision[{layer.name!r}]", given[layer.name], *shapes)
         is_prior = tuple(value.shape) in ((), layer.shape)
-        return as_prior(value if is_prior else layer.matrix({layer.name: value}), layer)
+        return _as_precision(value if is_prior else layer.matrix({layer.name: value}), layer)
     if missing := [parameter for parameter in layer.parameters if parameter not in given]:
         raise ArgumentError(
             f"prior_precision leaves out {missing} of layer {layer.name!r}. Name the layer, or all of its parameters."
         )
-    values = {
-        name: as_prior(checked(f"prior_precision[{name!r}]", given[name], tuple(parameter.shape)), layer).expand_as(
-            parameter
-        )
-        for name, parameter in layer.parameters.items()
-    }
+    values = {}
+    for name, parameter in layer.parameters.items():
+        value = checked(f"prior_precision[{name!r}]", given[name], tuple(parameter.shape))
+        values[name] = _as_precision(value, layer).expand_as(parameter)
     return layer.matrix(values)
 
 

@@ -187,6 +187,11 @@ def check_mask(mask: Tensor, target: Tensor) -> None:
             leading dimensions.
     """
     check_tensor(target)
+    if not isinstance(mask, Tensor):
+        raise TargetError(
+            f"mask of type {type(mask).__name__} must be a boolean tensor, True for the targets that count: "
+            "torch.as_tensor(mask)."
+        )
     if mask.dtype != torch.bool:
         raise TargetError(f"mask of dtype {mask.dtype} must be boolean, True for the targets that count: mask.bool().")
     if mask.ndim == 0 or mask.shape != target.shape[: mask.ndim]:

@@ -34,10 +34,9 @@ class Bernoulli(Likelihood):
         return probs - (uniform < probs).to(probs.dtype)
 
     def fisher_root(self, output: Tensor) -> Tensor:  # noqa: D102
-        probs = output.sigmoid()
         size = output[0].numel()
         basis = torch.eye(size, dtype=output.dtype, device=output.device).reshape(size, 1, *output.shape[1:])
-        return basis * (probs * (1 - probs)).sqrt()
+        return basis * (output.sigmoid() * (-output).sigmoid()).sqrt()  # 1 − p of large outputs would cancel
 
     def distribution(self, output: Tensor) -> Distribution:  # noqa: D102
         return torch.distributions.Bernoulli(logits=output)

@@ -79,7 +79,7 @@ class CountPrediction(Prediction):
         while bool(((lower < (middle := ((lower + upper) / 2).floor())) & (middle < upper)).any()):
             below = self._cdf(middle) < probability
             lower, upper = torch.where(below, middle, lower), torch.where(below, upper, middle)
-        return upper.to(self.mean.dtype)
+        return torch.where(self.mean.isnan(), self.mean, upper.to(self.mean.dtype))
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """The central interval that holds each count with probability ``level`` or, since counts are whole, more.

@@ -144,10 +144,12 @@ def call(model: nn.Module, state: Mapping[str, Tensor], inputs: Any) -> Tensor:
         The model's output: a tensor, or the one that stands out in what it returned.
 
     Raises:
-        ArgumentError: If there is no such tensor with a batch dimension.
+        ArgumentError: If there is no such tensor with a batch dimension, or the input is a single example.
     """
     with holding(model, state):
-        return expect_output_tensor(batches.call(model, inputs))
+        output = expect_output_tensor(batches.call(model, inputs))
+    batches.check_has_batch(inputs, output)
+    return output
 
 
 @contextmanager
@@ -187,6 +189,7 @@ def watched(
             # in the model for as long as there may be a backward pass, in which checkpoints run parts of it again
             with holding(model, attached):
                 output = expect_output_tensor(batches.call(model, tree_map_only(Tensor, differentiable, inputs)))
+                batches.check_has_batch(inputs, output)
                 recorder.is_recording = False
                 yield output, recorder.pull_back(output, parameters=attached, **options)
         finally:

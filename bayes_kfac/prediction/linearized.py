@@ -213,7 +213,9 @@ class LinearizedModel:
                 "No layer with a posterior was seen by autograd, so the linearised model has no variance. Does its "
                 "forward run under torch.no_grad(), or use none of these layers? method='sampling' needs no graph."
             )
-        if not self._is_checked:
+        modules = set(self.model.modules())
+        has_all = all(use.adapter.module in modules for layer in self.layers.values() for use in layer.uses)
+        if not (self._is_checked and has_all):  # what was replaced is not seen any more
             pull_back.check()
             self._is_checked = True
         return {name: own.to(self.blocks[name].like.dtype) for name, own in rows.items()}

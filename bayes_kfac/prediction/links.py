@@ -162,7 +162,8 @@ def _bridge(mean: Tensor, variance: Tensor) -> Tensor:
     log_alpha = torch.logaddexp(constant, exponent) - variance.log()
     # concentrations beyond the dtype keep their ratios, and so the probabilities; their sum is all but infinite anyway
     limit = math.log(torch.finfo(log_alpha.dtype).max) / 2
-    return (log_alpha - (log_alpha.amax(-1, keepdim=True) - limit).clamp(min=0)).exp()
+    alpha = (log_alpha - (log_alpha.amax(-1, keepdim=True) - limit).clamp(min=0)).exp()
+    return alpha.clamp(min=torch.finfo(alpha.dtype).tiny)  # so that none is impossible
 
 
 @from_gaussian.register

@@ -17,7 +17,7 @@ from torch.distributions import Categorical, Distribution, Independent, MixtureS
 from torch.distributions import StudentT as TorchStudentT
 
 from bayes_kfac import linalg
-from bayes_kfac.errors import check_probability
+from bayes_kfac.errors import TargetError, check_probability
 from bayes_kfac.likelihoods import Gaussian
 from bayes_kfac.likelihoods.base import check_same_shape
 from bayes_kfac.prediction.output import GaussianOutput
@@ -194,7 +194,7 @@ class GaussianPrediction(RegressionPrediction):
 
     def log_prob(self, target: Tensor) -> Tensor:
         """The joint log-density of each example's target, ``[batch]``."""
-        check_same_shape(self.mean, target)
+        _check_target(self.mean, target)
         distribution = self.distribution
         if isinstance(distribution, Normal):
             return distribution.log_prob(target).reshape(len(target))
@@ -245,20 +245,18 @@ class MixturePrediction(RegressionPrediction):
 
     @cached_property
     def _components(self) -> Normal | TorchStudentT:
-        with torch.no_grad():
-            return cast("Normal | TorchStudentT", self.likelihood.distribution(self.outputs))
+        return cast("Normal | TorchStudentT", self.likelihood.distribution(self.outputs))
 
     @property
     def distribution(self) -> Distribution:
         """``MixtureSameFamily`` over targets ``[batch, ...]``."""
-        with torch.no_grad():
-            components = self.likelihood.distribution(self.outputs.movedim(0, 1))
+        components = self.likelihood.distribution(self.outputs.movedim(0, 1))
         weights = Categorical(logits=self.outputs.new_zeros(self.outputs.shape[1], self.outputs.shape[0]))
         return MixtureSameFamily(weights, Independent(components, self.outputs.ndim - 2))
 
     def log_prob(self, target: Tensor) -> Tensor:
         """The log of the mean over draws of each example's density, ``[batch]``."""
-        check_same_shape(self.mean, target)
+        _check_target(self.mean, target)
         return self.distribution.log_prob(target)
 
     def _cdf(self, value: Tensor) -> Tensor:
@@ -267,9 +265,19 @@ class MixturePrediction(RegressionPrediction):
         if isinstance(components, TorchStudentT):  # torch has no distribution function for it
             from scipy.special import stdtr
 
-            probabilities = stdtr(components.df.cpu().numpy(), standard.cpu().numpy())
-            return torch.as_tensor(probabilities).to(standard).mean(0)
+            at = standard.detach()
+            df = components.df.detach()
+            probabilities = torch.as_tensor(stdtr(df.cpu().numpy(), at.cpu().numpy())).to(at)
+            return (probabilities + TorchStudentT(df).log_prob(at).exp() * (standard - at)).mean(
+                0
+            )  # with its derivative
         return normal_cdf(standard).mean(0)
+
+
+def _check_target(mean: Tensor, target: Tensor) -> None:
+    check_same_shape(mean, target)
+    if bool(target.isnan().any()):
+        raise TargetError("target holds NaN. Allowed: numbers. Leave examples without a target out.")
 
 
 def covariance_over_draws(draws: Tensor) -> Tensor:

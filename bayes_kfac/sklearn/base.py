@@ -7,7 +7,8 @@ posterior is of the network in standardised units, and the estimators' methods s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Self
@@ -165,7 +166,8 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
             ArgumentError: If a parameter is out of range.
         """
         self._check_parameters()
-        return self._fit(self._checked(X, y, sample_weight, is_first=True), early_stopping=self.early_stopping)
+        with self._kept_if_it_fails():
+            return self._fit(self._checked(X, y, sample_weight, is_first=True), early_stopping=self.early_stopping)
 
     def _partial_fit(self, X: Any, y: Any, sample_weight: Any, classes: Any = None) -> Self:
         """The first data as in :meth:`fit`; further data with the posterior so far as their prior."""
@@ -176,9 +178,22 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
                 "early_stopping=False, or call fit()."
             )
         is_first = not hasattr(self, "posteriors_")
-        examples = self._checked(X, y, sample_weight, is_first=is_first, classes=classes)
-        if is_first:
-            return self._fit(examples, early_stopping=False)
+        with self._kept_if_it_fails():
+            examples = self._checked(X, y, sample_weight, is_first=is_first, classes=classes)
+            return self._fit(examples, early_stopping=False) if is_first else self._update(examples)
+
+    @contextmanager
+    def _kept_if_it_fails(self) -> Iterator[None]:
+        """A fit before stays whole: its posteriors mean nothing with the scales and classes of one that broke off."""
+        before = dict(self.__dict__)
+        try:
+            yield
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+
+    def _update(self, examples: Examples) -> Self:
         random = check_random_state(self.random_state)
         scaled, trained = self._scaled(examples), []
         for posterior in self.posteriors_:
@@ -243,7 +258,7 @@ class BayesianMLP(BaseEstimator, ABC):  # type: ignore[misc]
             check_positive("learning_rate_init", self.learning_rate_init)
         check_fraction("validation_fraction", self.validation_fraction)
         try:
-            torch.empty(0, device=self.device)
+            torch.empty(0, device=self._device)
         except (RuntimeError, AssertionError, TypeError) as error:
             raise ArgumentError(
                 f"device={self.device!r} cannot be used ({str(error).splitlines()[0]}). Allowed: a device that this "

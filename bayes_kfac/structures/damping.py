@@ -8,7 +8,8 @@ than the damped product: it loses 15-50 % of the marginal variance where the pri
 
 ``optimal``: the matrix normal nearest to ``G ⊗ A + γ I`` in ``KL(q ‖ p)``, which is where the evidence lower bound
 itself has its optimum. ``U`` and ``V`` solve ``U⁻¹ = (tr(AV) G + γ tr(V) I) / in`` and
-``V⁻¹ = (tr(GU) A + γ tr(U) I) / out`` in turns.
+``V⁻¹ = (tr(GU) A + γ tr(U) I) / out``: ``U⁻¹ ∝ G + r I`` and ``V⁻¹ ∝ A + s I``, with ``r = γ tr(V) / tr(AV)`` and
+``s = γ tr(U) / tr(GU)``, one equation for one number. In training they follow the factors by turns.
 
 ``exact``: ``G ⊗ A + γ I`` itself, in its eigenbasis; not a matrix normal.
 
@@ -21,13 +22,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from bayes_kfac import linalg
-from bayes_kfac.structures.alternating import alternated
 from bayes_kfac.structures.base import BlockGaussian, BlockSpec
 from bayes_kfac.structures.kron_eigen import KroneckerEigenGaussian
 from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
@@ -35,8 +34,8 @@ from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
 #: A factor and what is added to it.
 Damped = tuple[Tensor, Tensor]
 
-#: From scratch the turns end when no root moves by more than this, relatively; the KL is then right to its square.
-TOLERANCE = 1e-6
+#: Halvings of the interval of ``log r``, which is some tens wide: to the rounding of float64.
+HALVINGS = 60
 #: Between two refreshes in training the factors move little: a few sweeps from the last roots follow them.
 WARM_SWEEPS = 2
 
@@ -150,9 +149,59 @@ def _optimal(blocks: Sequence[WhiteBlock]) -> list[MatrixNormalGaussian]:
             rows = _rows_given(blocks, columns)
             columns = _columns_given(blocks, rows)
         return _matrix_normals(blocks, rows, columns)
-    _, columns = _factored_roots(blocks)
-    row_given, column_given = (partial(one, blocks) for one in (_rows_given, _columns_given))
-    return _matrix_normals(blocks, *alternated(row_given, column_given, columns, _distance, TOLERANCE))
+    names = [block.spec.name for block in blocks]
+    # in float64: what is small beside the largest eigenvalues decides where data are few
+    columns_of = linalg.map_by_shape(linalg.eigh, [block.A.double() for block in blocks], names)
+    rows_of = linalg.map_by_shape(linalg.eigh, [block.G.double() for block in blocks], names)
+    rows, columns = [], []
+    for block, (d_G, Q_G), (d_A, Q_A) in zip(blocks, rows_of, columns_of, strict=True):
+        for sides, Q, values in zip((rows, columns), (Q_G, Q_A), optimal_spectra(d_G, d_A, block.gamma), strict=True):
+            sides.append(linalg.triangular_root(Q * values.sqrt().unsqueeze(-2)).to(block.A))
+    return _matrix_normals(blocks, rows, columns)
+
+
+def optimal_spectra(
+    d_G: Tensor, d_A: Tensor, gamma: Tensor, *, n_G: Tensor | None = None, n_A: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The eigenvalues of the optimal ``U`` and ``V``, which have the eigenvectors of ``G`` and ``A``, in float64.
+
+    Of ``r`` and ``s`` each falls as the other grows, so that ``r`` is a function of itself that grows, and it crosses
+    the identity once: by halving.
+
+    Args:
+        d_G: The eigenvalues of ``G``, ``[*blocks, out]``.
+        d_A: Those of ``A``, ``[*blocks, in]``.
+        gamma: ``γ``, scalar.
+        n_G: How many dimensions each of them has; one by default.
+        n_A: The same for ``A``.
+
+    Returns:
+        Those of ``U`` and ``V``; where a factor is zero the prior's.
+    """
+    d_G, d_A, gamma = d_G.double(), d_A.double(), gamma.double()
+    n_G, n_A = (
+        torch.ones_like(values) if count is None else count.double() for values, count in ((d_G, n_G), (d_A, n_A))
+    )
+    size_G, size_A = n_G.sum(-1, keepdim=True), n_A.sum(-1, keepdim=True)
+    alive = ((n_G * d_G).sum(-1, keepdim=True) > 0) & ((n_A * d_A).sum(-1, keepdim=True) > 0)
+    d_G, d_A = (torch.where(alive, values, torch.ones_like(values)) for values in (d_G, d_A))
+
+    def other(count: Tensor, values: Tensor, shift: Tensor) -> Tensor:
+        """``γ tr(V) / tr(AV)`` for ``V⁻¹ ∝ A + shift I``."""
+        weights = count / (values + shift)
+        return gamma * weights.sum(-1, keepdim=True) / (weights * values).sum(-1, keepdim=True)
+
+    lower = (gamma * size_A / (n_A * d_A).sum(-1, keepdim=True)).log()
+    upper = other(n_A, d_A, gamma * size_G / (n_G * d_G).sum(-1, keepdim=True)).log()
+    for _ in range(HALVINGS):
+        middle = (lower + upper) / 2
+        below = other(n_A, d_A, other(n_G, d_G, middle.exp())).log() > middle
+        lower, upper = torch.where(below, middle, lower), torch.where(below, upper, middle)
+    V = 1 / (d_A + other(n_G, d_G, lower.exp()))
+    U = size_A / ((n_A * d_A * V).sum(-1, keepdim=True) * d_G + gamma * (n_A * V).sum(-1, keepdim=True))
+    U, V = torch.where(alive, U, torch.ones_like(U)), torch.where(alive, V, 1 / gamma)
+    balance = (U.amax(-1, keepdim=True) / V.amax(-1, keepdim=True)).sqrt()  # in float32 one alone may be out of range
+    return U / balance, V * balance
 
 
 def _exact(blocks: Sequence[WhiteBlock]) -> list[KroneckerEigenGaussian]:
@@ -195,7 +244,7 @@ def _pi(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # product is the prior's
     mean_A, mean_G = linalg.trace(A) / A.shape[-1], linalg.trace(G) / G.shape[-1]
     alive = (mean_A > 0) & (mean_G > 0)
-    pi = torch.where(alive, (mean_A / mean_G).sqrt(), torch.ones_like(mean_A))
+    pi = torch.where(alive, mean_A.sqrt() / mean_G.sqrt(), torch.ones_like(mean_A))  # whose square may overflow
     return pi, A * alive[..., None, None], G * alive[..., None, None]
 
 
@@ -224,12 +273,6 @@ def _of_norm_one(root: Tensor) -> Tensor:
 
 def _inverse_roots(damped: Sequence[Damped], blocks: Sequence[WhiteBlock]) -> list[Tensor]:
     return linalg.inverse_roots(damped, [block.spec.name for block in blocks])
-
-
-def _distance(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """The largest relative change of a root."""
-    norm = torch.linalg.vector_norm
-    return max((float(norm(new - old) / norm(new)) for old, new in zip(before, after, strict=True)), default=0.0)
 
 
 def _log_det(root: Tensor) -> Tensor:

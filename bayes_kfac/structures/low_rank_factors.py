@@ -33,8 +33,8 @@ from bayes_kfac.curvature import (
     principal,
 )
 from bayes_kfac.errors import check_count
-from bayes_kfac.structures.alternating import alternated
 from bayes_kfac.structures.base import BlockGaussian, BlockSpec, Card, Information, Structure, register
+from bayes_kfac.structures.damping import optimal_spectra
 from bayes_kfac.structures.low_rank_kron import LowRankKroneckerGaussian, multiplicity
 
 #: Directions whose eigenvalue is smaller than this part of the largest are the rounding of others.
@@ -283,20 +283,14 @@ def _factored(G: _Side, A: _Side, gamma: float) -> Tensor:
     """``(λ_G + √γ / π) (λ_A + π √γ)`` with ``π`` the root of the ratio of the mean eigenvalues of ``A`` and ``G``."""
     mean_A, mean_G = A.mean(), G.mean()
     alive = (mean_A > 0) & (mean_G > 0)  # with one factor at zero the Fisher is too
-    pi = torch.where(alive, (mean_A / mean_G).sqrt(), torch.ones_like(mean_A))
+    pi = torch.where(alive, mean_A.sqrt() / mean_G.sqrt(), torch.ones_like(mean_A))
     return _outer(G.values * alive + gamma**0.5 / pi, A.values * alive + gamma**0.5 * pi)
 
 
 def _optimal(G: _Side, A: _Side, gamma: float) -> Tensor:
     """The inverse of ``u vᵀ``, the matrix normal nearest to ``λ_G λ_A + γ`` in ``KL(q ‖ p)``: see K-FAC's damping."""
-    target = _exact(G, A, gamma).double()
-    rows, columns = (side.dimensions.double().unsqueeze(-1) for side in (G, A))
-    u, v = alternated(
-        lambda v: columns.sum(-2, keepdim=True) / (target @ (columns * v)),
-        lambda u: rows.sum(-2, keepdim=True) / (target.mT @ (rows * u)),
-        torch.ones_like(columns),
-    )
-    return (1 / (u * v.mT)).to(G.values)
+    u, v = optimal_spectra(G.values, A.values, A.values.new_tensor(gamma), n_G=G.dimensions, n_A=A.dimensions)
+    return (1 / _outer(u, v)).to(G.values)
 
 
 _DAMPED: dict[str, Callable[[_Side, _Side, float], Tensor]] = {

@@ -152,7 +152,8 @@ def _factored(own: Tensor, other: Tensor, other_root: Tensor, gamma: Tensor) -> 
     """1 and ``π√γ``, for the input side; where one factor is zero, so is the Fisher."""
     mean, other_mean = (linalg.trace(factor) / factor.shape[-1] for factor in (own, other))
     alive = (mean > 0) & (other_mean > 0)
-    return alive.to(mean), (gamma * torch.where(alive, mean / other_mean, torch.ones_like(mean))).sqrt()
+    ratio = torch.where(alive, mean.sqrt() / other_mean.sqrt(), torch.ones_like(mean))  # whose square may overflow
+    return alive.to(mean), gamma.sqrt() * ratio
 
 
 _SPLITS: dict[str, Split] = {"optimal": _optimal, "factored": _factored}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bayes_kfac.curvature import Layer
@@ -55,6 +56,23 @@ def check_outside(sampler: Sampler, call: str) -> None:
         raise UsageError(f"{call} was called inside sampled_params(). Leave the context first.")
 
 
+def check_losses(losses: Sequence[Any]) -> None:
+    """Refuse what has no mean, before the step is taken.
+
+    Args:
+        losses: What a closure returned for each sample.
+
+    Raises:
+        ArgumentError: If they are no numbers.
+    """
+    for loss in losses:
+        if not isinstance(loss, Tensor | int | float):
+            raise ArgumentError(
+                f"closure returned {type(loss).__name__}, so that no step was taken. Allowed with several samples: the "
+                "loss, a number or a tensor."
+            )
+
+
 def check_ready(sampler: Sampler, layers: Mapping[str, Layer], *, measured: bool) -> None:
     """Refuse a step that has nothing to go by.
 
@@ -88,6 +106,27 @@ def check_ready(sampler: Sampler, layers: Mapping[str, Layer], *, measured: bool
             "output is no tensor, or with fisher='empirical', the loss must be computed by calling "
             "likelihood(output, target)."
         )
+
+
+def check_generator_state(generator: torch.Generator | None, state: Tensor | None) -> None:
+    """Refuse the state of a generator that another cannot take up.
+
+    Args:
+        generator: The generator.
+        state: The saved state.
+
+    Raises:
+        ArgumentError: If it is of another kind of device.
+    """
+    if generator is None or state is None:
+        return
+    try:
+        torch.Generator(generator.device).set_state(state)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(
+            f"state_dict has the state of a generator that one on {generator.device} cannot take up ({error}). Load it "
+            "into an optimizer whose generator= is on the same kind of device, or that has none."
+        ) from error
 
 
 def _gradients(layers: Mapping[str, Layer]) -> dict[str, Tensor]:

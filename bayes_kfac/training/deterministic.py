@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bayes_kfac.distributed import mean_over_processes
-from bayes_kfac.errors import ArgumentError, check_positive
+from bayes_kfac.errors import ArgumentError, UsageError, check_positive
 from bayes_kfac.likelihoods import Likelihood
 
 _PREFIX = "likelihood."
@@ -35,13 +35,12 @@ class PointEstimates:
         self.lr = check_positive("deterministic_lr", lr, allow_zero=True)
         self.parameters: dict[str, nn.Parameter] = {}
         self._adam: torch.optim.Adam | None = None
-        of_likelihood = (f"{_PREFIX}{name}" for name, p in likelihood.named_parameters() if p.requires_grad)
-        self._train({*reasons, *of_likelihood})
+        self._train(reasons)
 
     @property
     def group(self) -> list[dict[str, Any]]:
         """The parameter group of kind ``"deterministic"``, or nothing."""
-        if not self.parameters and not self.may_grow:
+        if not (self.parameters or self.may_grow or any(True for _ in self.likelihood.parameters())):
             return []
         return [{"params": list(self.parameters.values()), "kind": "deterministic", "lr": self.lr}]
 
@@ -51,17 +50,25 @@ class PointEstimates:
         Args:
             names: Their names.
             param_groups: The trainer's groups; the one of kind ``"deterministic"`` holds them then.
+
+        Raises:
+            UsageError: If there is none, as there was nothing that could be trained so when the trainer was made.
         """
         known = set(self.parameters.values())
         self._train({*names, *(name for name, parameter in self._named().items() if parameter in known)})
-        for group in param_groups:
-            if group["kind"] == "deterministic":
-                group["params"] = list(self.parameters.values())
+        group = next((group for group in param_groups if group["kind"] == "deterministic"), None)
+        if group is not None:
+            group["params"] = list(self.parameters.values())
+        elif self.parameters:
+            raise UsageError(
+                f"The likelihood has {', '.join(self.parameters)} to train, and had none when the optimizer was made. "
+                "Make a new optimizer."
+            )
 
     def _train(self, names: Collection[str]) -> None:
-        """Train the parameters of these names; those that were trained before keep their moments."""
-        moments = self._moments
-        self.parameters = {name: parameter for name, parameter in self._named().items() if name in names}
+        """Train the parameters of these names, and the likelihood's; those of before keep their moments."""
+        moments, own = self._moments, {p for p in self.likelihood.parameters() if p.requires_grad}
+        self.parameters = {name: p for name, p in self._named().items() if name in names or p in own}
         self._adam = torch.optim.Adam(self.parameters.values(), lr=self.lr) if self.parameters else None
         self._moments.update((p, moments[p]) for p in self.parameters.values() if p in moments)
 
@@ -72,7 +79,8 @@ class PointEstimates:
 
     def _named(self) -> dict[str, nn.Parameter]:
         of_likelihood = {f"{_PREFIX}{name}": parameter for name, parameter in self.likelihood.named_parameters()}
-        return {**dict(self.model.named_parameters()), **of_likelihood}
+        others = set(of_likelihood.values())  # which the model may hold too
+        return {name: p for name, p in self.model.named_parameters() if p not in others} | of_likelihood
 
     def lr_in(self, param_groups: list[dict[str, Any]]) -> float:
         """The step size as the trainer's groups have it by now, which a schedule may change."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 
-from bayes_kfac.batches import Batch, call, count_examples, expect_output_tensor, unpack
+from bayes_kfac.batches import Batch, call, check_has_batch, count_examples, expect_output_tensor, unpack
 from bayes_kfac.curvature import check_types, find_covered, unwrapped
 from bayes_kfac.errors import ArgumentError, check_choice, check_count
 from bayes_kfac.likelihoods import Likelihood
@@ -112,6 +112,10 @@ def fit(
     epochs = check_count("epochs", epochs)
     if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
         raise ArgumentError(f"callbacks={callbacks!r} is not allowed. Allowed: a list of functions, [function].")
+    if scheduler is not None and not callable(scheduler):
+        raise ArgumentError(
+            f"scheduler={scheduler!r} is not allowed. Allowed: a function of the optimizer that returns a scheduler."
+        )
     if tune is not None:
         check_choice("tune", tune, TUNE_KINDS)
         check_types(model, likelihood)
@@ -156,17 +160,18 @@ def _train_epoch(
     count = 0.0
     for raw in loader:
         batch = unpack(raw).to(device)
-        if batch.is_empty:
+        examples = 0 if batch.is_empty else len(batch.target) if batch.mask is None else count_examples(batch.mask)
+        if not examples:
             continue
 
         def closure(batch: Batch = batch) -> torch.Tensor:
             optimizer.zero_grad()
             output = expect_output_tensor(call(model, batch.inputs))
+            check_has_batch(batch.inputs, output)
             loss = likelihood(output, batch.target, batch.mask)
             loss.backward()
             return loss.detach()
 
-        examples = len(batch.target) if batch.mask is None else count_examples(batch.mask)
         total += optimizer.step(closure) * examples
         count += examples
     if not count:

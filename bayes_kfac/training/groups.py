@@ -6,10 +6,10 @@ kind ``"deterministic"`` (see ``deterministic.py``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bayes_kfac.curvature import Layer
 from bayes_kfac.errors import ArgumentError, check_fraction, check_positive
@@ -44,9 +44,20 @@ def block_groups(
     """
     home: dict[nn.Parameter, int] = {}
     made: list[dict[str, Any]] = []
+    allowed = "Allowed: {'params': parameters of the model, ...}, with any of " + ", ".join(HYPERPARAMETERS) + "."
+    if groups is not None and (not isinstance(groups, Iterable) or isinstance(groups, Mapping | str)):
+        raise ArgumentError(f"groups={groups!r} is not allowed. Allowed: a list of groups. {allowed}")
     for index, given in enumerate(groups or ()):
+        if not isinstance(given, Mapping) or "params" not in given:
+            raise ArgumentError(f"groups[{index}] is {_told(given)}. {allowed}")
         options = dict(given)
-        params = list(options.pop("params", ()))
+        params = options.pop("params")
+        if not isinstance(params, Iterable) or isinstance(params, str):
+            raise ArgumentError(f"groups[{index}] has {_told(params)} for params. {allowed}")
+        params = [params] if isinstance(params, Tensor) else list(params)
+        for parameter in params:
+            if not isinstance(parameter, nn.Parameter):
+                raise ArgumentError(f"groups[{index}] has {_told(parameter)} in its params. {allowed}")
         if unknown := set(options) - set(HYPERPARAMETERS):
             raise ArgumentError(
                 f"groups[{index}] has unknown options {sorted(unknown)}. Allowed: params, {', '.join(HYPERPARAMETERS)}."
@@ -87,6 +98,34 @@ def layers_by_group(group_index: Mapping[str, int], param_groups: Sequence[Mappi
 def with_options(param_groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Groups with the options of saved ones, and the parameters that they hold by now: freezing changes those."""
     return [{**group, **options, "params": group["params"]} for group, options in zip(param_groups, saved, strict=True)]
+
+
+class Checked:
+    """Looks at the options of a trainer's groups, which loops and schedules change, where they are not as they were."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[Any, ...]] = {}
+
+    def __call__(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse options that are out of range.
+
+        Args:
+            param_groups: The groups.
+
+        Raises:
+            ArgumentError: If one is; the message names the group.
+        """
+        for index, group in enumerate(param_groups):
+            names = HYPERPARAMETERS if group["kind"] == "block" else ("lr",)
+            values = tuple(group[name] for name in names)
+            if self._seen.get(index) != values:
+                for name, value in zip(names, values, strict=True):
+                    HYPERPARAMETERS[name](f"param_groups[{index}][{name!r}]", value)
+                self._seen[index] = values
+
+
+def _told(value: object) -> str:
+    return f"a {type(value).__name__}" if isinstance(value, Tensor | nn.Module) else repr(value)
 
 
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:

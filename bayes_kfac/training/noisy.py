@@ -37,10 +37,10 @@ from bayes_kfac.posterior import Posterior
 from bayes_kfac.provenance import Provenance
 from bayes_kfac.structures import Structure
 from bayes_kfac.training.blocks import Blocks, restore_set_aside
-from bayes_kfac.training.checks import check_made_by, check_outside, check_ready
+from bayes_kfac.training.checks import check_generator_state, check_losses, check_made_by, check_outside, check_ready
 from bayes_kfac.training.deterministic import PointEstimates
 from bayes_kfac.training.finite import Watch, check_finite
-from bayes_kfac.training.groups import block_groups, follow_model, layers_by_group, with_options
+from bayes_kfac.training.groups import Checked, block_groups, follow_model, layers_by_group, with_options
 from bayes_kfac.training.roster import Roster
 from bayes_kfac.training.sampler import Sampler
 from bayes_kfac.training.schedules import Schedule, as_schedule, dump_schedule, load_schedule
@@ -48,6 +48,8 @@ from bayes_kfac.training.state import BlockState
 from bayes_kfac.training.states import States
 
 _STATE_KEY = "bayes_kfac"
+#: What is settled when an optimizer is made: its parts hold on to these.
+SETTLED = ("model", "likelihood", "structure", "generator")
 
 
 class NoisyNaturalGradient(torch.optim.Optimizer):
@@ -158,7 +160,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             temperature=check_positive("temperature", temperature),
             warmup=warmup,
         )
-        self._roster = Roster(self.model, params, others)
+        self._roster = Roster(self.model, likelihood, params, others)
         layers = self._roster.sort()
         defaults = {
             "lr": lr,
@@ -186,6 +188,13 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         self._sampler = Sampler(self._meter, num_samples=num_samples, antithetic=antithetic, generator=generator)
         self._sampler.watch(layers, self._parameters())
         self._watch = Watch()
+        self._checked_groups = Checked()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what would be set and not counted."""
+        if name in SETTLED and name in self.__dict__:
+            raise AttributeError(f"{name} is settled when an optimizer is made. Make a new one with the other {name}.")
+        super().__setattr__(name, value)
 
     def _check_structure(self) -> None:
         self.structure.check_posterior()
@@ -313,9 +322,11 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
                 inside :meth:`sampled_params`.
 
         Returns:
-            The closure's mean loss, or ``None``.
+            What the closure returned, with several samples the mean; or ``None``.
 
         Raises:
+            ArgumentError: If options in ``param_groups`` are out of range by now, the closure is no function or, with
+                several samples, returns no number; the state stays as it was.
             UsageError: If no gradient, or no statistics, came from inside :meth:`sampled_params`.
             NonFiniteError: If gradients or statistics hold NaN or infinity, or gradients numbers so large that a step's
                 length may overflow (7e12 in float32); the state stays as it was. On an accelerator steps that measure
@@ -323,16 +334,21 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
                 and the next step that measures raises the error.
         """
         check_outside(self._sampler, "step()")
+        if closure is not None and not callable(closure):
+            raise ArgumentError(f"closure={closure!r} is not allowed. Allowed: a function that returns the loss.")
         losses = []
         try:
+            self._checked_groups(self.param_groups)
             for _ in range(self._sampler.num_samples if closure is not None else 0):
                 with self.sampled_params(), torch.enable_grad():
                     losses.append(closure())  # type: ignore[misc]
+            if len(losses) > 1:
+                check_losses(losses)
             with self._full_precision:
                 self._step()
         finally:
             self._sampler.forget()
-        return sum(losses) / len(losses) if losses else None
+        return sum(losses) / len(losses) if len(losses) > 1 else next(iter(losses), None)
 
     def _step(self) -> None:
         check_ready(self._sampler, self.layers, measured=self.is_measuring)
@@ -403,7 +419,7 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             UsageError: If called inside :meth:`sampled_params`, or before any statistics were measured.
         """
         check_outside(self._sampler, "posterior()")
-        with torch.no_grad(), self._full_precision:
+        with linalg.leaving_inference_mode(), torch.no_grad(), self._full_precision:
             blocks = self._blocks.posterior(self._blocks.states, self.layers, in_training=False)
         return Posterior(
             self.model,
@@ -510,9 +526,12 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
             state_dict: What :meth:`state_dict` returned.
 
         Raises:
-            ArgumentError: If it came from another kind of optimizer, another structure or another model; nothing is
-                changed then. A schedule of another kind than the saved one begins anew.
+            ArgumentError: If it came from another kind of optimizer, another structure or another model, or has options
+                that are out of range, or a generator's state that is of another kind of device; nothing is changed
+                then. A schedule of another kind than the saved one begins anew.
+            UsageError: If called inside :meth:`sampled_params`.
         """
+        check_outside(self._sampler, "load_state_dict()")
         if _STATE_KEY not in state_dict:
             raise ArgumentError("state_dict is not from a noisy natural gradient optimizer of bayes_kfac.")
         own = state_dict[_STATE_KEY]
@@ -524,6 +543,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         point_estimates = own["point_estimates"] or {}  # there were none, in checkpoints of before states had names
         self._point_estimates.check(point_estimates)
         groups = with_options(super().state_dict()["param_groups"], state_dict["param_groups"])
+        self._checked_groups(groups)
+        check_generator_state(self.generator, own["generator"])
         super().load_state_dict({"state": {}, "param_groups": groups})
         self._blocks.states, self._blocks.set_aside = states, set_aside
         self.steps = own["steps"]

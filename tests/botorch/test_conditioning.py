@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from bayes_kfac import Posterior
-from bayes_kfac.botorch import LinearizedSurrogate
+from bayes_kfac.botorch import LinearizedSurrogate, SampledSurrogate
 from bayes_kfac.errors import ArgumentError, NonFiniteError
 from tests.botorch.test_linearized import CLOSE, STRUCTURES, D, M, covariance, posterior_of, standardize, surrogate_of
 from tests.helpers import in_block, randn
@@ -270,3 +270,11 @@ def test_a_transform_is_not_changed_by_observations():
         randn(2, D, seed=1), randn(2, M, seed=2)
     )
     assert torch.equal(transform.means, before)
+
+
+@pytest.mark.parametrize("kind", [LinearizedSurrogate, SampledSurrogate])
+@pytest.mark.parametrize("noise", [0, None, 1e-6, -1, "a"])
+def test_noise_is_added_where_it_is_asked_for(kind, noise):
+    surrogate, X = kind(posterior_of(1)), randn(2, D, seed=1)
+    with pytest.raises(ArgumentError, match="observation_noise="):
+        surrogate.posterior(X, observation_noise=noise)

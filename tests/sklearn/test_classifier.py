@@ -121,3 +121,14 @@ def test_calls_that_cannot_be(fitted):
         pickle.loads(pickle.dumps(fitted)).partial_fit(X, NAMES, classes=["setosa", "versicolor"])
     with pytest.raises(ValueError, match="continuous"):
         quick().fit(X, X[:, 0])
+
+
+def test_a_fit_that_fails_leaves_the_classes_before():
+    x = np.random.RandomState(0).randn(40, 3)
+    classifier = BayesianMLPClassifier(hidden_layer_sizes=(4,), max_iter=3, random_state=0)
+    classifier.fit(x, np.where(x[:, 0] > 0, "a", "b"))
+    before = classifier.predict(x)
+    with pytest.raises(ArgumentError):
+        classifier.set_params(structure="nonsense").fit(x, np.where(x[:, 1] > 0, "cat", "dog"))
+    assert np.array_equal(classifier.predict(x), before)
+    assert classifier.classes_.tolist() == ["a", "b"]

@@ -370,3 +370,37 @@ def test_noisy_training_below_temperature_one_keeps_the_noise_of_one():
     spread = [own.predict_distribution(NEW).epistemic_variance.mean() for own in (warm, cold)]
     assert spread[1] < spread[0]
     assert cold.n_iter_ == 60
+
+
+# What fails leaves the fit before as it was
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fit_that_fails_leaves_the_one_before(method):
+    regressor = quick(method=method).fit(X, Y)
+    before = regressor.predict(NEW)
+    for change, inputs, targets in (
+        ({"structure": "nonsense"}, X[:, :2], 1e5 * Y),
+        ({"fisher": "nonsense"}, X, np.stack([Y, Y], 1)),
+    ):
+        good = {name: getattr(regressor, name) for name in change}
+        with pytest.raises(ArgumentError):
+            regressor.set_params(**change).fit(inputs, targets)
+        regressor.set_params(**good)
+        assert np.array_equal(regressor.predict(NEW), before)
+
+
+def test_an_interrupted_fit_leaves_the_one_before(fitted, monkeypatch):
+    regressor, before = copy.deepcopy(fitted), fitted.predict(NEW)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BayesianMLPRegressor, "_take", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        regressor.fit(10 * X, 7 * Y)
+    with pytest.raises(KeyboardInterrupt):
+        regressor.partial_fit(X, Y)
+    monkeypatch.undo()
+    assert np.array_equal(regressor.predict(NEW), before)
+    assert regressor.total_weight_ == fitted.total_weight_

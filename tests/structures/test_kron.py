@@ -13,18 +13,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+import bayes_kfac as bk
 from bayes_kfac import linalg, structures
 from bayes_kfac.curvature import Statistics
 from bayes_kfac.curvature.statistics import kronecker_factors
 from bayes_kfac.errors import NotPositiveDefiniteError
 from bayes_kfac.structures import BlockGaussian, BlockSpec, KroneckerEigenGaussian, MatrixNormalGaussian, Structure
+from bayes_kfac.structures.damping import optimal_spectra
 from bayes_kfac.structures.kron import _sum_of_products
 from tests.helpers import TIGHT, Rows, dense_kron, randn, random_spd
 from tests.random_rows import SEEDS
 
 OUT, IN = 3, 4
 DAMPINGS = structures.DAMPING_KINDS
-#: Where the cold flip-flop ends, see ``structures.damping.TOLERANCE``.
+#: How near dense turns of the two equations come to the optimum.
 CONVERGED = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -631,3 +633,44 @@ def test_factored_and_exact_equal_their_formulas_for_any_shape(blocks, out, in_,
 def test_the_dense_oracle_of_stacks_is_torch_kron():
     A, G = random_factors(2)
     assert torch.equal(dense_kron(G, A)[1], torch.kron(G[1], A[1]))
+
+
+# The optimum, where few data see many weights
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e5, 1e8])
+@pytest.mark.parametrize("structure", ["kron", "sketchy"])
+def test_optimal_damping_is_optimal_where_both_factors_are_singular(scale: float, structure: str) -> None:
+    """The equations of the optimum hold to rounding; turns had ended far from it, where first ones move further."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, gradients = (
+        torch.randn(2000, 8, generator=generator, dtype=torch.float64)
+        @ torch.randn(8, size, generator=generator, dtype=torch.float64)
+        for size in (10, 20)
+    )
+    A, G = inputs.T @ inputs / 2000, gradients.T @ gradients / 2000
+    d_A, d_G = torch.linalg.eigvalsh(A).clamp(min=0), torch.linalg.eigvalsh(G).clamp(min=0)
+    gamma = torch.tensor(1 / scale, dtype=torch.float64)
+    U, V = optimal_spectra(d_G, d_A, gamma)
+    assert_close(1 / U, ((d_A * V).sum() * d_G + gamma * V.sum()) / 10, rtol=1e-9, atol=0.0)
+    assert_close(1 / V, ((d_G * U).sum() * d_A + gamma * U.sum()) / 20, rtol=1e-9, atol=0.0)
+    model = torch.nn.Linear(10, 20, bias=False, dtype=torch.float64)
+    laplace = bk.Laplace(model, bk.likelihoods.Gaussian(scale**-0.5), structure=structure, damping="optimal")
+    block = laplace.fit([(inputs, torch.zeros(2000, 20).double())], progress=False).posterior().blocks["(root)"]
+    row, column = optimal_spectra(torch.ones(20).double(), d_A, torch.tensor(1 / scale / 2000, dtype=torch.float64))
+    expected = (row.log().sum() * 10 + column.log().sum() * 20) - 200 * math.log(scale * 2000)
+    assert_close(-block.logdet().double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_dimensions_count_as_equal_eigenvalues_do() -> None:
+    d_G, d_A = torch.tensor([3.0, 0.5, 0.5, 0.0]).double(), torch.tensor([2.0, 0.1, 0.1, 0.1]).double()
+    gamma = torch.tensor(0.3).double()
+    U, V = optimal_spectra(d_G, d_A, gamma)
+    u, v = optimal_spectra(
+        torch.tensor([3.0, 0.5, 0.0]),
+        torch.tensor([2.0, 0.1]),
+        gamma,
+        n_G=torch.tensor([1, 2, 1]),
+        n_A=torch.tensor([1, 3]),
+    )
+    assert_close(torch.outer(U[[0, 1, 3]], V[:2]), torch.outer(u, v), rtol=1e-6, atol=0.0)

@@ -94,8 +94,8 @@ class GroupNormAdapter(ChannelsAdapter):
 class BatchNormAdapter(ChannelsAdapter):
     """Batch and instance normalisation, which may use running averages.
 
-    In training batch normalisation couples the examples of a batch: its statistics are those of the function that the
-    batch as a whole computes, as in every published use of K-FAC with it.
+    In training batch normalisation couples the examples of a batch. Its own statistics are right; those of layers
+    before it lack the terms between the rows of two examples, as in every published use of K-FAC with it.
     """
 
     def normalize(self, inputs: Tensor) -> Tensor:  # noqa: D102
