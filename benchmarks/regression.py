@@ -2,8 +2,9 @@
 
 ``python benchmarks/regression.py --processes 2`` trains noisy K-FAC on Gal's splits and keeps one file for each data
 set, temperature and part of the work in ``benchmarks/results/uci/recommended``; ``report.py`` joins them with the other
-methods. ``--variant ekfac-bounded`` and ``diagonal-bounded`` are noisy EK-FAC and noisy Adam by the same recipe;
-``kron``, ``ekfac`` and ``diagonal`` are the three with a noise that is free at every temperature, and chosen;
+methods. ``--variant kron``, ``ekfac`` and ``diagonal`` are noisy K-FAC, noisy EK-FAC and noisy Adam with a noise that
+is free at every temperature, and chosen; ``ekfac-bounded`` and ``diagonal-bounded`` are by the recipe, which suits them
+less;
 ``varying`` is noisy K-FAC of networks that predict a noise for each input, ``defaults`` with the settings that its
 optimizer has by default; with ``--untuned`` at temperature 1 alone.
 
