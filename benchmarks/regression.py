@@ -4,9 +4,8 @@
 set, temperature and part of the work in ``benchmarks/results/uci/recommended``; ``report.py`` joins them with the other
 methods. ``--variant kron``, ``ekfac`` and ``diagonal`` are noisy K-FAC, noisy EK-FAC and noisy Adam with a noise that
 is free at every temperature, and chosen; ``ekfac-bounded`` and ``diagonal-bounded`` are by the recipe, which suits them
-less;
-``varying`` is noisy K-FAC of networks that predict a noise for each input, ``defaults`` with the settings that its
-optimizer has by default; with ``--untuned`` at temperature 1 alone.
+less; ``varying`` is noisy K-FAC of networks that predict a noise for each input, ``defaults`` with the settings that
+its optimizer has by default; with ``--untuned`` at temperature 1 alone.
 
 The recipe: five posteriors from different initial weights, each trained by noisy natural gradient with a noise that is
 learned, are one mixture. Which temperature they are trained at is where three tenths of the *training part* of a split

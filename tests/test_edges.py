@@ -330,6 +330,22 @@ def test_a_module_that_is_replaced_after_a_prediction_is_refused() -> None:
         posterior.predict(X)
 
 
+def test_functions_that_share_no_weight_are_independent() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+
+        def forward(self, x: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+            return self.heads[int(head)](x)
+
+    first, second = torch.tensor(0), torch.tensor(1)
+    laplace = bk.Laplace(Heads(), likelihoods.Gaussian(0.5))
+    posterior = laplace.fit([((X, head), Y) for head in (first, second)], progress=False).posterior()
+    assert_close(posterior.function_covariance((X, first), (X[:3], second)), torch.zeros(16, 3, 2, 2))
+    assert bool((posterior.function_covariance((X, first), (X[:3], first)) != 0).any())
+
+
 def test_the_laplace_bridge_thinks_nothing_impossible() -> None:
     model = nn.Linear(1, 3)
     with torch.no_grad():

@@ -71,8 +71,7 @@ class Features:
         Returns:
             ``[groups, size, other size, outputs, other outputs]``.
         """
-        mine, theirs = self.whitened, other.whitened
-        return _total([mine[name].within_groups(theirs[name], groups) for name in mine if name in theirs])
+        return _products(self.whitened, other.whitened, groups)
 
 
 @dataclass
@@ -150,7 +149,7 @@ class LinearizedModel:
         def against(mine: dict[str, Whitened]) -> Tensor:
             def products(part: Any) -> Tensor:
                 theirs = mine if others is inputs and part is inputs else whitened(part)
-                return _total([mine[name].between(theirs[name]) for name in mine if name in theirs])
+                return _products(mine, theirs).squeeze(0)
 
             return torch.cat(list(self._in_parts(products, others, memory_budget, name="others")), dim=1)
 
@@ -267,6 +266,16 @@ class LinearizedModel:
         with torch.no_grad(), self._forward(_some(inputs, slice(0, 2))) as (both, _):
             splits = len(both) == 2 and torch.allclose(alone[0], both[0], rtol=1e-3, atol=1e-4)
         return _Sizes(max(made, 1) * alone.element_size(), alone[0].numel(), splits=splits)
+
+
+def _products(mine: Mapping[str, Whitened], theirs: Mapping[str, Whitened], groups: int = 1) -> Tensor:
+    """``Φ Φ'ᵀ`` within groups of examples, ``[groups, size, other size, outputs, other outputs]``."""
+    shared = [own.within_groups(theirs[name], groups) for name, own in mine.items() if name in theirs]
+    if shared:
+        return _total(shared)
+    # heads of two tasks, say: functions that share no weight are independent
+    own, other = (next(iter(each.values())).variance() for each in (mine, theirs))
+    return own.new_zeros(groups, len(own) // groups, len(other) // groups, own.shape[1], other.shape[1])
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:
