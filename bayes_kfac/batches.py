@@ -59,12 +59,23 @@ def unpack(batch: Any) -> Batch:
         The batch.
 
     Raises:
-        ArgumentError: If it is none of these.
+        ArgumentError: If it is none of these, or a single example.
     """
+    found = _apart(batch)
+    if isinstance(found.target, Tensor) and found.target.ndim == 0:
+        raise ArgumentError(
+            "loader yielded a target without a dimension: a single example. Allowed: batches, whose first dimension is "
+            "that of examples. Pass DataLoader(data, batch_size=32, shuffle=True)."
+        )
+    return found
+
+
+def _apart(batch: Any) -> Batch:
+    """:func:`unpack` of a batch or of a data set's item."""
     fields_of_tuple = getattr(batch, "_fields", ("inputs", "target", "mask"))
     if isinstance(batch, tuple | list) and (len(batch) == 2 or (len(batch) == 3 and fields_of_tuple[2] == "mask")):
         inputs, *others = batch
-        return _with_examples(Batch(_arguments(inputs), *others))
+        return Batch(_arguments(inputs), *others)
     has_names = isinstance(batch, Mapping) or is_dataclass(batch) or hasattr(batch, "_fields")
     named = _named(batch) if has_names else {}
     found = [name for name in TARGET_NAMES if name in named]
@@ -75,17 +86,7 @@ def unpack(batch: Any) -> Batch:
             f"exactly one of the fields {', '.join(TARGET_NAMES)}."
         )
     target, mask = named.pop(found[0]), named.pop("mask", None)
-    return _with_examples(Batch(named, target, mask))
-
-
-def _with_examples(batch: Batch) -> Batch:
-    """The batch, unless it is a single example, which nothing here has a meaning for."""
-    if isinstance(batch.target, Tensor) and batch.target.ndim == 0:
-        raise ArgumentError(
-            "loader yielded a target without a dimension: a single example. Allowed: batches, whose first dimension is "
-            "that of examples. Pass DataLoader(data, batch_size=32, shuffle=True)."
-        )
-    return batch
+    return Batch(named, target, mask)
 
 
 def check_has_batch(inputs: Any, output: Tensor) -> None:
@@ -124,7 +125,7 @@ def without_target(batch: Any) -> Any:
     if isinstance(batch, list | tuple) and len(batch) == 1:
         batch = batch[0]
     try:
-        return unpack(batch).inputs
+        return _apart(batch).inputs
     except ArgumentError:
         return batch
 

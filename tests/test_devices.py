@@ -130,7 +130,7 @@ def tune(device: str) -> Any:
     _, _, batches = on(device, "categorical")
     laplace.optimize_prior_precision(method="validation", loader=batches, progress=False)
     laplace.optimize_temperature(batches, progress=False)
-    return laplace.prior_precision, laplace.temperature
+    return dict(laplace.prior_precision), laplace.temperature
 
 
 def resume(device: str) -> Any:

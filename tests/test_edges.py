@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -375,3 +377,14 @@ def test_factors_of_very_unequal_size_leave_the_prior(structure: str, damping: s
         pytest.skip("a structure has its own dampings")
     variance = laplace.fit([data], progress=False).posterior().blocks["0"].marginal_variance()
     assert_close(variance, torch.ones_like(variance))
+
+
+def test_what_is_for_reading_may_be_copied_pickled_and_given_back() -> None:
+    laplace = fitted()
+    for own in (copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))):
+        found = own(laplace.prior_precision)
+        assert type(found) is dict
+        assert found == laplace.prior_precision
+    laplace.prior_precision = laplace.prior_precision
+    with pytest.raises(TypeError, match="Set the attribute as a whole"):
+        laplace.prior_precision["0"] = torch.ones(())

@@ -10,7 +10,6 @@ import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -38,6 +37,7 @@ from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.prediction import MEMORY_BUDGET
 from bayes_kfac.provenance import Provenance
+from bayes_kfac.readonly import ReadOnly
 from bayes_kfac.structures import BlockSpec, Structure
 
 if TYPE_CHECKING:
@@ -212,9 +212,9 @@ class Laplace:
         super().__setattr__(name, value)
 
     @property
-    def prior_precision(self) -> Mapping[str, Tensor]:
+    def prior_precision(self) -> dict[str, Tensor]:
         """The precision of each layer's prior, to be read; may be set as a whole, in the forms of the constructor."""
-        return MappingProxyType(self._prior_precision)
+        return ReadOnly(self._prior_precision)
 
     @prior_precision.setter
     def prior_precision(self, value: PriorPrecision) -> None:
@@ -433,7 +433,7 @@ class Laplace:
             >>> model = torch.nn.Linear(1, 1, bias=False)
             >>> _ = torch.nn.init.constant_(model.weight, 2.0)
             >>> laplace = bk.Laplace(model, bk.likelihoods.Gaussian(0.1)).fit([(x, 2 * x)], progress=False)
-            >>> dict(laplace.optimize_prior_precision().prior_precision)
+            >>> laplace.optimize_prior_precision().prior_precision
             {'(root)': tensor(0.2500)}
         """
         fitted = self._check_fitted()

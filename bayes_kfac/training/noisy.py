@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +34,7 @@ from bayes_kfac.errors import ArgumentError, check_count, check_generator, check
 from bayes_kfac.likelihoods import Likelihood
 from bayes_kfac.posterior import Posterior
 from bayes_kfac.provenance import Provenance
+from bayes_kfac.readonly import ReadOnly
 from bayes_kfac.structures import Structure
 from bayes_kfac.training.blocks import Blocks, restore_set_aside
 from bayes_kfac.training.checks import check_generator_state, check_losses, check_made_by, check_outside, check_ready
@@ -254,9 +254,9 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         return self._blocks.layers
 
     @property
-    def prior_precision(self) -> Mapping[str, float]:
+    def prior_precision(self) -> dict[str, float]:
         """The prior's precision of each layer, to be read; it is set in ``param_groups``."""
-        return MappingProxyType({name: self._group(name)["prior_precision"] for name in self.layers})
+        return ReadOnly({name: self._group(name)["prior_precision"] for name in self.layers})
 
     @property
     def blocks(self) -> Mapping[str, BlockState]:
