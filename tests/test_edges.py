@@ -122,6 +122,16 @@ def test_options_that_are_set_on_the_way_are_checked_before_a_step(name: str, va
     assert optimizer.steps == 2
 
 
+def test_a_length_that_rounds_below_zero_is_not_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 a step may seem to lead uphill where the prior decides; its length was NaN, and then every weight."""
+    optimizer = bk.NoisyKFAC(net(), likelihoods.Gaussian(0.5), num_data=16)
+    step(optimizer)
+    monkeypatch.setattr(type(optimizer._blocks), "squared_length", lambda *_: torch.tensor(-1e-3))
+    step(optimizer)
+    assert float(optimizer.clip_factor) == 1
+    assert all(bool(p.isfinite().all()) for p in optimizer.model.parameters())
+
+
 def test_a_closure_may_return_anything_for_one_sample_and_numbers_for_several() -> None:
     def closure() -> Any:
         optimizer.zero_grad()

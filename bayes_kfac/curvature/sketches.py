@@ -30,7 +30,8 @@ _KINDS: dict[str, type[Columns]] = {}
 def principal(columns: Tensor, count: int, names: Sequence[str] = ("the columns",)) -> Tensor:
     """Orthogonal columns, longest first, with the same sum of outer products, or the nearest to it of their number.
 
-    By the eigenvectors of the smaller of the two Gram matrices: ``k² n + k³`` operations, or ``k n² + n³``.
+    By the eigenvectors of the smaller of the two Gram matrices, ``k² n + k³`` operations, or ``k n² + n³``, in float64:
+    they are of squares, and what is short beside the longest column would be lost.
 
     Args:
         columns: ``[..., k, out, in]``.
@@ -40,7 +41,7 @@ def principal(columns: Tensor, count: int, names: Sequence[str] = ("the columns"
     Returns:
         ``[..., min(count, k, out·in), out, in]``.
     """
-    values = columns.flatten(-2)
+    values = columns.flatten(-2).double()
     if not values.shape[-2]:
         return columns
     if values.shape[-2] <= values.shape[-1]:
@@ -49,7 +50,7 @@ def principal(columns: Tensor, count: int, names: Sequence[str] = ("the columns"
     else:
         squares, vectors = linalg.eigh(values.mT @ values, names)
         rotated = squares.sqrt().unsqueeze(-1) * vectors.mT
-    return rotated.flip(-2)[..., :count, :].unflatten(-1, columns.shape[-2:])
+    return rotated.flip(-2)[..., :count, :].unflatten(-1, columns.shape[-2:]).to(columns)
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,7 +47,7 @@ class LowRankGaussian(BlockGaussian):
         white = [own * diagonal.rsqrt().unsqueeze(-3) for own, diagonal in zip(columns, diagonals, strict=True)]
         # in float64: what float32 leaves of dependent columns is long beside the prior and orthogonal to nothing
         rotated = linalg.map_by_shape(
-            lambda stack, members: (principal(stack.double(), stack.shape[-3], members).to(stack),), white, names
+            lambda stack, members: (principal(stack, stack.shape[-3], members),), white, names
         )
         return [cls(own, diagonal) for (own,), diagonal in zip(rotated, diagonals, strict=True)]
 

@@ -406,8 +406,8 @@ class NoisyNaturalGradient(torch.optim.Optimizer):
         return dict(zip(directions, changes, strict=True))
 
     def _clip(self, states: States, directions: Mapping[str, Tensor], largest: float) -> Tensor:
-        """``min(1, sqrt(κ / (lr² Σ dᵀ F̄ d)))``."""
-        return (largest / self._blocks.squared_length(states, directions)).sqrt().clamp(max=1.0)
+        """``min(1, sqrt(κ / (lr² Σ dᵀ F̄ d)))``; the sum may come out below zero by rounding."""
+        return (largest / self._blocks.squared_length(states, directions).clamp(min=0)).sqrt().clamp(max=1.0)
 
     def posterior(self) -> Posterior:
         """The posterior: the current mean, and blocks from the current statistics, as a snapshot.

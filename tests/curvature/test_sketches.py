@@ -42,6 +42,19 @@ def eigenvalues(values: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(values)
 
 
+@pytest.mark.parametrize("count", [3, 40])
+def test_short_columns_survive_beside_long_ones_in_float32(count):
+    """Their squares would be the rounding of the long ones' squares, and the directions' variances the prior's."""
+    lengths = torch.tensor([1e4, 1.0, 1e-2])
+    values = (torch.linalg.qr(torch.randn(12, 3, generator=torch.Generator().manual_seed(0)))[0] * lengths).mT
+    mixed = torch.linalg.qr(torch.randn(count, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    columns = (mixed @ values.double()).float().reshape(count, 3, 4)
+    exact = principal(columns.double(), 3)
+    found = principal(columns, 3)
+    assert found.dtype == torch.float32
+    assert_close(found.square().sum((-2, -1)).double(), exact.square().sum((-2, -1)), rtol=1e-5, atol=0.0)
+
+
 @pytest.mark.parametrize("count", [1, 5, 12, 30])
 def test_principal_columns_are_orthogonal_and_have_the_same_sum(blocks, count):
     """By either Gram matrix, longest first."""
