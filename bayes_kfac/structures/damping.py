@@ -20,7 +20,7 @@ for the bias, enters as ``δ I`` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +33,13 @@ from bayes_kfac.structures.matrix_normal import MatrixNormalGaussian
 
 #: A factor and what is added to it.
 Damped = tuple[Tensor, Tensor]
+#: Those of the rows and of the columns of a covariance.
+Roots = tuple[Tensor, Tensor]
 
 #: Halvings of the interval of ``log r``, which is some tens wide: to the rounding of float64.
 HALVINGS = 60
+#: How many times its rounding a trace has to be to go by it.
+CERTAIN = 100
 #: Between two refreshes in training the factors move little: a few sweeps from the last roots follow them.
 WARM_SWEEPS = 2
 
@@ -136,28 +140,53 @@ def factored_sides(block: WhiteBlock) -> tuple[Damped, Damped]:
 
 
 def _optimal(blocks: Sequence[WhiteBlock]) -> list[MatrixNormalGaussian]:
-    previous = [block.spec.previous for block in blocks]
-    earlier = [
-        linalg.quotient(block.column_root, old.scale_tril_column)
-        for block, old in zip(blocks, previous, strict=True)
-        if isinstance(old, MatrixNormalGaussian)
-    ]
-    if len(earlier) == len(blocks):
-        rows: list[Tensor] = []
-        columns = earlier
-        for _ in range(WARM_SWEEPS):
-            rows = _rows_given(blocks, columns)
-            columns = _columns_given(blocks, rows)
-        return _matrix_normals(blocks, rows, columns)
+    roots = dict(enumerate(_followed(blocks)))
+    afresh = [i for i, pair in roots.items() if pair is None]
+    roots |= zip(afresh, _optimum([blocks[i] for i in afresh]), strict=True)
+    pairs = [pair for pair in roots.values() if pair is not None]
+    return _matrix_normals(blocks, [row for row, _ in pairs], [column for _, column in pairs])
+
+
+def _followed(blocks: Sequence[WhiteBlock]) -> list[Roots | None]:
+    """The roots a few sweeps on from earlier ones; ``None`` where there are none, or all that is known is rounding."""
+    before = {i: _earlier_column(block) for i, block in enumerate(blocks)}
+    columns = {i: _of_norm_one(root) for i, root in before.items() if root is not None}
+    rows: dict[int, Tensor] = {}
+    for _ in range(WARM_SWEEPS):
+        rows = _given(columns, blocks, lambda block: (block.G, block.A))
+        columns = _given(rows, blocks, lambda block: (block.A, block.G))
+    return [(rows[i], columns[i]) if i in columns else None for i in range(len(blocks))]
+
+
+def _earlier_column(block: WhiteBlock) -> Tensor | None:
+    """The column root of an earlier Gaussian of this form, in white coordinates."""
+    earlier = block.spec.previous
+    if not isinstance(earlier, MatrixNormalGaussian):
+        return None
+    return linalg.quotient(block.column_root, earlier.scale_tril_column)
+
+
+def _given(
+    roots: Mapping[int, Tensor], blocks: Sequence[WhiteBlock], factors: Callable[[WhiteBlock], tuple[Tensor, Tensor]]
+) -> dict[int, Tensor]:
+    """The roots of one side given the other's, of the blocks where the other side's trace is more than rounding."""
+    sides = {i: _side(*factors(blocks[i]), root, blocks[i].gamma) for i, root in roots.items()}
+    known = {i: side for i, side in sides.items() if side is not None}
+    return dict(zip(known, _inverse_roots(list(known.values()), [blocks[i] for i in known]), strict=True))
+
+
+def _optimum(blocks: Sequence[WhiteBlock]) -> list[Roots]:
+    """The roots at the optimum, from scratch."""
     names = [block.spec.name for block in blocks]
     # in float64: what is small beside the largest eigenvalues decides where data are few
     columns_of = linalg.map_by_shape(linalg.eigh, [block.A.double() for block in blocks], names)
     rows_of = linalg.map_by_shape(linalg.eigh, [block.G.double() for block in blocks], names)
-    rows, columns = [], []
+    roots = []
     for block, (d_G, Q_G), (d_A, Q_A) in zip(blocks, rows_of, columns_of, strict=True):
-        for sides, Q, values in zip((rows, columns), (Q_G, Q_A), optimal_spectra(d_G, d_A, block.gamma), strict=True):
-            sides.append(linalg.triangular_root(Q * values.sqrt().unsqueeze(-2)).to(block.A))
-    return _matrix_normals(blocks, rows, columns)
+        spectra = zip((Q_G, Q_A), optimal_spectra(d_G, d_A, block.gamma), strict=True)
+        row, column = (linalg.triangular_root(Q * values.sqrt().unsqueeze(-2)).to(block.A) for Q, values in spectra)
+        roots.append((row, column))
+    return roots
 
 
 def optimal_spectra(
@@ -248,22 +277,16 @@ def _pi(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return pi, A * alive[..., None, None], G * alive[..., None, None]
 
 
-def _rows_given(blocks: Sequence[WhiteBlock], columns: Sequence[Tensor]) -> list[Tensor]:
-    damped = [_side(b.G, b.A, _of_norm_one(root), b.gamma) for b, root in zip(blocks, columns, strict=True)]
-    return _inverse_roots(damped, blocks)
-
-
-def _columns_given(blocks: Sequence[WhiteBlock], rows: Sequence[Tensor]) -> list[Tensor]:
-    return _inverse_roots([_side(b.A, b.G, root, b.gamma) for b, root in zip(blocks, rows, strict=True)], blocks)
-
-
-def _side(own: Tensor, other: Tensor, other_root: Tensor, gamma: Tensor) -> Damped:
-    """The terms of ``(tr(other C) own + γ tr(C) I) / dim``, ``C`` the other side's covariance, of dimension ``dim``."""
+def _side(own: Tensor, other: Tensor, other_root: Tensor, gamma: Tensor) -> Damped | None:
+    """The terms of ``(tr(other C) own + γ tr(C) I) / dim``, ``C`` the other side's covariance; ``None`` if rounding."""
     covariance = linalg.gram(other_root)
     dim = other.shape[-1]
-    # a singular factor is indefinite by rounding, and its trace can come out below zero
-    weight = (other * covariance).sum((-2, -1)).clamp(min=0) / dim
-    return own * weight[..., None, None], linalg.multiple_of_one(gamma * linalg.trace(covariance) / dim, own)
+    trace = (other * covariance).sum((-2, -1))
+    # a singular factor is indefinite by its own rounding, and there the covariance is largest
+    rounding = (linalg.diagonal(other) * linalg.diagonal(covariance)).sum(-1) * torch.finfo(trace.dtype).eps
+    if not bool((trace >= CERTAIN * rounding).all()):
+        return None
+    return own * (trace / dim)[..., None, None], linalg.multiple_of_one(gamma * linalg.trace(covariance) / dim, own)
 
 
 def _of_norm_one(root: Tensor) -> Tensor:

@@ -113,14 +113,11 @@ class EKFACStructure(Structure):
             ``R_row Q_G``, ``R_column Q_A``, and the diagonal, ``[*blocks, out, in]``.
         """
         A, G = self._product.factors(statistics)
-        d_A, Q_A = linalg.eigh(linalg.congruence(A, column_root), [name])
-        d_G, Q_G = linalg.eigh(linalg.congruence(G, row_root), [name])
-        B_G, B_A = linalg.product(row_root, Q_G), linalg.product(column_root, Q_A)
         P_G, P_A = _bases(statistics)
-        product = _outer(linalg.diagonal(linalg.congruence(G, P_G)), linalg.diagonal(linalg.congruence(A, P_A)))
-        overlap_G, overlap_A = linalg.product(linalg.transpose(B_G), P_G), linalg.product(linalg.transpose(B_A), P_A)
-        beyond = linalg.left_product(overlap_G.square(), statistics.mean("scale") - product)
-        beyond = linalg.right_product(beyond, linalg.transpose(overlap_A.square()))
+        B_G, d_G, inner_G, overlap_G = _turned_side(G, row_root, P_G, name)
+        B_A, d_A, inner_A, overlap_A = _turned_side(A, column_root, P_A, name)
+        beyond = linalg.left_product(overlap_G, statistics.mean("scale") - _outer(inner_G, inner_A))
+        beyond = linalg.right_product(beyond, linalg.transpose(overlap_A))
         return B_G, B_A, _without_negatives(_outer(d_G, d_A) + beyond)
 
     def _precisions(self, spec: BlockSpec) -> Tensor:
@@ -158,6 +155,30 @@ def _bases(statistics: Statistics) -> tuple[Tensor, Tensor]:
         return statistics.frame["basis_row"], statistics.frame["basis_column"]
     ones = torch.ones_like(statistics.sums["scale"])
     return ones[..., 0].unsqueeze(-2), ones[..., :1, :]
+
+
+def _turned_side(factor: Tensor, root: Tensor, basis: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One side of a new basis.
+
+    Eigenvalues that are rounding are left out: ``S`` has what was measured there, and at each refresh it would be added
+    once more.
+
+    Args:
+        factor: ``F``, in the weights' own coordinates.
+        root: ``R``.
+        basis: ``P``, in which ``S`` was measured.
+        name: The layer's name, for messages.
+
+    Returns:
+        ``B = R Q`` and ``d``, with ``Rᵀ F R = Q diag(d) Qᵀ``; the diagonal of ``Pᵀ F P``; and ``(Bᵀ P)²``.
+    """
+    values, Q = linalg.eigh(linalg.congruence(factor, root), [name])
+    rounding = values.amax(-1, keepdim=True) * (values.shape[-1] * torch.finfo(values.dtype).eps)
+    d = torch.where(values > rounding, values, torch.zeros_like(values))
+    turned = linalg.product(root, Q)
+    inside = linalg.product(linalg.transpose(Q), linalg.quotient(root, basis)).square()
+    inner = linalg.right_product(d.unsqueeze(-2), inside).squeeze(-2)
+    return turned, d, inner, linalg.product(linalg.transpose(turned), basis).square()
 
 
 def _outer(row: Tensor, column: Tensor) -> Tensor:

@@ -102,14 +102,17 @@ class KroneckerEigenGaussian(BlockGaussian):
             The matrix normal.
         """
         out_features, in_features = self.shape[-2:]
-        row, column = alternated(
-            lambda column: in_features / (self.precision @ column.unsqueeze(-1)).squeeze(-1),
-            lambda row: out_features / (self.precision.mT @ row.unsqueeze(-1)).squeeze(-1),
-            self.precision.new_ones(*self.shape[:-2], in_features),
+        precision = self.precision.double()  # in float32 rounding would end the turns early
+        sides = alternated(
+            lambda column: in_features / (precision @ column.unsqueeze(-1)).squeeze(-1),
+            lambda row: out_features / (precision.mT @ row.unsqueeze(-1)).squeeze(-1),
+            precision.new_ones(*self.shape[:-2], in_features),
         )
-        row_root = linalg.product(self.basis_row, row.sqrt().unsqueeze(-2))
-        column_root = linalg.product(self.basis_column, column.sqrt().unsqueeze(-2))
-        return MatrixNormalGaussian(linalg.triangular_root(row_root), linalg.triangular_root(column_root))
+        roots = (
+            linalg.triangular_root(linalg.product(basis.double(), side.sqrt().unsqueeze(-2))).to(basis)
+            for basis, side in zip((self.basis_row, self.basis_column), sides, strict=True)
+        )
+        return MatrixNormalGaussian(*roots)
 
 
 def _solve(basis: Tensor, value: Tensor) -> Tensor:

@@ -17,6 +17,9 @@ from bayes_kfac.curvature import SparseRows
 from bayes_kfac.structures.base import BlockGaussian, register_gaussian
 from bayes_kfac.structures.whitened import WhitenedRows, product_rows
 
+#: The relative error of products with covariances from which on they are taken with roots, at twice the cost.
+COVARIANCE_ERROR = 1e-3
+
 
 @register_gaussian("matrix_normal")
 class MatrixNormalGaussian(BlockGaussian):
@@ -45,8 +48,22 @@ class MatrixNormalGaussian(BlockGaussian):
         return linalg.right_product(product, self.scale_tril_column)
 
     def solve(self, value: Tensor) -> Tensor:  # noqa: D102
+        if self._needs_roots:
+            return self.sample(self.whiten(value))
         row, column = self._covariances
         return linalg.right_product(linalg.left_product(row, value), column)
+
+    @cached_property
+    def _needs_roots(self) -> bool:
+        """Whether products with ``U`` and ``V`` would be rounding where variances are small.
+
+        ``U`` rounds by its largest eigenvalue: in float32, where data determine some directions a million times better
+        than the prior does others, ``U g V`` could lead uphill. Products with the roots lose half as many digits, and
+        ``⟨g, L Lᵀ g⟩`` is a square.
+        """
+        sides = (self.scale_tril_row, self.scale_tril_column)
+        conditions = torch.stack([_condition(root).max() for root in sides])
+        return bool((conditions > COVARIANCE_ERROR / torch.finfo(conditions.dtype).eps).any())
 
     @cached_property
     def _covariances(self) -> tuple[Tensor, Tensor]:
@@ -99,3 +116,8 @@ def _variances(root: Tensor) -> Tensor:
     """The diagonal of ``R Rᵀ``, ``[*blocks, size]``."""
     squares = root.square()
     return linalg.diagonal(squares) if linalg.is_diagonal(root) else squares.sum(-1)
+
+
+def _condition(root: Tensor) -> Tensor:
+    """The condition number of ``R Rᵀ``, from below, ``[*blocks]``."""
+    return _variances(root).amax(-1) / linalg.diagonal(root).square().amin(-1)

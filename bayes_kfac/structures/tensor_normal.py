@@ -186,10 +186,13 @@ class TensorEigenGaussian(TensorNormalGaussian):
                 moved = max(moved, float((factor - 1).abs().max()))
             return (scaled, scales), moved
 
-        ones = [basis.new_ones(basis.shape[:-1]) for basis in self.roots.values()]
-        _, scales = settled(sweep, (self.precision.flatten(-2), ones))
+        precision = self.precision.flatten(-2).double()  # in float32 rounding would end the turns early
+        ones = [precision.new_ones(basis.shape[:-1]) for basis in self.roots.values()]
+        _, scales = settled(sweep, (precision, ones))
         roots = zip(self.roots.items(), scales, strict=True)
-        return TensorNormalGaussian(**{name: basis * scale.sqrt().unsqueeze(-2) for (name, basis), scale in roots})
+        return TensorNormalGaussian(
+            **{name: basis * scale.sqrt().to(basis).unsqueeze(-2) for (name, basis), scale in roots}
+        )
 
     def _weights(self) -> Tensor:
         return self.precision.reciprocal()

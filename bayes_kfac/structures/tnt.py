@@ -202,22 +202,23 @@ def _prior_roots(spec: BlockSpec, moments: Mapping[str, Tensor]) -> dict[str, Te
 
 def _factored(tensors: Sequence[_WhiteTensor]) -> list[TensorNormalGaussian]:
     damped = [_damped(tensor) for tensor in tensors]
-    roots = _by_mode(lambda stacked, names: (linalg.inverse_cholesky(stacked, names),), damped, tensors)
+    names = [tensor.spec.name for tensor, own in zip(tensors, damped, strict=True) for _ in own]
+    roots = iter(linalg.inverse_roots([side for own in damped for side in own], names))
     return [
-        TensorNormalGaussian(**tensor.in_own_coordinates([root for (root,) in own]))
-        for tensor, own in zip(tensors, roots, strict=True)
+        TensorNormalGaussian(**tensor.in_own_coordinates([next(roots) for _ in own]))
+        for tensor, own in zip(tensors, damped, strict=True)
     ]
 
 
-def _damped(tensor: _WhiteTensor) -> list[Tensor]:
-    """``(s m)^(1/k) V_i + I``, whose product is ``s m ⊗ V_i + I`` and what mixes the two; ``s`` is the data's scale."""
+def _damped(tensor: _WhiteTensor) -> list[tuple[Tensor, Tensor]]:
+    """The terms of ``(s m)^(1/k) V_i + I``, whose product is ``s m ⊗ V_i + I`` and more; ``s`` is the data's scale."""
     scale = (tensor.mean * tensor.spec.data_scale) ** (1 / len(tensor.factors))
-    ones = torch.ones_like(scale)
-    return [linalg.add_to_diagonal(scale[..., None, None] * factor, ones) for factor in tensor.factors.values()]
+    one = torch.ones_like(scale)
+    return [(scale[..., None, None] * own, linalg.multiple_of_one(one, own)) for own in tensor.factors.values()]
 
 
 def _exact(tensors: Sequence[_WhiteTensor]) -> list[TensorEigenGaussian]:
-    spectra = _by_mode(linalg.eigh, [list(tensor.factors.values()) for tensor in tensors], tensors)
+    spectra = _eigenvectors(tensors)
     gaussians = []
     for tensor, own in zip(tensors, spectra, strict=True):
         scale = (tensor.mean * tensor.spec.data_scale).unsqueeze(-1)
@@ -238,14 +239,12 @@ _BUILDERS: dict[str, Callable[[Sequence[_WhiteTensor]], Sequence[BlockGaussian]]
 }
 
 
-def _by_mode(
-    function: linalg.BatchedFunction, matrices: Sequence[Sequence[Tensor]], tensors: Sequence[_WhiteTensor]
-) -> list[list[tuple[Tensor, ...]]]:
-    """A batched function of the matrices of all modes of some tensors, one call for each shape."""
-    flat = [matrix for own in matrices for matrix in own]
-    names = [tensor.spec.name for tensor, own in zip(tensors, matrices, strict=True) for _ in own]
-    results = iter(linalg.map_by_shape(function, flat, names))
-    return [[next(results) for _ in own] for own in matrices]
+def _eigenvectors(tensors: Sequence[_WhiteTensor]) -> list[list[tuple[Tensor, ...]]]:
+    """Eigenvalues and eigenvectors of all modes of some tensors, one call for each shape."""
+    flat = [factor for tensor in tensors for factor in tensor.factors.values()]
+    names = [tensor.spec.name for tensor in tensors for _ in tensor.factors]
+    results = iter(linalg.map_by_shape(linalg.eigh, flat, names))
+    return [[next(results) for _ in tensor.factors] for tensor in tensors]
 
 
 def _over(factor: Tensor, scale: Tensor) -> Tensor:
